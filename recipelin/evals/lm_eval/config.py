@@ -1,0 +1,46 @@
+"""Settings of the `lm_eval` evaluation (no torch)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ...base import Config as Base
+from ...sources import LocalFile, Stdlib
+
+
+class NextLine(Base):
+    """Which line comes next? One true line and distractors from the same held-out file.
+
+    Sample YAML: `{text: {source: python-stdlib}, items: 200, context: [72, 200], options: 4}`; context in tokens.
+    """
+
+    text: Annotated[Stdlib | LocalFile, Field(discriminator="source")] = Stdlib(source="python-stdlib")
+    part: Literal["selection", "test"] = "test"
+    items: Annotated[int, Field(ge=1)] = 200
+    context: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    options: Annotated[int, Field(ge=2)] = 4
+
+
+class Task(Base):
+    """One task by its lm-eval name; with `next_line`, a local task whose YAML and items are written beside the run.
+
+    Sample YAML: `{task: next_line_short, metric: acc_norm, chance: 0.25, next_line: {context: [8, 20]}}`
+    """
+
+    task: str
+    metric: Literal["acc", "acc_norm", "exact_match"] = "acc"
+    shots: Annotated[int, Field(ge=0)] = 0
+    chance: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="score of blind guessing")
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="first n items only")
+    next_line: NextLine | None = None
+
+
+class Config(Base):
+    """Tasks of EleutherAI's lm-evaluation-harness; an item is a document.
+
+    Sample YAML: `{eval: lm_eval, tasks: [{task: next_line_short, metric: acc_norm, chance: 0.25, next_line: {context: [8, 20]}}]}`
+    """
+
+    eval: Literal["lm_eval"] = "lm_eval"
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
+    batch: Annotated[int, Field(ge=1)] = 16

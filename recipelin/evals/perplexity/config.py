@@ -1,0 +1,22 @@
+"""Settings of the `perplexity` evaluation (no torch)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ...base import Config as Base
+from ...sources import LocalFile, Stdlib
+
+
+class Config(Base):
+    """Mean next-token log-loss in nats on held-out rows; an item is a row.
+
+    Sample YAML: `{eval: perplexity, text: {source: python-stdlib}, rows: 48, length: 256}`
+    """
+
+    eval: Literal["perplexity"] = "perplexity"
+    text: Annotated[Stdlib | LocalFile, Field(discriminator="source")] = Stdlib(source="python-stdlib")
+    part: Literal["selection", "test"] = "test"
+    rows: Annotated[int, Field(ge=2)] = 48
+    length: Annotated[int, Field(ge=2)] = 256
+    batch: Annotated[int, Field(ge=1)] = 8

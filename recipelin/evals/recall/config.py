@@ -1,0 +1,25 @@
+"""Settings of the `recall` evaluation (no torch)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ...base import Config as Base
+from ...sources import LocalFile, Stdlib
+
+
+class Config(Base):
+    """Associative recall by distance: one asked pair at an exact distance among `pairs` in context; an item is a question.
+
+    Right is the largest logit over the whole vocabulary. Chance is the in-context guess 1 / pairs.
+    Sample YAML: `{eval: recall, distances: [6, 24, 96, 201], items: 48, pairs: 8, length: 256}`
+    """
+
+    eval: Literal["recall"] = "recall"
+    text: Annotated[Stdlib | LocalFile, Field(discriminator="source")] = Stdlib(source="python-stdlib")
+    part: Literal["selection", "test"] = "test"
+    distances: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (6, 24, 96, 150, 201)
+    items: Annotated[int, Field(ge=1)] = Field(48, description="questions at each distance")
+    pairs: Annotated[int, Field(ge=2)] = 8
+    length: Annotated[int, Field(ge=16)] = 256
+    batch: Annotated[int, Field(ge=1)] = 16

@@ -1,0 +1,22 @@
+"""Settings of the `usage` evaluation (no torch)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ...base import Config as Base
+from ...sources import LocalFile, Stdlib
+
+
+class Config(Base):
+    """Share of the normaliser that the linear branch holds, by layer and head. Shown; proves nothing alone (DESIGN §6).
+
+    Sample YAML: `{eval: usage, rows: 8, length: 256}`
+    """
+
+    eval: Literal["usage"] = "usage"
+    text: Annotated[Stdlib | LocalFile, Field(discriminator="source")] = Stdlib(source="python-stdlib")
+    part: Literal["selection", "test"] = "test"
+    rows: Annotated[int, Field(ge=1)] = 8
+    length: Annotated[int, Field(ge=2)] = 256
+    batch: Annotated[int, Field(ge=1)] = 8

@@ -1,0 +1,114 @@
+"""The schema of a recipe: every block, with its defaults and their sources (no torch)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, SerializeAsAny, model_validator
+
+from .base import Config
+from .families import Architecture
+from .schedule import Schedule
+from .sources import Data
+from .states import Branch, Join
+
+
+class About(Config):
+    """What the recipe is for. Sample YAML: `{paper: arXiv 2410.10254, claim: the linear branch is bypassed}`"""
+
+    paper: str | None = None
+    claim: str | None = None
+
+
+class Scratch(Config):
+    """A new model instead of a teacher: its numbers and its byte-level BPE.
+
+    Sample YAML: `{architecture: {model_type: llama, ...}, tokenizer: {vocab_size: 1024}}`
+    """
+
+    class Tokenizer(Config):
+        vocab_size: Annotated[int, Field(ge=260)] = 1024
+
+    architecture: Architecture
+    tokenizer: Tokenizer = Tokenizer()
+
+
+class Model(Config):
+    """The model that is converted, or made from nothing.
+
+    Sample YAML: `{teacher: pocket}`, `{teacher: ./my-checkpoint}`,
+    `{teacher: meta-llama/Meta-Llama-3-8B, revision: 8cde5ca8, architecture: llama3-8b.json, dtype: bfloat16}`
+    """
+
+    teacher: str | None = Field(
+        None, description="`pocket` (shipped), a local folder (relative to the recipe), or a hub id"
+    )
+    revision: str | None = Field(None, description="commit of a hub id")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    architecture: Architecture | None = Field(
+        None, description="numbers of a teacher that is not here yet; in YAML also the path of a config.json"
+    )
+    scratch: Scratch | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Model":
+        if (self.teacher is None) == (self.scratch is None):
+            raise ValueError("give exactly one of teacher and scratch")
+        return self
+
+
+class StateOf(Config):
+    """A state spelt out as a change of a named one. Sample YAML: `{name: window-16, of: window, window: 16}`"""
+
+    name: str
+    of: str = "hybrid"
+    branches: tuple[Branch, ...] | None = None
+    window: Annotated[int, Field(ge=1)] | Literal["full"] | None = None
+    sinks: Annotated[int, Field(ge=0)] | None = None
+    cover: Literal["outside", "all"] | None = None
+    join: Join | None = None
+    ablate: Literal["mass", "output"] | None = None
+
+
+class Suite(Config):
+    """A named list of evaluations: a file of recipes/suites.
+
+    Sample YAML: `{name: pocket, evals: [{eval: perplexity}, {eval: recall}]}`
+    """
+
+    name: str
+    about: str | None = None
+    evals: Annotated[tuple[SerializeAsAny[Config], ...], Field(min_length=1)]
+
+
+class Evaluation(Config):
+    """What is measured after the method has run.
+
+    Sample YAML: `{suites: [pocket], states: [teacher, softmax, hybrid, window, linear, none], seeds: [0], margin: 0.01}`
+    """
+
+    suites: Annotated[tuple[Suite, ...], Field(min_length=1)] = Field(description="in YAML: names of recipes/suites")
+    states: Annotated[tuple[str | StateOf, ...], Field(min_length=1)] = Field(
+        ("teacher", "softmax", "hybrid", "window", "linear", "linear_outside", "none"),
+        description="DESIGN §6; the subsets that the Shapley values need are added",
+    )
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = Field(
+        (0,), description="draws of generated items (recall, next line)"
+    )
+    margin: Annotated[float, Field(gt=0)] = Field(
+        0.01, description="smallest difference that counts: 1 point of a score, 0.01 nats of log-loss (DESIGN §6)"
+    )
+
+
+class Recipe(Config):
+    """One experiment, whole and frozen. `load` makes it from text; `expand` resolves its grid."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._/=,+-]*$")]
+    about: About = About()
+    seed: Annotated[int, Field(ge=0)] = 0
+    grid: dict[str, tuple[object, ...]] = Field({}, description="axes over dotted fields; one Record for each point")
+    model: Model
+    method: SerializeAsAny[Config]
+    data: Data = Data()
+    schedule: dict[str, Schedule | None] = Field(
+        {}, description="stages of the method; what is not given comes from the method; null leaves a stage out"
+    )
+    eval: Evaluation

@@ -1,0 +1,91 @@
+"""The schedule of one training stage: how long, with which optimiser, on which batches (no torch)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .base import Config
+from .sources import Data
+
+
+class Decay(Config):
+    """The learning rate over a stage, after `warmup` optimiser steps of linear warm-up.
+
+    Sample YAML: `{name: cosine, warmup: 20, final: 0.1}`. `plateau` multiplies the rate by `factor` when the validation
+    value has not improved for `patience` checks, down to `floor` (LoLCATs: 0.1, 10, 1e-5).
+    """
+
+    name: Literal["constant", "cosine", "linear", "plateau"] = "constant"
+    warmup: Annotated[int, Field(ge=0)] = 0
+    final: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="share of lr left at the end (cosine, linear)")
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    patience: Annotated[int, Field(ge=0)] = 10
+    floor: Annotated[float, Field(ge=0)] = 1e-5
+
+
+class Optimizer(Config):
+    """AdamW, or Muon for the matrices of the layers with AdamW for embeddings and norms.
+
+    Sample YAML: `{name: adamw, lr: 1e-2, weight_decay: 0.0}`
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    adamw_lr: Annotated[float, Field(gt=0)] = Field(3e-3, description="rate of what Muon leaves to AdamW")
+    group_lr: dict[str, float] = Field(
+        {}, description="own rate for a group of parameters: feature_maps, mix, log_scale, lora"
+    )
+
+
+class Validation(Config):
+    """What is watched while a stage trains, on the selection part; the mean over the entries is minimised.
+
+    Sample YAML: `{every: 100, watch: [{state: hybrid, metric: loss}], keep_best: true, patience: 10}`
+    """
+
+    class Watch(Config):
+        state: str = Field("hybrid", description="a named state, or `transfer` for a transfer stage's own objective")
+        suite: str | None = Field(None, description="a suite; None: held-out rows of the stage's own data")
+        metric: str = Field("loss", description="a metric of the suite; `loss` on held-out rows")
+
+    every: Annotated[int, Field(ge=1)] = 100
+    watch: Annotated[tuple[Watch, ...], Field(min_length=1)] = (Watch(),)
+    batches: Annotated[int, Field(ge=1)] = 8
+    keep_best: bool = True
+    patience: Annotated[int, Field(ge=1)] | None = Field(None, description="checks without improvement before stopping")
+
+
+class Schedule(Config):
+    """One training stage. Exactly one of `steps`, `tokens`, `epochs` says how long.
+
+    Sample YAML::
+
+        transfer: {steps: 150, batch: 4, length: 256, optimizer: {lr: 3e-2}, decay: {name: cosine}}
+    """
+
+    steps: Annotated[int, Field(ge=1)] | None = Field(None, description="optimiser steps")
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    optimizer: Optimizer = Optimizer()
+    decay: Decay = Decay()
+    batch: Annotated[int, Field(ge=1)] = Field(1, description="rows of a micro-batch")
+    accumulation: Annotated[int, Field(ge=1)] = Field(1, description="micro-batches of an optimiser step")
+    length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens of a row (LoLCATs: 1024)")
+    clip: Annotated[float, Field(gt=0)] | None = Field(None, description="largest gradient norm; None: no clipping")
+    autocast: Literal["bfloat16"] | None = None
+    gradient_checkpointing: bool = False
+    checkpoint_every: Annotated[int, Field(ge=1)] = Field(50, description="optimiser steps between checkpoints")
+    log_every: Annotated[int, Field(ge=1)] = 10
+    data: Data | None = Field(None, description="this stage's own data; None: the recipe's")
+    validation: Validation | None = None
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> "Schedule":
+        given = [n for n in ("steps", "tokens", "epochs") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of steps, tokens, epochs; found {', '.join(given) or 'none'}")
+        if self.decay.name == "plateau" and self.validation is None:
+            raise ValueError("decay: plateau needs validation: it follows the validation value")
+        return self

@@ -1,0 +1,88 @@
+"""Branch states: which parts of a hybrid take part in a forward pass, and how they are joined (DESIGN §6)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .base import Config
+
+Branch = Literal["window", "linear", "sinks"]
+Join = Literal["shared", "absolute", "replace"]
+
+
+class State(Config):
+    """What a form does in a forward pass; structure (feature maps, widths) is the form's own config.
+
+    Sample YAML (in `method:` most of these are fields of the method; in `eval.states:` a state may be spelt out)::
+
+        {branches: [window, linear], window: 32, sinks: 0, cover: outside, join: shared}
+    """
+
+    branches: tuple[Branch, ...] = ("window", "linear")
+    window: Annotated[int, Field(ge=1)] | Literal["full"] = Field(
+        64, description="softmax window in tokens, the query included; `full` is causal softmax (LoLCATs: 64)"
+    )
+    shape: Literal["sliding"] = "sliding"
+    sinks: Annotated[int, Field(ge=0)] = Field(
+        0, description="first real tokens of a row that softmax always sees (LoLCATs has none)"
+    )
+    cover: Literal["outside", "all"] = Field(
+        "outside", description="keys of the linear branch: those outside the softmax set (LoLCATs), or all"
+    )
+    join: Join = Field("shared", description="how the branches share a row (DESIGN §5); LoLCATs: shared")
+    max_gradient: Literal["through", "detached"] = Field(
+        "through", description="gradient through the row maximum of the softmax side (LoLCATs: through)"
+    )
+    ablate: Literal["mass", "output"] = Field(
+        "mass", description="an absent branch leaves numerator and denominator (mass), or only the numerator (output)"
+    )
+
+
+class NamedState(Config):
+    """A state as a table shows it: its name, whose weights, and the resolved state (None: the module as it stands)."""
+
+    name: str
+    weights: Literal["teacher", "student"]
+    state: State | None
+
+
+SINKS_ONLY = 8  # arXiv 2510.05901 Table 1: 'Sinks only (8)'
+
+NAMES = ("teacher", "softmax", "hybrid", "window", "window+sinks", "linear", "linear_outside", "sinks", "none")
+
+
+def resolve(name: str, hybrid: State) -> NamedState:
+    """The named state of DESIGN §6, made from the hybrid state that the method ends in.
+
+    Raises KeyError for a name outside `NAMES`.
+    """
+    if name not in NAMES:
+        raise KeyError(name)
+    if name == "teacher":
+        return NamedState(name=name, weights="teacher", state=None)
+
+    def change(**fields: object) -> State:
+        return State(**{**hybrid.model_dump(), **fields})
+
+    state = {
+        "softmax": lambda: change(branches=("window",), window="full", sinks=0),
+        "hybrid": lambda: hybrid,
+        "window": lambda: change(branches=("window",)),
+        "window+sinks": lambda: change(branches=("window", "sinks"), sinks=hybrid.sinks or SINKS_ONLY),
+        "linear": lambda: change(branches=("linear",), cover="all"),
+        "linear_outside": lambda: change(branches=("linear",), cover="outside"),
+        "sinks": lambda: change(branches=("sinks",), sinks=SINKS_ONLY),
+        "none": lambda: change(branches=()),
+    }[name]()
+    return NamedState(name=name, weights="student", state=state)
+
+
+def subsets(hybrid: State) -> dict[tuple[str, ...], NamedState]:
+    """All subsets of the hybrid's branches, for the Shapley values: the hybrid with the others ablated, cover unchanged."""
+    found: dict[tuple[str, ...], NamedState] = {}
+    for mask in range(2 ** len(hybrid.branches)):
+        kept = tuple(b for i, b in enumerate(hybrid.branches) if mask >> i & 1)
+        state = State(**{**hybrid.model_dump(), "branches": kept})
+        known = next((n for n in NAMES if n != "teacher" and resolve(n, hybrid).state == state), "+".join(kept))
+        found[kept] = NamedState(name=known, weights="student", state=state)
+    return found
