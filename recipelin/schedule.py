@@ -1,5 +1,6 @@
 """The schedule of one training stage: how long, with which optimiser, on which batches (no torch)."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -89,3 +90,15 @@ class Schedule(Config):
         if self.decay.name == "plateau" and self.validation is None:
             raise ValueError("decay: plateau needs validation: it follows the validation value")
         return self
+
+
+def optimiser_steps(schedule: Schedule, rows: int | None) -> int | None:
+    """Optimiser steps of a stage whose data has `rows` rows an epoch; None where the duration needs rows that are not known."""
+    if schedule.steps is not None:
+        return schedule.steps
+    rows_a_step = schedule.batch * schedule.accumulation
+    if schedule.tokens is not None:
+        return math.ceil(schedule.tokens / (rows_a_step * schedule.length))
+    if rows is None or schedule.epochs is None:
+        return None
+    return math.ceil(schedule.epochs * rows / rows_a_step)

@@ -44,3 +44,12 @@ class Config(Base):
     eval: Literal["lm_eval"] = "lm_eval"
     tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
     batch: Annotated[int, Field(ge=1)] = 16
+
+    def tokens(self) -> int | None:
+        """Tokens that one state and seed read, at most; None where a task's data is lm-eval's own."""
+        found = 0
+        for task in self.tasks:
+            if task.next_line is None:
+                return None
+            found += task.next_line.items * task.next_line.options * task.next_line.context[1]
+        return found

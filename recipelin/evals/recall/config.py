@@ -23,3 +23,7 @@ class Config(Base):
     pairs: Annotated[int, Field(ge=2)] = 8
     length: Annotated[int, Field(ge=16)] = 256
     batch: Annotated[int, Field(ge=1)] = 16
+
+    def tokens(self) -> int:
+        """Tokens that one state and seed read."""
+        return self.items * len(self.distances) * self.length

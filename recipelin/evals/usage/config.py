@@ -20,3 +20,7 @@ class Config(Base):
     rows: Annotated[int, Field(ge=1)] = 8
     length: Annotated[int, Field(ge=2)] = 256
     batch: Annotated[int, Field(ge=1)] = 8
+
+    def tokens(self) -> int:
+        """Tokens that one state and seed read."""
+        return self.rows * self.length

@@ -1,0 +1,421 @@
+"""Recipe -> Plan: the steps in order, their hashes, what each reads, trains and costs (no torch, no network)."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import SerializeAsAny
+
+from . import families, lookup
+from .base import Config
+from .families import Architecture
+from .load import Loaded, load_suite
+from .recipe import StateOf, Suite
+from .schedule import Schedule, optimiser_steps
+from .sources import Data, LocalFile, Recall
+from .states import NAMES, NamedState, State, resolve, subsets
+from .steps import Calibrate, Evaluate, Lora, Step, Swap, Switch, Transfer, Tune
+
+BYTES_PER_TOKEN = 4  # of English text under a vocabulary of tens of thousands; only sizes `epochs` before tokenising
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+POCKET = Path(__file__).parent / "pocket"
+
+
+class PlanError(ValueError):
+    """A recipe that is well formed but cannot be carried out; the message says what to change."""
+
+
+class Cost(Config):
+    """Estimates. `memory`: bytes at the peak by place; `cpu` for a CPU run, `cuda` and `host` for a run on one GPU."""
+
+    tokens: int | None = None
+    flops: float | None = None
+    memory: dict[str, int] = {}
+
+
+class Planned(Config):
+    """One step of a plan. `hash` is pure: the step's fields, the seed, and everything before it."""
+
+    step: SerializeAsAny[Step]
+    hash: str
+    what: str
+    reads: str = ""
+    trains: int = 0
+    share: float = 0.0
+    optimiser_steps: int | None = None
+    cost: Cost = Cost()
+
+
+class Plan(Config):
+    """What `run` will do, whole: nothing is decided later."""
+
+    name: str
+    seed: int
+    architecture: Architecture
+    parameters: int
+    layers: int
+    hybrid: State | None
+    steps: tuple[Planned, ...]
+    hash: str
+
+
+# What cannot change a result stays out of the hash.
+_UNHASHED = {"checkpoint_every", "log_every"}
+
+
+def digest(value: object) -> str:
+    """sha256 of a JSON value, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _hashed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _hashed(v) for k, v in value.items() if k not in _UNHASHED}
+    if isinstance(value, (list, tuple)):
+        return [_hashed(v) for v in value]
+    return value
+
+
+def teacher_folder(loaded: Loaded) -> Path | None:
+    """The folder of a teacher that is on this machine (the pocket, or a local path); None for a hub id or scratch."""
+    name = loaded.recipe.model.teacher
+    if name is None:
+        return None
+    if name == "pocket":
+        return POCKET
+    folder = (loaded.path.parent / name).resolve()
+    return folder if folder.is_dir() else None
+
+
+def architecture_of(loaded: Loaded) -> Architecture:
+    """The teacher's numbers: from the recipe, or from the config.json of a local teacher."""
+    model = loaded.recipe.model
+    if model.scratch:
+        return model.scratch.architecture
+    folder = teacher_folder(loaded)
+    if folder is not None and (folder / "config.json").is_file():
+        try:
+            return families.architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        except (ValueError, OSError) as error:
+            raise PlanError(f"{folder / 'config.json'}: {error}") from error
+    if model.architecture:
+        return model.architecture
+    raise PlanError(
+        f"model.teacher {model.teacher!r} is not a folder here; to plan without it, "
+        "give its numbers: model.architecture (a map, or the path of its config.json)"
+    )
+
+
+def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
+    """The plan of one recipe (a point of its grid). Raises PlanError."""
+    recipe = loaded.recipe
+    arch = architecture_of(loaded)
+    method = lookup.lookup("methods", recipe.method.name, allow_code=tuple(allow_code))  # type: ignore[attr-defined]
+    found: list[Step] = list(method.steps(recipe))
+    hybrid = next((s.state for s in reversed(found) if isinstance(s, Switch)), None)
+    found.append(
+        Evaluate(
+            suites=recipe.eval.suites,
+            states=_states(recipe.eval.states, hybrid, recipe.eval.suites, scratch=recipe.model.scratch is not None),
+            hybrid=hybrid,
+            seeds=recipe.eval.seeds,
+            margin=recipe.eval.margin,
+        )
+    )
+    counting = _Counting(loaded, arch, tuple(found))
+    model = recipe.model.model_dump(mode="json", exclude={"architecture"})
+    chain = digest({"model": model, "seed": recipe.seed})
+    planned = []
+    for step in found:
+        fields = _hashed(step.model_dump(mode="json"))
+        watched = {name: load_suite(name, loaded.path).model_dump(mode="json") for name in _watched(step)}
+        chain = digest({"before": chain, "step": fields, "seed": recipe.seed, "suites": watched})
+        planned.append(Planned(step=step, hash=chain, **counting.describe(step)))
+    return Plan(
+        name=recipe.name,
+        seed=recipe.seed,
+        architecture=arch,
+        parameters=families.parameters(arch)["total"],
+        layers=arch.num_hidden_layers,
+        hybrid=hybrid,
+        steps=tuple(planned),
+        hash=chain,
+    )
+
+
+def _watched(step: Step) -> list[str]:
+    """Suites that a stage's validation watches: their content belongs to the step's hash."""
+    if isinstance(step, (Transfer, Tune)) and step.schedule.validation:
+        return sorted({w.suite for w in step.schedule.validation.watch if w.suite})
+    return []
+
+
+def _states(
+    asked: Sequence[str | StateOf], hybrid: State | None, suites: Sequence[Suite], *, scratch: bool
+) -> tuple[NamedState, ...]:
+    """The states to evaluate, resolved; the subsets that Shapley values need are added at the end."""
+    found: list[NamedState] = []
+    for entry in asked:
+        name = entry if isinstance(entry, str) else entry.of
+        if name == "teacher" and scratch:
+            raise PlanError("eval.states: a model made from nothing has no teacher; use [softmax]")
+        if hybrid is None:
+            if name not in ("teacher", "softmax") or not isinstance(entry, str):
+                raise PlanError(f"eval.states: {name!r} needs a swapped layer, and this method swaps none; use [softmax]")
+            weights = "teacher" if name == "teacher" else "student"
+            found.append(NamedState(name=name, weights=weights, state=None))
+            continue
+        if name not in NAMES:
+            raise PlanError(f"eval.states: {name!r} is not a state; states are {', '.join(NAMES)}")
+        state = resolve(name, hybrid)
+        if isinstance(entry, StateOf):
+            if state.state is None:
+                raise PlanError("eval.states: the teacher has no branches to change")
+            changes = {k: v for k, v in entry.model_dump(exclude={"name", "of"}).items() if v is not None}
+            state = NamedState(
+                name=entry.name, weights="student", state=State(**{**state.state.model_dump(), **changes})
+            )
+        found.append(state)
+    names = [s.name for s in found]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise PlanError(f"eval.states: {', '.join(twice)} given twice")
+    if hybrid is not None and "hybrid" in names:
+        found += [s for s in subsets(hybrid).values() if s.name not in names]
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """Counts and cost estimates of the steps of one recipe.
+
+    FLOPs a token, forward: 2 a weight of the matrices, plus attention. Softmax over T keys: 2 T d a head (causal half);
+    hybrid: 4 (C + w) d + 2 C F + 4 F d a head with chunk C = w (facts/performance.md §2). Backward: twice the forward
+    where weights train, once where only activations carry gradient.
+    """
+
+    loaded: Loaded
+    arch: Architecture
+    steps: tuple[Step, ...]
+
+    def describe(self, step: Step) -> dict[str, Any]:
+        if isinstance(step, Swap):
+            new = self._new(step)
+            return {"what": f"{step.form} into {self._layers(step)} layers, {sum(new.values()):,} new parameters"}
+        if isinstance(step, Switch):
+            return {"what": describe_state(step.state)}
+        if isinstance(step, Calibrate):
+            tokens = step.batches * step.batch * step.length
+            return {
+                "what": f"{step.what} in closed form",
+                "reads": describe_data(step.data),
+                "cost": Cost(tokens=tokens, flops=tokens * self._forward(step.length), memory=self._memory(step, 0)),
+            }
+        if isinstance(step, Transfer):
+            return self._training(step, self._groups(step.trains), factor=1.0, what=_objective(step))
+        if isinstance(step, Tune):
+            trained = self._groups(step.trains)
+            total = families.parameters(self.arch)["total"]
+            if step.lora:
+                what = f"next-token loss, LoRA rank {step.lora.rank} on {', '.join(step.lora.targets)}"
+                return self._training(step, trained + lora_parameters(step.lora, self.arch), factor=2.0, what=what)
+            return self._training(step, trained + total, factor=3.0, what="next-token loss, all weights")
+        return self._evaluation(step)
+
+    def _swap(self) -> Swap | None:
+        return next((s for s in self.steps if isinstance(s, Swap)), None)
+
+    def _layers(self, step: Swap) -> int:
+        return self.arch.num_hidden_layers if step.layers == "all" else len(step.layers)
+
+    def _new(self, step: Swap) -> dict[str, int]:
+        counts: dict[str, int] = step.config.parameters(self.arch)  # type: ignore[attr-defined]
+        return {group: n * self._layers(step) for group, n in counts.items()}
+
+    def _groups(self, names: Sequence[str]) -> int:
+        swap = self._swap()
+        return sum(self._new(swap)[n] for n in names) if swap else 0
+
+    def _forward(self, length: int) -> float:
+        counts = families.parameters(self.arch)
+        weights = self.arch.num_hidden_layers * (counts["attention"] + counts["mlp"])
+        weights += self.arch.vocab_size * self.arch.hidden_size
+        attention = 2 * length * self.arch.head_dim * self.arch.num_attention_heads * self.arch.num_hidden_layers
+        return 2.0 * weights + attention
+
+    def _operator(self, window: int) -> float:
+        swap = self._swap()
+        if swap is None:
+            return 0.0
+        features = swap.config.features(self.arch)  # type: ignore[attr-defined]
+        head = 8 * window * self.arch.head_dim + 2 * window * features + 6 * features * self.arch.head_dim
+        return float(head * self.arch.num_attention_heads * self._layers(swap))
+
+    def _rows(self, data: Data, length: int) -> int | None:
+        """Rows of one epoch by the size of the files; None where they are not here."""
+        size = 0
+        for source in data.mix:
+            text = source.text if isinstance(source, Recall) else source
+            if not isinstance(text, LocalFile):
+                return None
+            path = self.loaded.path.parent / text.path
+            if not path.is_file():
+                return None
+            size += path.stat().st_size
+        return max(1, size // BYTES_PER_TOKEN // length)
+
+    def _training(self, step: Transfer | Tune, trained: int, *, factor: float, what: str) -> dict[str, Any]:
+        schedule = step.schedule
+        count = optimiser_steps(schedule, self._rows(step.data, schedule.length))
+        tokens = None if count is None else count * schedule.batch * schedule.accumulation * schedule.length
+        before = self.steps[: self.steps.index(step)]
+        window = next((s.state.window for s in reversed(before) if isinstance(s, Switch)), schedule.length)
+        operator = self._operator(schedule.length if window == "full" else min(window, schedule.length))
+        per_token = factor * self._forward(schedule.length) + 3.0 * operator
+        if isinstance(step, Tune) and schedule.gradient_checkpointing:
+            per_token += self._forward(schedule.length)
+        total = families.parameters(self.arch)["total"]
+        return {
+            "what": what,
+            "reads": describe_data(step.data),
+            "trains": trained,
+            "share": trained / total,
+            "optimiser_steps": count,
+            "cost": Cost(
+                tokens=tokens,
+                flops=None if tokens is None else tokens * per_token,
+                memory=self._memory(step, trained),
+            ),
+        }
+
+    def _memory(self, step: Calibrate | Transfer | Tune | Evaluate, trained: int) -> dict[str, int]:
+        """Weights + (value, gradient, two moments in fp32 of what trains) + activations of one micro-batch."""
+        arch = self.arch
+        size = DTYPE_BYTES[self.loaded.recipe.model.dtype]
+        weights = families.parameters(arch)["total"] * size
+        if isinstance(step, (Transfer, Tune)):
+            tokens = step.schedule.batch * step.schedule.length
+        elif isinstance(step, Calibrate):
+            tokens = step.batch * step.length
+        else:
+            tokens = max((e.batch * getattr(e, "length", 512) for s in _suites(step) for e in s.evals), default=0)  # type: ignore[attr-defined]
+        swap = self._swap()
+        features = swap.config.features(arch) if swap else 0  # type: ignore[attr-defined]
+        heads = arch.num_attention_heads
+        # Saved for backward in one layer: inputs of the projections, q k v, features of queries and keys, three of the MLP.
+        layer = tokens * (4 * arch.hidden_size + 4 * heads * arch.head_dim + 2 * heads * features + 3 * arch.intermediate_size)
+        if isinstance(step, Tune):
+            checkpointed = step.schedule.gradient_checkpointing
+            kept = tokens * arch.hidden_size * arch.num_hidden_layers + layer if checkpointed else layer * arch.num_hidden_layers
+            activations = kept * (2 if step.schedule.autocast else 4) + 2 * tokens * arch.vocab_size * 4
+        else:
+            activations = layer * 4 + tokens * arch.vocab_size * 4
+        peak = weights + 16 * trained + activations
+        return {"cpu": peak, "cuda": peak, "host": weights}
+
+    def _evaluation(self, step: Evaluate) -> dict[str, Any]:
+        suites = _suites(step)
+        counts = [e.tokens() for s in suites for e in s.evals]  # type: ignore[attr-defined]
+        tokens = None if any(c is None for c in counts) else sum(counts) * len(step.states) * len(step.seeds)
+        names = ", ".join(s.name for s in suites)
+        length = max((getattr(e, "length", 512) for s in suites for e in s.evals), default=512)
+        return {
+            "what": f"{names} in {len(step.states)} states: {', '.join(s.name for s in step.states)}",
+            "reads": "the exported folder, reloaded",
+            "cost": Cost(
+                tokens=tokens,
+                flops=None if tokens is None else tokens * self._forward(length),
+                memory=self._memory(step, 0),
+            ),
+        }
+
+
+def _suites(step: Evaluate) -> tuple[Suite, ...]:
+    return tuple(s for s in step.suites if isinstance(s, Suite))
+
+
+def lora_parameters(lora: Lora, arch: Architecture) -> int:
+    """Adapter weights: rank x (in + out) for each named projection of each layer."""
+    shapes = families.shapes(arch)
+    return arch.num_hidden_layers * sum(lora.rank * sum(shapes[t]) for t in lora.targets)
+
+
+def _objective(step: Transfer) -> str:
+    return " + ".join(f"{weight:g} x {name}" for name, weight in step.objective.items())
+
+
+def describe_state(state: State) -> str:
+    """A state in words, for the plan and the table's legend."""
+    if not state.branches:
+        return "no attention"
+    parts = []
+    if "window" in state.branches:
+        parts.append(f"window {state.window}")
+    if "sinks" in state.branches:
+        parts.append(f"{state.sinks} sinks")
+    if "linear" in state.branches:
+        parts.append(f"linear over {'all keys' if state.cover == 'all' else 'keys outside the window'}")
+    joined = f", join {state.join}" if len(parts) > 1 else ""
+    return " + ".join(parts) + joined
+
+
+def describe_data(data: Data) -> str:
+    """The mixture in words."""
+    total = sum(s.weight for s in data.mix)
+    return " + ".join(
+        f"{s.weight / total:.0%} {s.source}" + (f" {s.path}" if isinstance(s, LocalFile) else "") for s in data.mix
+    )
+
+
+def count(value: float | None, unit: str = "") -> str:
+    """1234567 -> '1.23 M'."""
+    if value is None:
+        return "not known"
+    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}{unit}"
+    return f"{value:g} {unit}".strip()
+
+
+def show(planned: Plan, *, header: Sequence[str] = (), reused: Sequence[str] = ()) -> str:
+    """The plan as text: one block a step. `reused[i]` says what is known of an earlier result of step i."""
+    lines = [*header]
+    arch = planned.architecture
+    lines.append(
+        f"model     {arch.model_type}, {arch.num_hidden_layers} layers, {count(planned.parameters)} parameters, "
+        f"{arch.num_attention_heads}:{arch.num_key_value_heads} heads of {arch.head_dim}, vocabulary {arch.vocab_size}"
+    )
+    lines.append(f"plan      {planned.hash[:8]}, seed {planned.seed}")
+    lines.append("")
+    for i, p in enumerate(planned.steps):
+        lines.append(f"{i + 1:>2}. {p.step.step:<9} {p.what}")
+        if p.reads:
+            lines.append(f"    {'reads':<9} {p.reads}")
+        if p.trains:
+            lines.append(f"    {'trains':<9} {p.trains:,} parameters ({p.share:.2%} of the model)")
+        if isinstance(p.step, (Transfer, Tune)):
+            lines.append(f"    {'schedule':<9} {_schedule(p.step.schedule, p.optimiser_steps)}")
+        if p.cost.memory:
+            memory = p.cost.memory
+            lines.append(
+                f"    {'cost':<9} {count(p.cost.tokens)} tokens, {count(p.cost.flops, 'FLOP')}; memory about "
+                f"{count(memory['cpu'], 'B')} on a CPU, or {count(memory['cuda'], 'B')} on a GPU + {count(memory['host'], 'B')} of host"
+            )
+        if i < len(reused) and reused[i]:
+            lines.append(f"    {'result':<9} {reused[i]}")
+    flops = [p.cost.flops for p in planned.steps if p.cost.memory]
+    total = None if any(f is None for f in flops) else sum(f for f in flops if f)
+    lines += ["", f"in all    {count(total, 'FLOP')} (estimates; memory without the allocator's own)"]
+    return "\n".join(lines)
+
+
+def _schedule(schedule: Schedule, steps: int | None) -> str:
+    given = f"{schedule.epochs:g} epochs" if schedule.epochs else f"{schedule.tokens:,} tokens" if schedule.tokens else ""
+    known = f"{steps} optimiser steps" if steps is not None else "steps known once the data is read"
+    size = f"{schedule.batch} x {schedule.length} tokens"
+    if schedule.accumulation > 1:
+        size += f" x {schedule.accumulation} accumulated"
+    rate = f"{schedule.optimizer.name} lr {schedule.optimizer.lr:g}, {schedule.decay.name}"
+    return ", ".join(x for x in (given, known, size, rate) if x)
