@@ -164,7 +164,9 @@ def _states(
             raise PlanError("eval.states: a model made from nothing has no teacher; use [softmax]")
         if hybrid is None:
             if name not in ("teacher", "softmax") or not isinstance(entry, str):
-                raise PlanError(f"eval.states: {name!r} needs a swapped layer, and this method swaps none; use [softmax]")
+                raise PlanError(
+                    f"eval.states: {name!r} needs a swapped layer, and this method swaps none; use [softmax]"
+                )
             weights = "teacher" if name == "teacher" else "student"
             found.append(NamedState(name=name, weights=weights, state=None))
             continue
@@ -305,10 +307,16 @@ class _Counting:
         features = swap.config.features(arch) if swap else 0  # type: ignore[attr-defined]
         heads = arch.num_attention_heads
         # Saved for backward in one layer: inputs of the projections, q k v, features of queries and keys, three of the MLP.
-        layer = tokens * (4 * arch.hidden_size + 4 * heads * arch.head_dim + 2 * heads * features + 3 * arch.intermediate_size)
+        layer = tokens * (
+            4 * arch.hidden_size + 4 * heads * arch.head_dim + 2 * heads * features + 3 * arch.intermediate_size
+        )
         if isinstance(step, Tune):
             checkpointed = step.schedule.gradient_checkpointing
-            kept = tokens * arch.hidden_size * arch.num_hidden_layers + layer if checkpointed else layer * arch.num_hidden_layers
+            kept = (
+                tokens * arch.hidden_size * arch.num_hidden_layers + layer
+                if checkpointed
+                else layer * arch.num_hidden_layers
+            )
             activations = kept * (2 if step.schedule.autocast else 4) + 2 * tokens * arch.vocab_size * 4
         else:
             activations = layer * 4 + tokens * arch.vocab_size * 4
@@ -412,7 +420,9 @@ def show(planned: Plan, *, header: Sequence[str] = (), reused: Sequence[str] = (
 
 
 def _schedule(schedule: Schedule, steps: int | None) -> str:
-    given = f"{schedule.epochs:g} epochs" if schedule.epochs else f"{schedule.tokens:,} tokens" if schedule.tokens else ""
+    given = (
+        f"{schedule.epochs:g} epochs" if schedule.epochs else f"{schedule.tokens:,} tokens" if schedule.tokens else ""
+    )
     known = f"{steps} optimiser steps" if steps is not None else "steps known once the data is read"
     size = f"{schedule.batch} x {schedule.length} tokens"
     if schedule.accumulation > 1:

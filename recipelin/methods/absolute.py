@@ -45,9 +45,7 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     method = recipe.method
     assert isinstance(method, Config)
     branches = ("window", "linear", "sinks") if method.sinks else ("window", "linear")
-    state = State(
-        branches=branches, window=method.window, sinks=method.sinks, cover=method.cover, join="absolute"
-    )
+    state = State(branches=branches, window=method.window, sinks=method.sinks, cover=method.cover, join="absolute")
     found: list[Step] = [Swap(form="hybrid", config=method.form)]
     transfer = recipe.schedule["transfer"]
     if transfer:
@@ -87,6 +85,12 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
         )
     if schedule := recipe.schedule["tune"]:
         found.append(
-            Tune(stage="tune", lora=method.lora, trains=method.tune_form, schedule=schedule, data=schedule.data or recipe.data)
+            Tune(
+                stage="tune",
+                lora=method.lora,
+                trains=method.tune_form,
+                schedule=schedule,
+                data=schedule.data or recipe.data,
+            )
         )
     return tuple(found)

@@ -36,7 +36,5 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     )
     found: list[Step] = [Swap(form="hybrid", config=Hybrid()), Switch(state=state)]
     if schedule := recipe.schedule["tune"]:
-        found.append(
-            Tune(stage="tune", lora=method.lora, schedule=schedule, data=schedule.data or recipe.data)
-        )
+        found.append(Tune(stage="tune", lora=method.lora, schedule=schedule, data=schedule.data or recipe.data))
     return tuple(found)

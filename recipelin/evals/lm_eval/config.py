@@ -18,6 +18,9 @@ class NextLine(Base):
     part: Literal["selection", "test"] = "test"
     items: Annotated[int, Field(ge=1)] = 200
     context: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    answer: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = Field(
+        (4, 11), description="least and most tokens of the lines that are asked for and offered"
+    )
     options: Annotated[int, Field(ge=2)] = 4
 
 

@@ -1,0 +1,237 @@
+"""Which finished work still holds: digests, run keys and the store of finished steps (no torch)."""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .base import Config
+from .load import Loaded
+from .plan import Plan, Planned, digest, teacher_folder
+from .sources import fingerprint
+from .steps import Calibrate, Evaluate, Step, Swap, Switch, Transfer, Tune
+
+PACKAGE = Path(__file__).parent
+LIBRARIES = ("torch", "transformers", "peft", "lm_eval", "tokenizers", "numpy")
+
+
+def home() -> Path:
+    """Where finished steps and caches live: $RECIPELIN_HOME, or `runs` in the current folder."""
+    return Path(os.environ.get("RECIPELIN_HOME") or "runs").resolve()
+
+
+def threads() -> int:
+    """Threads of a CPU run: OMP_NUM_THREADS, or the cores that this process may use."""
+    given = os.environ.get("OMP_NUM_THREADS")
+    return int(given) if given else len(os.sched_getaffinity(0))
+
+
+def versions() -> dict[str, str]:
+    """Versions that can move a number: Python and the libraries that compute."""
+    found = {"python": platform.python_version(), "recipelin": importlib.metadata.version("recipelin")}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def digest_file(path: Path) -> str:
+    """sha256 of a file, remembered by (path, size, modification time) so that large weights are read once."""
+    stat = path.stat()
+    known = (
+        home() / "digests" / hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
+    )
+    if known.is_file():
+        return known.read_text(encoding="ascii")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if stat.st_size > 1 << 24:
+        write_atomically(known, found.encode("ascii"))
+    return found
+
+
+def digest_folder(folder: Path, names: Sequence[str] = ("*.safetensors", "config.json")) -> str:
+    """Digest of a model folder: what decides its logits."""
+    files = sorted({f for pattern in names for f in folder.glob(pattern)})
+    return digest({f.name: digest_file(f) for f in files})
+
+
+def digests(loaded: Loaded, planned: Plan) -> dict[str, str]:
+    """Digests of what the run reads: teacher, tokenizer, data. A hub id is known by its revision until it is here."""
+    found = {}
+    folder = teacher_folder(loaded)
+    model = loaded.recipe.model
+    if folder is not None:
+        found["teacher"] = digest_folder(folder)
+        found["tokenizer"] = digest_folder(folder, ("tokenizer*",))
+    else:
+        found["teacher"] = digest(model.model_dump(mode="json", exclude={"dtype"}))
+    sources: list[Any] = []
+    for step in (p.step for p in planned.steps):
+        if isinstance(step, (Calibrate, Transfer, Tune)):
+            sources += step.data.mix
+        if isinstance(step, Evaluate):
+            sources += [text for suite in step.suites for text in _texts(suite.model_dump(mode="python"))]
+    unique = {s.model_dump_json() if isinstance(s, Config) else json.dumps(s, sort_keys=True): s for s in sources}
+    found["data"] = digest({name: fingerprint(s, loaded.path.parent) for name, s in unique.items()})
+    return found
+
+
+def _texts(value: object) -> Iterator[dict[str, Any]]:
+    """Every source named anywhere inside a suite."""
+    if isinstance(value, Mapping):
+        if "source" in value:
+            yield dict(value)
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside the target, flush to disk, rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# The source files that compute a step: a mended bug must never meet weights of before. Patterns below the package.
+_COMMON = ("swap.py", "families.py", "data.py", "sources.py")
+_TRAINING = (*_COMMON, "stages.py", "checkpoint.py", "optimizer.py", "schedule.py", "attention/**/*.py")
+_SOURCES: Mapping[type, tuple[str, ...]] = {
+    Swap: (*_COMMON, "attention/**/*.py"),
+    Switch: ("states.py",),
+    Calibrate: _TRAINING,
+    Transfer: _TRAINING,
+    Tune: _TRAINING,
+    Evaluate: (*_COMMON, "hf.py", "cache.py", "exposure.py", "states.py", "attention/**/*.py", "evals/**/*.py"),
+}
+
+
+def source_digest(step: Step) -> str:
+    """Digest of the source files that compute a step: its own, and the operators'."""
+    kernels = _kernels()
+    files = {f for pattern in _SOURCES[type(step)] for f in PACKAGE.glob(pattern)}
+    if not isinstance(step, Switch):
+        files |= set(kernels.rglob("*.py"))
+    roots = (PACKAGE, kernels)
+    return digest(
+        {
+            f"{root.name}/{f.relative_to(root)}": digest_file(f)
+            for root in roots
+            for f in sorted(files)
+            if root in f.parents
+        }
+    )
+
+
+def _kernels() -> Path:
+    """The folder of the operators, found without importing them (they import torch)."""
+    spec = importlib.util.find_spec("recipelin_kernels")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("recipelin_kernels is not installed; install recipelin as a whole (pip install -e .)")
+    return Path(spec.submodule_search_locations[0])
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a result depends on beside the plan."""
+
+    digests: Mapping[str, str]
+    """teacher (weights or new model), tokenizer, data."""
+    device: str
+    threads: int
+    dtype: str
+    versions: Mapping[str, str]
+
+
+def run_keys(steps: Sequence[Planned], around: Surroundings) -> tuple[str, ...]:
+    """run_key of each step: its plan hash, the sources that compute it and all before it, and the surroundings."""
+    base = {
+        "digests": dict(around.digests),
+        "device": around.device,
+        "threads": around.threads if around.device == "cpu" else None,
+        "dtype": around.dtype,
+        "versions": dict(around.versions),
+        "machine": platform.machine(),
+    }
+    found = []
+    sources: list[str] = []
+    for planned in steps:
+        sources.append(source_digest(planned.step))
+        found.append(digest({**base, "plan": planned.hash, "sources": sources})[:20])
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Finished steps under `home()/steps/<run_key>/`, each made in a working folder and renamed when whole."""
+
+    root: Path
+
+    def finished(self, key: str) -> Path | None:
+        """The folder of a finished step, or None."""
+        folder = self.root / "steps" / key
+        return folder if (folder / "report.json").is_file() else None
+
+    def interrupted(self, key: str) -> bool:
+        """Whether a step was begun and has a checkpoint."""
+        return any((self.root / "steps" / f"{key}.working").glob("checkpoint*"))
+
+    def working(self, key: str) -> Path:
+        """The folder in which the step is made, with the checkpoints of an interrupted run."""
+        folder = self.root / "steps" / f"{key}.working"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def finish(self, key: str, report: Mapping[str, Any]) -> Path:
+        """Write the report and rename the working folder: from here on the step is finished."""
+        working, folder = self.working(key), self.root / "steps" / key
+        write_atomically(working / "report.json", json.dumps(report, indent=1).encode())
+        if folder.exists():
+            shutil.rmtree(folder)
+        working.rename(folder)
+        return folder
+
+    def forget(self, key: str) -> None:
+        """Drop what is known of a step (`--fresh`)."""
+        for folder in (self.root / "steps" / key, self.root / "steps" / f"{key}.working"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """One process at a time makes a step; the next one finds it finished."""
+        path = self.root / "locks" / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def list(self) -> list[tuple[str, dict[str, Any]]]:
+        """All finished steps with their reports, newest first."""
+        folders = sorted((self.root / "steps").glob("*/report.json"), key=lambda f: -f.stat().st_mtime)
+        return [
+            (f.parent.name, json.loads(f.read_text(encoding="utf-8")))
+            for f in folders
+            if not f.parent.name.endswith(".working")
+        ]

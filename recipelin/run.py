@@ -1,0 +1,458 @@
+"""Walks a Plan: the only place with state. Reuses finished steps, evaluates the exported student, writes one Record."""
+
+import ctypes
+import datetime
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from . import data, hf, lookup, records, reuse, stages, swap
+from .load import Loaded, load_suite
+from .plan import Plan, Planned, digest, plan, teacher_folder
+from .records import Record, Result, Row, StepTime
+from .reuse import Store, Surroundings
+from .sources import Data
+from .states import NamedState, State, resolve
+from .steps import Calibrate, Evaluate, Swap, Switch, Transfer, Tune
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says what to change. What was finished stays."""
+
+
+def run(
+    loaded: Loaded,
+    *,
+    out: Path | None = None,
+    device: str = "auto",
+    fresh: bool = False,
+    allow_code: Sequence[str] = (),
+) -> Path:
+    """Carry out one recipe (a point of its grid) and return its folder.
+
+    The folder holds record.json, items.jsonl.gz, table.md, model/, tasks/ and logs/. Finished steps of earlier runs are
+    reused; an interrupted step goes on from its last checkpoint. Raises RunError, stages.StageError, PlanError.
+    """
+    planned = plan(loaded, allow_code=allow_code)
+    place = choose_device(device)
+    folder = (out or reuse.home() / default_folder(planned)).resolve()
+    _refuse_other_run(folder, planned)
+    walk = _Walk(loaded, planned, folder, place, fresh)
+    return walk.go()
+
+
+def default_folder(planned: Plan) -> str:
+    """`pocket/lolcats` -> `pocket-lolcats--1a2b3c4d`."""
+    return f"{planned.name.replace('/', '-')}--{planned.hash[:8]}"
+
+
+def choose_device(asked: str) -> str:
+    """`auto` is the GPU where there is one. A device that is not there is an error, never a fallback."""
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = asked.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise RunError(f"--device {asked!r}: expected auto, cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
+    return asked
+
+
+def surroundings(loaded: Loaded, planned: Plan, device: str) -> Surroundings:
+    """Everything outside the plan that a result depends on, digested."""
+    return Surroundings(
+        digests=reuse.digests(loaded, planned),
+        device=device if device == "cpu" else torch.cuda.get_device_name(torch.device(device)),
+        threads=reuse.threads(),
+        dtype=loaded.recipe.model.dtype,
+        versions=reuse.versions(),
+    )
+
+
+def _refuse_other_run(folder: Path, planned: Plan) -> None:
+    """A folder holds one plan; another plan's record is never overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; --out names a folder")
+    path = folder / "record.json"
+    if path.is_file():
+        known = records.read_record(path)
+        if known.plan_hash != planned.hash:
+            raise RunError(
+                f"{folder} holds the run of another plan ({known.name}, plan {known.plan_hash[:8]}; "
+                f"this is {planned.name}, plan {planned.hash[:8]}): choose another --out, or move it away"
+            )
+
+
+def _tune_allocator() -> None:
+    """Keep large buffers on the heap: glibc otherwise returns and refaults them each step (facts/pocket.md, trap 4)."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt parameters of glibc's malloc.h
+    for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
+        libc.mallopt(parameter, value)
+
+
+def _reset_peak(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")  # 5: reset the high-water mark of resident memory
+
+
+def _peak(device: str) -> int | None:
+    """Bytes at the peak since `_reset_peak`: of the GPU's tensors, or resident on a CPU."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+@dataclass
+class _Walk:
+    """One run under way."""
+
+    loaded: Loaded
+    plan: Plan
+    folder: Path
+    device: str
+    fresh: bool
+    times: list[StepTime] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    items: list[tuple[Row, Result]] = field(default_factory=list)
+
+    def go(self) -> Path:
+        torch.set_num_threads(reuse.threads())
+        _tune_allocator()
+        started = datetime.datetime.now(datetime.UTC)
+        clock = time.monotonic()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.around = surroundings(self.loaded, self.plan, self.device)
+        self.keys = reuse.run_keys(self.plan.steps, self.around)
+        self.store = Store(reuse.home())
+        _say(
+            f"{self.plan.name}: plan {self.plan.hash[:8]}, {self.device}, {self.around.threads} threads -> {self.folder}"
+        )
+        status = "failed"
+        try:
+            self.model, self.tokenizer = self._begin()
+            for index, planned in enumerate(self.plan.steps):
+                self._step(index, planned)
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            self._write(status, started, time.monotonic() - clock)
+        return self.folder
+
+    def _begin(self) -> tuple[Any, Any]:
+        """The model that the first step meets: the teacher, or a new one with its tokenizer."""
+        recipe = self.loaded.recipe
+        if recipe.model.scratch:
+            tokenizer = self._tokenizer()
+            return hf.new_model(recipe.model.scratch.architecture, tokenizer, seed=recipe.seed), tokenizer
+        return self._teacher()
+
+    def _teacher(self) -> tuple[Any, Any]:
+        model = self.loaded.recipe.model
+        source = teacher_folder(self.loaded) or model.teacher
+        return hf.load_teacher(source, revision=model.revision, dtype=model.dtype, device=self.device)
+
+    def _tokenizer(self) -> Any:
+        scratch = self.loaded.recipe.model.scratch
+        assert scratch is not None
+        key = digest({"data": self.around.digests["data"], "tokenizer": scratch.tokenizer.model_dump()})[:20]
+        folder = reuse.home() / "tokenizers" / key
+        return data.tokenizer_for(
+            self.loaded.recipe.data, scratch.tokenizer.vocab_size, folder=self.loaded.path.parent, cache=folder
+        )
+
+    def _step(self, index: int, planned: Planned) -> None:
+        step, key = planned.step, self.keys[index]
+        number = f"[{index + 1}/{len(self.plan.steps)}] {step.step}"
+        _reset_peak(self.device)
+        clock = time.monotonic()
+        if isinstance(step, (Swap, Switch)):
+            if isinstance(step, Swap):
+                swap.swap(self.model, step, seed=self.plan.seed)
+            else:
+                swap.switch(self.model, step.state)
+            self.times.append(
+                StepTime(step=step.step, key=key, seconds=time.monotonic() - clock, peak_memory=None, reused=False)
+            )
+            return
+        if isinstance(step, Evaluate):
+            _say(f"{number}: {planned.what}")
+            self._evaluate(step, key)
+            self.times.append(
+                StepTime(
+                    step=step.step,
+                    key=key,
+                    seconds=time.monotonic() - clock,
+                    peak_memory=_peak(self.device),
+                    reused=False,
+                )
+            )
+            return
+        with self.store.lock(key):
+            if self.fresh:
+                self.store.forget(key)
+            finished = self.store.finished(key)
+            if finished:
+                report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
+                _say(f"{number}: {planned.what}: reused {finished}")
+                self._load_weights(step, finished / "weights.safetensors")
+            else:
+                _say(f"{number}: {planned.what}")
+                report = self._train(step, planned, self.store.working(key), key)
+                report |= {"seconds": time.monotonic() - clock, "peak_memory": _peak(self.device)}
+                report |= {"recipe": self.plan.name, "what": planned.what}
+                self._save_weights(step, self.store.working(key) / "weights.safetensors")
+                self.store.finish(key, report)
+        self.times.append(
+            StepTime(
+                step=getattr(step, "stage", step.step),
+                key=key,
+                seconds=report["seconds"],
+                peak_memory=report["peak_memory"],
+                reused=finished is not None,
+                report=report,
+            )
+        )
+
+    def _batches(self, source: Data, *, part: str, length: int, batch: int, stage: str) -> data.Batches:
+        seed = int(digest({"seed": self.plan.seed, "stage": stage, "part": part})[:8], 16)
+        return data.Batches(
+            source,
+            self.tokenizer,
+            part=part,
+            length=length,
+            batch=batch,
+            seed=seed,
+            folder=self.loaded.path.parent,
+            cache=reuse.home() / "tokens",
+        )
+
+    def _train(self, step: Calibrate | Transfer | Tune, planned: Planned, working: Path, key: str) -> dict[str, Any]:
+        if isinstance(step, Calibrate):
+            batches = self._batches(
+                step.data, part="training", length=step.length, batch=step.batch, stage=f"calibrate {step.what}"
+            )
+            return stages.calibrate(self.model, step, batches, device=self.device)
+        schedule = step.schedule
+        sizes = {"length": schedule.length, "batch": schedule.batch, "stage": step.stage}
+        batches = self._batches(step.data, part="training", **sizes)
+        validation = self._batches(step.data, part="selection", **sizes) if schedule.validation else None
+        arguments = {
+            "device": self.device,
+            "folder": working,
+            "seed": int(digest({"seed": self.plan.seed, "stage": step.stage})[:8], 16),
+            "log": self.folder / "logs" / step.stage,
+            "key": key,
+            "validation_batches": validation,
+            "evaluate": self._watch,
+        }
+        if isinstance(step, Transfer):
+            return stages.transfer(self.model, step, batches, **arguments)
+        return stages.tune(self.model, step, batches, **arguments)
+
+    def _watch(self, state: str, suite: str, metric: str) -> float:
+        """A suite's metric of the model as it is now, on the selection part: what a stage's validation may watch.
+
+        The mean over the suite's rows whose metric or task has that name, oriented so that smaller is better.
+        """
+        assert self.plan.hybrid is not None
+        named = resolve(state, self.plan.hybrid)
+        found: list[float] = []
+        for config in load_suite(suite, self.loaded.path).evals:
+            if "part" in type(config).model_fields:
+                config = config.model_copy(update={"part": "selection"})
+            for result in self._run_eval(config, self.model, self.tokenizer, named, seed=0, tasks="selection-tasks"):
+                if metric in (result.metric, result.task):
+                    found.append(-result.value if result.higher_is_better else result.value)
+        if not found:
+            raise RunError(f"validation: suite {suite!r} has no metric or task {metric!r}")
+        return sum(found) / len(found)
+
+    def _run_eval(
+        self, config: Any, model: Any, tokenizer: Any, named: NamedState, *, seed: int, tasks: str = "tasks"
+    ) -> tuple[Result, ...]:
+        before = swap.state_of(model)
+        if named.state is not None:
+            swap.switch(model, named.state)
+        was_training = model.training
+        model.eval()
+        try:
+            module = lookup.implementation("evals", config.eval)
+            results: tuple[Result, ...] = module.run(
+                config,
+                model=model,
+                tokenizer=tokenizer,
+                state=named,
+                seed=seed,
+                exposed_from=exposed_from(self.plan.hybrid),
+                folder=self.folder / tasks,
+                device=self.device,
+            )
+            return results
+        finally:
+            model.train(was_training)
+            if before is not None:
+                swap.switch(model, before)
+
+    def _named(self, step: Calibrate | Transfer | Tune) -> set[str]:
+        """Names of the weights that a step may have changed."""
+        names = set(self.model.state_dict())
+        if isinstance(step, Tune) and step.lora is None:
+            return names
+        changed = set(swap.form_parameters(self.model))
+        if isinstance(step, Tune) and step.lora:
+            targets = tuple(f".{t}.weight" for t in step.lora.targets)
+            changed |= {n for n in names if n.endswith(targets)}
+        return changed & names
+
+    def _save_weights(self, step: Calibrate | Transfer | Tune, path: Path) -> None:
+        state = self.model.state_dict()
+        kept = {n: state[n].detach().cpu().contiguous().clone() for n in sorted(self._named(step))}
+        temporary = path.with_suffix(".partial")
+        save_file(kept, temporary)
+        temporary.replace(path)
+
+    def _load_weights(self, step: Calibrate | Transfer | Tune, path: Path) -> None:
+        weights = load_file(path, device=self.device)
+        expected = self._named(step)
+        if set(weights) != expected:
+            odd = sorted(set(weights) ^ expected)[:3]
+            raise RunError(f"{path} does not fit the model (first differences: {', '.join(odd)}); run with --fresh")
+        with torch.no_grad():
+            state = self.model.state_dict()
+            for name, value in weights.items():
+                state[name].copy_(value)
+        if isinstance(step, Tune) and swap.forms(self.model):
+            swap.mark_merged(self.model)
+
+    def _evaluate(self, step: Evaluate, key: str) -> None:
+        """Export, reload, then every (state, suite, seed); each unit's result is kept, so a killed run goes on."""
+        exported = self.folder / "model"
+        hf.export(self.model, self.tokenizer, exported, hybrid=step.hybrid)
+        del self.model
+        units = [
+            (named, suite, config, seed)
+            for named in sorted(step.states, key=lambda s: s.weights != "teacher")
+            for suite in step.suites
+            for seed in step.seeds
+            for config in suite.evals
+        ]
+        digests = {"student": reuse.digest_folder(exported), "teacher": self.around.digests.get("teacher", "")}
+        sources = reuse.source_digest(step)
+        model, weights, found, reused = None, "", [], 0
+        bar = tqdm(units, desc="evaluate", unit="eval", file=sys.stderr, disable=None, mininterval=1.0)
+        for named, suite, config, seed in bar:
+            bar.set_postfix_str(f"{named.name}: {config.eval}")
+            unit = digest(
+                {
+                    "weights": digests[named.weights],
+                    "surroundings": [
+                        self.around.digests["data"],
+                        self.around.device,
+                        self.around.threads,
+                        self.around.dtype,
+                    ],
+                    "versions": dict(self.around.versions),
+                    "state": named.state.model_dump(mode="json") if named.state else None,
+                    "config": config.model_dump(mode="json"),
+                    "seed": seed,
+                    "exposed_from": exposed_from(step.hybrid),
+                    "sources": sources,
+                }
+            )[:20]
+            path = reuse.home() / "evaluations" / f"{unit}.json"
+            if path.is_file() and not self.fresh:
+                results = tuple(Result.model_validate_json(x) for x in json.loads(path.read_text(encoding="utf-8")))
+                reused += 1
+            else:
+                if weights != named.weights:
+                    model = None
+                    model, tokenizer = (
+                        self._teacher()
+                        if named.weights == "teacher"
+                        else hf.load_student(exported, dtype=self.around.dtype, device=self.device)
+                    )
+                    weights = named.weights
+                results = self._run_eval(config, model, tokenizer, named, seed=seed)
+                reuse.write_atomically(path, json.dumps([r.model_dump_json() for r in results]).encode())
+            found.append((named, suite, seed, results))
+        bar.close()
+        if reused:
+            _say(f"    {reused} of {len(units)} evaluations reused from {reuse.home() / 'evaluations'}")
+        order = {s.name: i for i, s in enumerate(step.states)}
+        for named, suite, seed, results in sorted(found, key=lambda f: order[f[0].name]):
+            for result in results:
+                row = Row(state=named.name, suite=suite.name, seed=seed, **result.model_dump(exclude={"items"}))
+                self.rows.append(row)
+                if result.items:
+                    self.items.append((row, result))
+
+    def _write(self, status: str, started: datetime.datetime, seconds: float) -> None:
+        loaded, planned = self.loaded, self.plan
+        state = planned.hybrid
+        provenance = records.provenance(reuse.PACKAGE.parent)
+        record = Record(
+            name=planned.name,
+            recipe=loaded.text,
+            extends=loaded.extends_text,
+            point=dict(loaded.point),
+            plan=planned.model_dump(mode="json"),
+            plan_hash=planned.hash,
+            status=status,
+            commit=provenance.commit,
+            dirty=provenance.dirty,
+            versions=dict(self.around.versions),
+            digests=dict(self.around.digests),
+            device=self.around.device,
+            threads=self.around.threads,
+            dtype=self.around.dtype,
+            kernels=swap.kernels(planned.hybrid, loaded.recipe.method),
+            seed=planned.seed,
+            started=started.isoformat(timespec="seconds"),
+            seconds=seconds,
+            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            layers=planned.layers,
+            window=state.window if state and isinstance(state.window, int) else None,
+            sinks=state.sinks if state else 0,
+            branches=state.branches if state else (),
+            margin=loaded.recipe.eval.margin,
+            steps=tuple(self.times),
+            rows=tuple(self.rows),
+        )
+        records.write_items(self.folder / "items.jsonl.gz", self.items)
+        records.write_record(self.folder / "record.json", record)
+
+
+def exposed_from(hybrid: State | None) -> int | None:
+    """First query position (from 0) with a non-empty linear set in the hybrid: window + sinks; with cover all, 0."""
+    if hybrid is None or "linear" not in hybrid.branches:
+        return None
+    if hybrid.cover == "all":
+        return 0
+    if hybrid.window == "full":
+        return None
+    return hybrid.window + (hybrid.sinks if "sinks" in hybrid.branches else 0)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
