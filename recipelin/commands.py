@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from . import reuse
+from .files import write_atomically
 from .load import Loaded, expand, load
 from .plan import Plan, PlanError, plan, show
 from .steps import Calibrate, Transfer, Tune
@@ -83,7 +84,7 @@ def run_command(arguments: argparse.Namespace) -> int:
                 point, out=out, device=arguments.device, fresh=arguments.fresh, allow_code=arguments.allow_code
             )
             table = render(run_table(read_record(folder), read_items(folder)), "markdown")
-            reuse.write_atomically(folder / "table.md", table.encode())
+            write_atomically(folder / "table.md", table.encode())
             print(table)
             print(f"record, items, table, model, logs: {folder}")
     except KeyboardInterrupt:

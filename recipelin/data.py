@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .reuse import write_atomically
+from .files import write_atomically
 from .sources import (
     Data,
     LocalFile,
@@ -242,14 +242,15 @@ def recall_words(tokenizer: Any, keys: int, values: int) -> tuple[np.ndarray, np
     """Ids of ordinary word tokens: keys and values alternate through the vocabulary and share no token."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     words = [
-        i for word, i in vocabulary if len(word) >= 4 and word[0] == "Ġ" and word[1:].isascii() and word[1:].isalpha()
+        i for word, i in vocabulary if len(word) >= 3 and word[0] == "Ġ" and word[1:].isascii() and word[1:].isalpha()
     ]
     need = 2 * max(keys, values)
     if len(words) < need:
         raise SourceError(
             f"recall: the tokenizer has {len(words)} word tokens, {need} are needed; lower keys and values"
         )
-    return np.array(words[0:need:2][:keys]), np.array(words[1:need:2][:values])
+    rare = words[-need:]  # late merges are rarer in text than early ones
+    return np.array(rare[0::2][:keys]), np.array(rare[1::2][:values])
 
 
 def _scatter_pairs(

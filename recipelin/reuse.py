@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import Config
+from .files import write_atomically
 from .load import Loaded
 from .plan import Plan, Planned, digest, teacher_folder
 from .sources import fingerprint
@@ -99,20 +99,6 @@ def _texts(value: object) -> Iterator[dict[str, Any]]:
     elif isinstance(value, (list, tuple)):
         for inner in value:
             yield from _texts(inner)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the target, flush to disk, rename: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # The source files that compute a step: a mended bug must never meet weights of before. Patterns below the package.

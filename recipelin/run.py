@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from . import data, hf, lookup, records, reuse, stages, swap
+from .files import write_atomically
 from .load import Loaded, load_suite
 from .plan import Plan, Planned, digest, plan, teacher_folder
 from .records import Record, Result, Row, StepTime
@@ -394,7 +395,7 @@ class _Walk:
                     )
                     weights = named.weights
                 results = self._run_eval(config, model, tokenizer, named, seed=seed)
-                reuse.write_atomically(path, json.dumps([r.model_dump_json() for r in results]).encode())
+                write_atomically(path, json.dumps([r.model_dump_json() for r in results]).encode())
             found.append((named, suite, seed, results))
         bar.close()
         if reused:
