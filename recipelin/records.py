@@ -1,10 +1,16 @@
 """The Record: one run with complete provenance; its rows, and its items in a sidecar (no torch)."""
 
-from typing import Annotated, Literal
+import gzip
+import json
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from .base import Config
+from .files import write_atomically
 
 
 class Item(Config):
@@ -56,7 +62,7 @@ class StepTime(Config):
     seconds: float
     peak_memory: int | None = Field(None, description="bytes")
     reused: bool
-    report: dict[str, object] = {}
+    report: dict[str, object] = Field({})
 
 
 class Record(Config):
@@ -89,3 +95,112 @@ class Record(Config):
     margin: Annotated[float, Field(gt=0)]
     steps: tuple[StepTime, ...] = ()
     rows: tuple[Row, ...] = ()
+
+
+class RecordError(ValueError):
+    """A Record or a sidecar that cannot be read; the message names the file and what is wrong with it."""
+
+
+class ItemsOf(NamedTuple):
+    """Which line of the sidecar: the items of one state on one task, for one draw of items."""
+
+    state: str
+    suite: str
+    task: str
+    metric: str
+    seed: int
+
+
+Items = Mapping[ItemsOf, tuple[Item, ...]]
+
+
+def record_path(path: Path) -> Path:
+    """The file of a Record: a run's folder holds `record.json`; a file is itself."""
+    return path / "record.json" if path.is_dir() else path
+
+
+def items_path(path: Path) -> Path:
+    """The sidecar beside a Record: of `record.json` it is `items.jsonl.gz`, of `X.json` it is `X.items.jsonl.gz`."""
+    file = record_path(path)
+    return file.with_name("items.jsonl.gz" if file.name == "record.json" else f"{file.stem}.items.jsonl.gz")
+
+
+def read_record(path: Path) -> Record:
+    """Read a Record from its file or from a run's folder. Raises RecordError."""
+    file = record_path(path)
+    try:
+        return Record.model_validate_json(file.read_bytes())
+    except FileNotFoundError as error:
+        wanted = "a run's folder (with record.json) or a Record's .json file"
+        raise RecordError(f"{file}: no such file; expected {wanted}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(p) for p in first["loc"]) or "the file"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise RecordError(f"{file}: not a Record of version 1: {place}: {first['msg']}{more}") from error
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write `record.json` atomically."""
+    write_atomically(path, (record.model_dump_json(indent=1) + "\n").encode())
+
+
+def write_items(path: Path, results: Iterable[tuple[Row, Result]]) -> None:
+    """Write the sidecar atomically: one JSON line a row, `items` as [id, score, length, exposed].
+
+    The same results give the same bytes. Raises RecordError if two rows share a key.
+    """
+    lines: dict[ItemsOf, dict[str, object]] = {}
+    for row, result in results:
+        key = ItemsOf(row.state, row.suite, row.task, row.metric, row.seed)
+        if key in lines:
+            raise RecordError(f"{key}: two rows; tasks of one suite need different names (one a distance for recall)")
+        lines[key] = key._asdict() | {"items": [[i.id, i.score, i.length, i.exposed] for i in result.items]}
+    text = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines.values())
+    write_atomically(path, gzip.compress(text.encode(), mtime=0))
+
+
+def read_items(path: Path) -> dict[ItemsOf, tuple[Item, ...]]:
+    """Read a sidecar; `path` is its file, or the Record's file or run folder. Raises RecordError."""
+    file = path if path.name.endswith(".jsonl.gz") else items_path(path)
+    found: dict[ItemsOf, tuple[Item, ...]] = {}
+    number = 0
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            for number, text in enumerate(lines, start=1):
+                line = json.loads(text)
+                items = tuple(Item(id=i, score=s, length=n, exposed=e) for i, s, n, e in line.pop("items"))
+                key = ItemsOf(**line)
+                if key in found:
+                    raise RecordError(f"{file}:{number}: {key} is there twice")
+                found[key] = items
+    except FileNotFoundError as error:
+        raise RecordError(f"{file}: no such file; it holds the items of the Record beside it") from error
+    except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError(f"{file}:{number}: not a sidecar of items: {error}") from error
+    return found
+
+
+class Provenance(NamedTuple):
+    """Which source ran. Both None: not a git checkout, or no git here."""
+
+    commit: str | None
+    dirty: bool | None
+
+
+def provenance(root: Path) -> Provenance:
+    """Commit of the checkout at `root`, and whether anything differs from it (changed, staged, or new and not ignored).
+
+    A copy that git does not track (site-packages inside somebody's own repository) has no commit.
+    """
+    try:
+        _git(root, "ls-files", "--error-unmatch", str(Path(__file__).relative_to(Path(__file__).parents[1])))
+        return Provenance(_git(root, "rev-parse", "HEAD").strip(), bool(_git(root, "status", "--porcelain").strip()))
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return Provenance(None, None)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *arguments], check=True, capture_output=True, text=True).stdout

@@ -1,0 +1,304 @@
+"""The table after a run: one Record and its items (no torch)."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from .measures import Measure, by_distance, kind_of, measures, reach
+from .records import Items, Record
+from .render import DASH, Block, Cell, Number, Table, plus_minus
+from .states import State, subsets
+from .statistics import Draws, Interval, compare, gap, ratio, recovery, retention, shapley
+from .verdict import RULE, judge, verdict
+
+POCKET_PARAMETERS = 10_000_000  # below this a teacher is a pocket teacher; the shipped one has well under 2 M
+
+
+def run_table(record: Record, items: Items, *, place: Path | None = None) -> Table:
+    """Scores of every state, what they recover, what the linear branch brings, recall by distance, and the verdict.
+
+    `items` may be empty (an old Record): intervals then come from the recorded standard errors, and nothing is paired.
+    """
+    found = measures([record], [items])
+    states = tuple(dict.fromkeys(row.state for row in record.rows))
+    judged = verdict(record, items)
+    blocks = [_scores(found, states), _recovered(found, states)]
+    if "linear" in record.branches:
+        blocks.append(_branches(record, found))
+    blocks.append(_distances(by_distance(record, items), states))
+    return Table(
+        title=f"{record.name}: what each state of the model can do",
+        lead=tuple(filter(None, (_scale(record), _unfinished(record)))),
+        blocks=tuple(b for b in blocks if b.rows and len(b.columns) > 1),
+        conclusions=(f"**Verdict: {judged.word}.** {_after_colon(judged.sentence)}", f"Rule: {RULE}"),
+        notes=(*_legend(record, found, items), *_disagreements(found), _usage(record), _source(record, items, place)),
+    )
+
+
+def _after_colon(sentence: str) -> str:
+    text = sentence.partition(": ")[2]
+    return text[:1].upper() + text[1:]
+
+
+def _scale(record: Record) -> str:
+    parameters = record.plan.get("parameters")
+    if isinstance(parameters, int) and parameters < POCKET_PARAMETERS:
+        size = f"{parameters / 1e6:.2f} M parameters"
+        return f"**Pocket scale**: the teacher has {size}. Nothing here is a result about a large model."
+    return ""
+
+
+def _unfinished(record: Record) -> str:
+    return (
+        ""
+        if record.status == "finished"
+        else f"**This run is {record.status}**: what it had not measured is missing here."
+    )
+
+
+def _shown(measure: Measure, state: str) -> Cell:
+    """A state's score: perplexity, or percent."""
+    interval = measure.interval(state)
+    if interval is None:
+        return Cell(DASH)
+    if measure.kind == "log_loss":
+        shown = Interval(math.exp(interval.value), math.exp(interval.low), math.exp(interval.high), interval.n)
+        numbers = (Number("perplexity", shown, "exp(nats)"), Number("log-loss", interval, "nats"))
+        return Cell(plus_minus(shown), numbers)
+    return Cell(plus_minus(interval, scale=100, digits=1), (Number("score", interval, "fraction"),))
+
+
+def _head(measure: Measure) -> str:
+    return measure.label if measure.kind == "log_loss" else f"{measure.label} %"
+
+
+def _scores(found: Sequence[Measure], states: Sequence[str]) -> Block:
+    rows = [(state, tuple(_shown(m, state) for m in found)) for state in states]
+    guess = [Cell(DASH) if m.chance is None else Cell(f"{m.chance:.1%}".removesuffix("%")) for m in found]
+    exposure = [(m.exposure(), m.n) for m in found]
+    exposed = [
+        Cell(DASH) if e is None else Cell(f"{e * 100:.0f}", (Number("exposed", Interval(e, e, e, n), "fraction"),))
+        for e, n in exposure
+    ]
+    rows += [
+        ("(guessing)", tuple(guess)),
+        ("(exposed %)", tuple(exposed)),
+        ("(items n)", tuple(Cell(str(m.n)) for m in found)),
+    ]
+    return Block("Scores, ± the 95 % interval", ("state", *(_head(m) for m in found)), tuple(rows))
+
+
+def _recovered(found: Sequence[Measure], states: Sequence[str]) -> Block:
+    """Plain and chance-corrected recovery; the average corrects the mean of the tasks, not their ratios."""
+    kept = [m for m in found if m.kind != "log_loss" and "teacher" in m.scores]
+    columns: list[tuple[str, Callable[[str], Draws | None], float | None]] = [
+        (_head(m), lambda s, m=m: m.draws(s) if s in m.scores else None, m.chance)  # type: ignore[misc]
+        for m in kept
+    ]
+    tasks = [m for m in kept if m.kind == "score"]
+    if len(tasks) > 1:
+        chances = [m.chance for m in tasks if m.chance is not None]
+        chance = sum(chances) / len(chances) if len(chances) == len(tasks) else None
+        columns.append(("mean of tasks %", lambda s: mean_of(tasks, s), chance))
+    rows = []
+    for state in states:
+        if state == "teacher":
+            continue
+        cells = []
+        for _, draws, chance in columns:
+            own, teacher = draws(state), draws("teacher")
+            if own is None or teacher is None:
+                cells.append(Cell(DASH))
+                continue
+            plain = recovery(own, teacher)
+            corrected = recovery(own, teacher, chance) if chance is not None else None
+            numbers = [Number(q, i, "fraction") for q, i in (("plain", plain), ("chance-corrected", corrected)) if i]
+            text = " / ".join(plus_minus(i, scale=100, digits=0) for i in (plain, corrected))
+            cells.append(Cell(text, tuple(numbers)))
+        rows.append((state, tuple(cells)))
+    title = "Recovered of the teacher, %: plain / corrected for guessing"
+    return Block(title, ("state", *(c[0].removesuffix(" %") for c in columns)), tuple(rows))
+
+
+def mean_of(found: Sequence[Measure], state: str) -> Draws | None:
+    """Mean of several measures of one state; None if one of them is missing."""
+    if any(state not in m.scores for m in found):
+        return None
+    each = [m.draws(state) for m in found]
+    return sum(each[1:], start=each[0]) * (1 / len(each))
+
+
+def _branches(record: Record, found: Sequence[Measure]) -> Block:
+    """What the linear branch brings, on exposed items: one row a metric."""
+    judged = {e.metric: e for e in judge(found, record.margin).per_metric}
+    initials = " / ".join(b for b in record.branches)
+    columns = (
+        "metric",
+        "n",
+        "teacher - window",
+        "hybrid - window",
+        "reads",
+        "gap %",
+        "retention %",
+        f"Shapley % {initials}",
+        "verdict",
+    )
+    rows = []
+    for measure in found:
+        unit = "nats" if measure.kind == "log_loss" else "points"
+        scale, digits = (1.0, 3) if unit == "nats" else (100.0, 1)
+        label = f"{'log-loss' if measure.label == 'perplexity' else measure.label}, {unit}"
+        draws = _exposed_draws(measure)
+        cells = [Cell(str(measure.exposed_items()))]
+
+        def difference(a: str, b: str, draws: dict[str, Draws] = draws) -> Interval | None:
+            return (draws[a] - draws[b]).interval() if a in draws and b in draws else None
+
+        def cell(quantity: str, interval: Interval | None, scale: float, digits: int, sign: bool, unit: str) -> Cell:
+            numbers = (Number(quantity, interval, unit),) if interval else ()
+            return Cell(plus_minus(interval, scale=scale, digits=digits, sign=sign), numbers)
+
+        base = "nats" if unit == "nats" else "fraction"
+        brought = difference("hybrid", "window")
+        cells.append(cell("teacher - window", difference("teacher", "window"), scale, digits, True, base))
+        cells.append(cell("hybrid - window", brought, scale, digits, True, base))
+        cells.append(Cell(compare(brought, record.margin) if brought else DASH))
+        lost = gap(draws["hybrid"], draws["window"], draws["teacher"]) if brought and "teacher" in draws else None
+        cells.append(cell("gap", lost, 100, 0, False, "fraction"))
+        three = [draws.get(s) for s in ("linear", "none", "teacher")]
+        kept = retention(*three) if all(three) else None  # type: ignore[arg-type]
+        cells.append(cell("retention", kept, 100, 0, False, "fraction"))
+        cells.append(_shapley(record, draws, base))
+        each = judged.get(measure.label)
+        cells.append(Cell(each.word if each else DASH))
+        rows.append((label, tuple(cells)))
+    return Block("What the linear branch brings, on exposed items", columns, tuple(rows))
+
+
+def _exposed_draws(measure: Measure) -> dict[str, Draws]:
+    if not measure.exposed_items():
+        return {}
+    return {state: measure.draws(state, exposed_only=True) for state in measure.scores}
+
+
+def subset_states(record: Record) -> dict[frozenset[str], str]:
+    """The evaluated state of every subset of the hybrid's branches, by the plan; empty where the plan does not say."""
+    hybrid, steps = record.plan.get("hybrid"), record.plan.get("steps")
+    if not isinstance(hybrid, dict) or not isinstance(steps, list):
+        return {}
+    evaluated = [s["step"].get("states", []) for s in steps if s["step"]["step"] == "evaluate"]
+    try:
+        names = {_state(s["state"]): s["name"] for states in evaluated for s in states if s["state"]}
+        wanted = subsets(_state(hybrid))
+    except ValidationError:  # a plan of before State had its present fields
+        return {}
+    return {frozenset(b): names[n.state] for b, n in wanted.items() if n.state in names}
+
+
+def _state(fields: object) -> State:
+    return State.model_validate_json(json.dumps(fields))
+
+
+def _shapley(record: Record, draws: dict[str, Draws], unit: str) -> Cell:
+    names = subset_states(record)
+    values = {branches: draws[name] for branches, name in names.items() if name in draws}
+    if len(values) < 2 ** len(record.branches):
+        return Cell(DASH)
+    found = shapley(values, record.branches)
+    numbers = [Number(f"Shapley value of {b}", d.interval(), unit) for b, d in found.items()]
+    whole = values[frozenset(record.branches)] - values[frozenset()]
+    shares = {b: ratio(d, whole) for b, d in found.items()}
+    numbers += [Number(f"Shapley share of {b}", i, "fraction") for b, i in shares.items() if i]
+    text = " / ".join(plus_minus(i, scale=100, digits=0) for i in shares.values())
+    return Cell(text if all(shares.values()) else DASH, tuple(numbers))
+
+
+def _distances(found: Sequence[Measure], states: Sequence[str]) -> Block:
+    rows = [(state, tuple(_shown(m, state) for m in found)) for state in states]
+    return Block("Recall by distance in tokens, %", ("state", *(m.label for m in found)), tuple(rows))
+
+
+def _usage(record: Record) -> str:
+    """The linear share of the normaliser by layer, averaged over heads and seeds, in the hybrid."""
+    shares: dict[str, list[float]] = {}
+    for row in record.rows:
+        if kind_of(row) is None and row.state == "hybrid" and (layer := re.search(r"layer\D*(\d+)", row.task)):
+            shares.setdefault(layer[1], []).append(row.value)
+    if not shares:
+        return "linear share of the normaliser: not measured."
+    text = ", ".join(f"layer {k}: {sum(v) / len(v):.1%}" for k, v in sorted(shares.items(), key=lambda x: int(x[0])))
+    return f"linear share of the hybrid's normaliser: {text}. It proves nothing alone: mass is not use."
+
+
+def _legend(record: Record, found: Sequence[Measure], items: Items) -> tuple[str, ...]:
+    limit = reach(record)
+    seeds = sorted({r.seed for r in record.rows})
+    how = (
+        "bootstrap over items, 2000 resamples, seed 0, paired between states"
+        if items
+        else "recorded standard errors x 1.96: this Record has no items, so nothing is paired and there is no verdict"
+    )
+    lines = [
+        "states: teacher: original weights; softmax: the student's weights under full softmax; hybrid: the student; "
+        "window, linear (over all keys), linear_outside (keys beyond the window), sinks: that part alone; none: no "
+        "attention.",
+        f"±: the longer side of the 95 % interval ({how}). No ±: all resamples agree. "
+        f"n: items; item seeds {', '.join(map(str, seeds))}.",
+        "perplexity: exp of the mean next-token log-loss on held-out text; smaller is better. Columns with %: right "
+        "answers.",
+        "(guessing): share right by a blind guess; for recall, a guess among the pairs in context.",
+        "(exposed %): share of scored tokens at which the linear branch has anything to see. Where it is low, the "
+        "window is all there is.",
+        "recovered: state / teacher, and (state - guess)/(teacher - guess); a dash where the teacher's interval "
+        "touches the guess.",
+    ]
+    if limit is not None:
+        lines.append(
+            f"recall near, far: distance up to, beyond {limit} tokens = {record.layers} layers x "
+            f"(window {record.window} - 1), the farthest that a stack of windows can see."
+        )
+    if "linear" in record.branches:
+        margin = f"{record.margin:g} ({record.margin * 100:g} points of a score, {record.margin:g} nats)"
+        lines += [
+            "exposed items: at least half of their scored tokens are exposed. Differences: larger is better (a "
+            "log-loss is negated).",
+            f"reads: equal: the whole interval of hybrid - window is within the margin {margin}; differs: it "
+            "excludes 0 and the point exceeds the margin; else undecided.",
+            "gap: (window - hybrid)/(window - teacher) in log-loss, alike in scores: what of the window's loss comes "
+            "back; negative: the linear branch harms.",
+            "retention: (none - linear)/(none - teacher) in log-loss, alike in scores: what the linear branch alone "
+            "keeps. Read gap and retention together.",
+            "Shapley: a branch's mean contribution over all orders of adding branches, in % of hybrid - none; they add "
+            "up to 100.",
+        ]
+    return tuple(lines)
+
+
+def _disagreements(found: Sequence[Measure]) -> tuple[str, ...]:
+    """Where the mean of the items is not the value in the Record's rows."""
+    lines = []
+    for measure in found:
+        for state, (value, _, _) in measure.bare.items():
+            if state in measure.scores and abs(float(measure.scores[state][0].mean()) * measure.sign - value) > 1e-6:
+                mean = float(measure.scores[state][0].mean()) * measure.sign
+                lines.append(
+                    f"CAUTION: {measure.label}, {state}: the items' mean is {mean:.6g}, "
+                    f"the Record's row says {value:.6g}."
+                )
+    return tuple(lines)
+
+
+def _source(record: Record, items: Items, place: Path | None) -> str:
+    commit = (
+        "unknown" if record.commit is None else record.commit[:10] + (" + uncommitted changes" if record.dirty else "")
+    )
+    versions = ", ".join(f"{k} {v}" for k, v in record.versions.items() if k in ("python", "torch", "transformers"))
+    return (
+        f"{record.name}: plan {record.plan_hash[:8]}, recipe seed {record.seed}, {record.device}, "
+        f"{record.threads} threads, {record.dtype}, {record.seconds:.0f} s, started {record.started}; commit {commit}; "
+        f"{versions}. Record: {place if place else 'record.json of the run'}" + ("." if items else ", without items.")
+    )

@@ -1,0 +1,129 @@
+"""The verdict on a hybrid: does its linear branch do anything that can be measured? (no torch)"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from .base import Config
+from .measures import Measure, measures
+from .records import Items, Record
+from .statistics import Interval, compare, gap
+
+Word = Literal["carries", "used", "bypassed", "undecided", "not testable"]
+
+ENOUGH = 100  # exposed items that a verdict needs (DESIGN §6)
+HALF = 0.5  # part of the window's loss that a branch must bring back to carry
+
+RULE = (
+    "d = hybrid - window, paired on exposed items. not testable: under 100 of them, or the teacher does not beat the "
+    "window. bypassed: d's interval ends at or below the margin. used: d > margin and its interval excludes 0. "
+    "carries: used, and the interval of gap = d/(teacher - window) starts at 50 % or more. Else undecided. Overall the "
+    "first that any metric reads: carries, used, undecided, bypassed."
+)
+
+
+class Verdict(Config):
+    """`word` overall, the metric that decides, a sentence with its figures, and the word of every metric."""
+
+    class OfMetric(Config):
+        """One metric: d = hybrid - window and teacher - window (larger is better; nats or 0..1), and their ratio."""
+
+        metric: str
+        word: Word
+        reason: str
+        n: int
+        difference: tuple[float, float, float] | None = None
+        lost: tuple[float, float, float] | None = None
+        gap: tuple[float, float, float] | None = None
+
+    word: Word
+    metric: str | None
+    sentence: str
+    per_metric: tuple[OfMetric, ...] = ()
+
+
+def verdict(record: Record, items: Items) -> Verdict:
+    """The verdict of one Record from the items of its states `teacher`, `window` and `hybrid`. See `RULE`."""
+    if "linear" not in record.branches:
+        return Verdict(
+            word="not testable", metric=None, sentence="not testable: this model has no linear branch to judge."
+        )
+    return judge(measures([record], [items]), record.margin)
+
+
+def judge(found: Sequence[Measure], margin: float) -> Verdict:
+    """The verdict over measures."""
+    each = tuple(_of_metric(measure, margin) for measure in found)
+    words = [e.word for e in each]
+    word: Word = "not testable"
+    for candidate in ("carries", "used", "undecided", "bypassed"):
+        if candidate in words:
+            word = candidate
+            break
+    if word == "not testable":
+        reasons = "; ".join(f"{e.metric}: {e.reason}" for e in each) or "nothing was measured"
+        return Verdict(word=word, metric=None, sentence=f"not testable: {reasons}.", per_metric=each)
+    deciding = max((e for e in each if e.word == word), key=lambda e: e.gap[1] if e.gap else float("-inf"))
+    return Verdict(word=word, metric=deciding.metric, sentence=f"{word}: {_sentence(deciding)}", per_metric=each)
+
+
+MEANING = {
+    "carries": "the linear branch brings back at least half of what the window alone loses",
+    "used": "the linear branch helps",
+    "bypassed": "dropping the linear branch costs nothing",
+    "undecided": "these items cannot tell whether the linear branch helps",
+}
+
+
+def _sentence(each: Verdict.OfMetric) -> str:
+    return f"{MEANING[each.word]}. On {each.metric}: {each.reason}."
+
+
+def _of_metric(measure: Measure, margin: float) -> Verdict.OfMetric:
+    n = measure.exposed_items()
+    missing = [s for s in ("teacher", "hybrid", "window") if s not in measure.scores]
+    if missing:
+        reason = f"no items of {', '.join(missing)}"
+        return Verdict.OfMetric(metric=measure.label, word="not testable", reason=reason, n=n)
+    if n < ENOUGH:
+        reason = f"{n} of {measure.n} items exposed (at least half of their scored tokens), {ENOUGH} needed"
+        return Verdict.OfMetric(metric=measure.label, word="not testable", reason=reason, n=n)
+    teacher, hybrid, window = (measure.draws(s, exposed_only=True) for s in ("teacher", "hybrid", "window"))
+    lost, difference = (teacher - window).interval(), (hybrid - window).interval()
+    part = gap(hybrid, window, teacher)
+    word, reason = _word(measure, lost, difference, part, margin)
+    return Verdict.OfMetric(
+        metric=measure.label,
+        word=word,
+        reason=reason,
+        n=n,
+        difference=_triple(difference),
+        lost=_triple(lost),
+        gap=_triple(part) if part else None,
+    )
+
+
+def _word(
+    measure: Measure, lost: Interval, difference: Interval, part: Interval | None, margin: float
+) -> tuple[Word, str]:
+    unit = "nats" if measure.kind == "log_loss" else "points"
+    scale = 1.0 if measure.kind == "log_loss" else 100.0
+    digits = 3 if measure.kind == "log_loss" else 1
+
+    def say(x: Interval) -> str:
+        return f"{x.value * scale:+.{digits}f} {unit} [{x.low * scale:+.{digits}f}, {x.high * scale:+.{digits}f}]"
+
+    if compare(lost, margin) != "differs" or lost.value < 0 or part is None:
+        return "not testable", f"teacher - window = {say(lost)}, n = {lost.n}: nothing for a linear branch to win"
+    figures = (
+        f"hybrid - window = {say(difference)}, n = {difference.n}; "
+        f"gap {part.value:.0%} [{part.low:.0%}, {part.high:.0%}] of the {lost.value * scale:.{digits}f} {unit} lost"
+    )
+    if difference.high <= margin:
+        return "bypassed", figures
+    if compare(difference, margin) == "differs":
+        return ("carries" if part.low >= HALF else "used"), figures
+    return "undecided", figures
+
+
+def _triple(x: Interval) -> tuple[float, float, float]:
+    return (x.value, x.low, x.high)

@@ -1,0 +1,134 @@
+"""Records and sidecars: written whole, read back equal, refused with clear words."""
+
+import gzip
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipelin.records import (
+    Item,
+    ItemsOf,
+    Record,
+    RecordError,
+    Result,
+    Row,
+    provenance,
+    read_items,
+    read_record,
+    write_items,
+    write_record,
+)
+
+RESULT = Result(
+    task="recall_96",
+    metric="acc",
+    value=0.5,
+    stderr=None,
+    n=2,
+    items=(Item(id="a", score=1.0, length=256, exposed=1.0), Item(id="b", score=0.1 + 0.2, length=9, exposed=0.0)),
+)
+
+
+def row(state: str = "hybrid", seed: int = 0) -> Row:
+    return Row(state=state, suite="pocket", seed=seed, **RESULT.model_dump(exclude={"items"}))
+
+
+def test_a_record_reads_back_equal_from_its_folder_and_its_file(make: Any, tmp_path: Path) -> None:
+    record, _ = make()
+    write_record(tmp_path / "record.json", record)
+    assert read_record(tmp_path) == read_record(tmp_path / "record.json") == record
+    assert [f.name for f in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_items_read_back_equal_and_their_bytes_repeat(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl.gz"
+    write_items(path, [(row(), RESULT), (row(seed=1), RESULT)])
+    found = read_items(tmp_path)
+    assert found[ItemsOf("hybrid", "pocket", "recall_96", "acc", 1)] == RESULT.items
+    assert len(found) == 2
+    before = path.read_bytes()
+    write_items(path, [(row(), RESULT), (row(seed=1), RESULT)])
+    assert path.read_bytes() == before
+
+
+def test_the_sidecar_has_the_form_of_the_contract(tmp_path: Path) -> None:
+    write_items(tmp_path / "items.jsonl.gz", [(row(), RESULT)])
+    line = json.loads(gzip.decompress((tmp_path / "items.jsonl.gz").read_bytes()))
+    assert list(line) == ["state", "suite", "task", "metric", "seed", "items"]
+    assert line["items"][0] == ["a", 1.0, 256, 1.0]
+
+
+def test_two_rows_of_one_key_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="two rows"):
+        write_items(tmp_path / "items.jsonl.gz", [(row(), RESULT), (row(), RESULT)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, _ = make()
+    write_record(tmp_path / "record.json", record)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_record(tmp_path / "record.json", record.model_copy(update={"status": "failed"}))
+    assert read_record(tmp_path).status == "finished"
+    assert [f.name for f in tmp_path.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 2}', b"\xff\xfe"])
+def test_what_is_no_record_is_refused_with_its_name(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_bytes(content)
+    with pytest.raises(RecordError, match=r"record\.json: not a Record"):
+        read_record(tmp_path)
+
+
+def test_missing_files_say_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match="no such file; expected a run's folder"):
+        read_record(tmp_path)
+    with pytest.raises(RecordError, match="no such file"):
+        read_items(tmp_path)
+
+
+def test_a_cut_sidecar_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl.gz"
+    write_items(path, [(row(), RESULT)])
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(RecordError, match="not a sidecar"):
+        read_items(path)
+    path.write_bytes(gzip.compress(b'{"state":"hybrid","items":[["a",1.0]]}\n'))
+    with pytest.raises(RecordError, match=r":1: not a sidecar"):
+        read_items(path)
+
+
+def git(folder: Path, *arguments: str) -> None:
+    who = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *who, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def test_provenance_of_a_clean_a_dirty_and_a_foreign_tree(tmp_path: Path) -> None:
+    assert provenance(tmp_path) == (None, None)
+    git(tmp_path, "init", "-q")
+    (tmp_path / "other.txt").write_text("x")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    assert provenance(tmp_path) == (None, None)  # somebody's own repository around an installed copy
+    (tmp_path / "recipelin").mkdir()
+    (tmp_path / "recipelin" / "records.py").write_text("")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "second")
+    clean = provenance(tmp_path)
+    assert clean.commit is not None and len(clean.commit) == 40 and clean.dirty is False
+    (tmp_path / "new.yaml").write_text("name: x")
+    assert provenance(tmp_path) == (clean.commit, True)
+
+
+def test_a_record_is_frozen(make: Any) -> None:
+    record: Record = make()[0]
+    with pytest.raises(ValueError, match="frozen"):
+        record.name = "other"  # type: ignore[misc]
