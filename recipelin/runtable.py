@@ -32,7 +32,7 @@ def run_table(record: Record, items: Items, *, place: Path | None = None) -> Tab
     blocks.append(_distances(by_distance(record, items), states))
     return Table(
         title=f"{record.name}: what each state of the model can do",
-        lead=tuple(filter(None, (_scale(record), _unfinished(record)))),
+        lead=tuple(filter(None, (scale(record), _unfinished(record)))),
         blocks=tuple(b for b in blocks if b.rows and len(b.columns) > 1),
         conclusions=(f"**Verdict: {judged.word}.** {_after_colon(judged.sentence)}", f"Rule: {RULE}"),
         notes=(*_legend(record, found, items), *_disagreements(found), _usage(record), _source(record, items, place)),
@@ -44,7 +44,7 @@ def _after_colon(sentence: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _scale(record: Record) -> str:
+def scale(record: Record) -> str:
     parameters = record.plan.get("parameters")
     if isinstance(parameters, int) and parameters < POCKET_PARAMETERS:
         size = f"{parameters / 1e6:.2f} M parameters"
@@ -60,7 +60,7 @@ def _unfinished(record: Record) -> str:
     )
 
 
-def _shown(measure: Measure, state: str) -> Cell:
+def score_cell(measure: Measure, state: str) -> Cell:
     """A state's score: perplexity, or percent."""
     interval = measure.interval(state)
     if interval is None:
@@ -77,7 +77,7 @@ def _head(measure: Measure) -> str:
 
 
 def _scores(found: Sequence[Measure], states: Sequence[str]) -> Block:
-    rows = [(state, tuple(_shown(m, state) for m in found)) for state in states]
+    rows = [(state, tuple(score_cell(m, state) for m in found)) for state in states]
     guess = [Cell(DASH) if m.chance is None else Cell(f"{m.chance:.1%}".removesuffix("%")) for m in found]
     exposure = [(m.exposure(), m.n) for m in found]
     exposed = [
@@ -135,7 +135,6 @@ def mean_of(found: Sequence[Measure], state: str) -> Draws | None:
 def _branches(record: Record, found: Sequence[Measure]) -> Block:
     """What the linear branch brings, on exposed items: one row a metric."""
     judged = {e.metric: e for e in judge(found, record.margin).per_metric}
-    initials = " / ".join(b for b in record.branches)
     columns = (
         "metric",
         "n",
@@ -144,7 +143,7 @@ def _branches(record: Record, found: Sequence[Measure]) -> Block:
         "reads",
         "gap %",
         "retention %",
-        f"Shapley % {initials}",
+        "Shapley %",
         "verdict",
     )
     rows = []
@@ -218,7 +217,7 @@ def _shapley(record: Record, draws: dict[str, Draws], unit: str) -> Cell:
 
 
 def _distances(found: Sequence[Measure], states: Sequence[str]) -> Block:
-    rows = [(state, tuple(_shown(m, state) for m in found)) for state in states]
+    rows = [(state, tuple(score_cell(m, state) for m in found)) for state in states]
     return Block("Recall by distance in tokens, %", ("state", *(m.label for m in found)), tuple(rows))
 
 
@@ -272,8 +271,8 @@ def _legend(record: Record, found: Sequence[Measure], items: Items) -> tuple[str
             "back; negative: the linear branch harms.",
             "retention: (none - linear)/(none - teacher) in log-loss, alike in scores: what the linear branch alone "
             "keeps. Read gap and retention together.",
-            "Shapley: a branch's mean contribution over all orders of adding branches, in % of hybrid - none; they add "
-            "up to 100.",
+            f"Shapley: {' / '.join(record.branches)}: a branch's mean contribution over all orders of adding branches, "
+            "in % of hybrid - none; they add up to 100.",
         ]
     return tuple(lines)
 

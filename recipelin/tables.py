@@ -1,6 +1,358 @@
-"""Tables: of one run (`run_table`), rendered (`render`)."""
+"""A table spec and published Records -> a table: ours beside what the paper printed (no torch).
 
-from .render import FORMATS, render
-from .runtable import run_table
+A spec (results/tables/<paper>-table<N>.yaml) says which recipe, state and task fill each cell. What was not run is
+shown as not run: never as zero, never as the paper's number.
+"""
 
-__all__ = ["FORMATS", "render", "run_table"]
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from .base import Config
+from .measures import Measure, measures
+from .records import Items, Record, read_items, read_record
+from .render import DASH, FORMATS, Block, Cell, Number, Table, plus_minus, render
+from .runtable import mean_of, run_table, scale, score_cell
+from .statistics import Draws, Interval, recovery
+from .verdict import RULE, judge
+
+Trust = Literal["T", "R", "M", "C", "I"]
+TRUST = {
+    "T": "in the paper, through a third party",
+    "R": "by a reviewer of the paper",
+    "M": "by a machine-made summary",
+    "C": "in the baseline's code",
+    "I": "inferred",
+}
+
+
+class TableError(ValueError):
+    """A table that cannot be made; the message says what to change."""
+
+
+class Printed(Config):
+    """A number as the paper prints it. Sample YAML: `{value: 92.26, footnote: 1}`"""
+
+    value: float
+    trust: Trust | None = Field(None, description="how it is known; default: the row's")
+    footnote: Annotated[int, Field(ge=1)] | None = None
+
+
+class Column(Config):
+    """What a column shows: a task, recall near or far, the mean of columns, or the recovery of a column.
+
+    Scores and recoveries are shown in percent, a log-loss as perplexity; printed numbers are in the same unit.
+    Sample YAML: `{label: PIQA, task: piqa}`, `{label: AVG, mean_of: [PIQA, ARC-E]}`, `{label: Rec, recovery_of: AVG}`
+    """
+
+    label: str
+    suite: str | None = Field(None, description="needed only where two suites have the task")
+    task: str | None = None
+    recall: Literal["near", "far"] | None = None
+    mean_of: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    recovery_of: str | None = None
+    corrected: bool = Field(False, description="recovery corrected for guessing")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Column":
+        if sum(x is not None for x in (self.task, self.recall, self.mean_of, self.recovery_of)) != 1:
+            raise ValueError("give exactly one of task, recall, mean_of and recovery_of")
+        return self
+
+
+class TableRow(Config):
+    """One row. Several recipes (or one run with several seeds) are pooled as seeds.
+
+    Sample YAML: `{label: SWA only, recipe: untangling/mistral-lolcats, state: window, trust: T, printed: {AVG: 65.56}}`
+    """
+
+    label: str
+    recipe: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    state: str
+    trust: Trust | None = None
+    printed: dict[str, float | Printed] = Field({}, description="column: number as printed")
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        return (self.recipe,) if isinstance(self.recipe, str) else self.recipe
+
+
+class Spec(Config):
+    """A table spec, whole."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    title: str
+    paper: str | None = None
+    columns: Annotated[tuple[Column, ...], Field(min_length=1)]
+    rows: Annotated[tuple[TableRow, ...], Field(min_length=1)]
+    footnotes: tuple[str, ...] = Field((), description="numbered from 1; the paper's own contradictions, for one")
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> "Spec":
+        labels = [c.label for c in self.columns]
+        plain = [c.label for c in self.columns if c.task or c.recall]
+        if twice := [x for x in dict.fromkeys(labels) if labels.count(x) > 1]:
+            raise ValueError(f"two columns {twice[0]!r}")
+        for column in self.columns:
+            for label in column.mean_of or ():
+                if label not in plain:
+                    raise ValueError(
+                        f"mean_of of {column.label!r}: no task column {label!r}; there are {', '.join(plain)}"
+                    )
+            if column.recovery_of is not None and column.recovery_of not in labels:
+                raise ValueError(f"recovery_of of {column.label!r}: no column {column.recovery_of!r}")
+        for row in self.rows:
+            for label, printed in row.printed.items():
+                if label not in labels:
+                    raise ValueError(
+                        f"row {row.label!r}: printed has no column {label!r}; there are {', '.join(labels)}"
+                    )
+                if isinstance(printed, Printed) and (printed.footnote or 0) > len(self.footnotes):
+                    raise ValueError(f"row {row.label!r}, {label!r}: there is no footnote {printed.footnote}")
+        return self
+
+
+class Published(NamedTuple):
+    """A Record with its items, and its file."""
+
+    record: Record
+    items: Items
+    place: Path
+
+
+class _Source(NamedTuple):
+    """What fills the rows of one recipe: Records of its seeds, newest first, and their measures."""
+
+    chosen: tuple[Published, ...]
+    left_out: int
+    measures: tuple[Measure, ...]
+
+
+def read_published(folder: Path, spec: Spec) -> tuple[Published, ...]:
+    """The published Records under `folder` that the spec asks for. Raises RecordError."""
+    names = {name for row in spec.rows for name in row.recipes}
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        if any(path.name.startswith(f"{name.replace('/', '-')}--") for name in names):
+            record = read_record(path)
+            if record.name in names:
+                found.append(Published(record, read_items(path), path))
+    return tuple(found)
+
+
+def tabulate(spec: Spec, records: Sequence[Published]) -> Table:
+    """Ours, what was printed, the difference and the interval; what was not run is listed.
+
+    Raises TableError for a column that names what its Records do not have, RecordError for Records that do not fit.
+    """
+    sources = {row.recipes: _source(row.recipes, records) for row in spec.rows}
+    columns = {c.label: c for c in spec.columns}
+    rows: list[tuple[str, tuple[Cell, ...]]] = []
+    missing: dict[str, None] = {}
+    for row in spec.rows:
+        source = sources[row.recipes]
+        ours = [_interval(columns, label, row.state, source.measures) for label in columns]
+        if not source.chosen:
+            missing.update(dict.fromkeys(row.recipes))
+        rows.append((row.label, tuple(_ours(source, column, x) for column, x in zip(spec.columns, ours, strict=True))))
+        if row.printed:
+            rows += _beside(row, spec.columns, ours)
+    rows.append(("(items n)", tuple(Cell(_count(c, list(sources.values()))) for c in spec.columns)))
+    return Table(
+        title=spec.title,
+        lead=tuple(filter(None, dict.fromkeys(scale(p.record) for s in sources.values() for p in s.chosen))),
+        blocks=(Block("Ours, ± the 95 % interval", ("row", *columns), tuple(rows)),),
+        conclusions=_verdicts(sources),
+        notes=(*_notes(spec, sources), *_to_run(missing)),
+    )
+
+
+def _source(names: Sequence[str], records: Sequence[Published]) -> _Source:
+    """The newest Record of each seed, of those that ran the newest Record's steps on its teacher."""
+    mine = sorted((p for p in records if p.record.name in names), key=lambda p: p.record.started, reverse=True)
+    mine = [p for p in mine if p.record.status == "finished"]
+    chosen: dict[int, Published] = {}
+    for each in mine:
+        if _work(each.record) == _work(mine[0].record):
+            chosen.setdefault(each.record.seed, each)
+    kept = tuple(chosen.values())
+    found = measures([p.record for p in kept], [p.items for p in kept]) if kept else ()
+    return _Source(kept, len(mine) - len(kept), found)
+
+
+def _work(record: Record) -> str:
+    """What ran, but for the seed."""
+    steps = record.plan.get("steps")
+    work = [s["step"] for s in steps] if isinstance(steps, list) else record.plan_hash
+    return json.dumps([work, record.digests.get("teacher")], sort_keys=True)
+
+
+def _find(column: Column, found: Sequence[Measure]) -> Measure | None:
+    """The measure of a task or recall column; None if the Record has none."""
+
+    def fits(measure: Measure) -> bool:
+        if column.suite is not None and measure.suite != column.suite:
+            return False
+        if column.recall is not None:
+            return measure.kind == "recall" and measure.label.endswith(column.recall)
+        return column.task in measure.tasks and measure.kind != "recall"
+
+    fitting = [m for m in found if fits(m)]
+    if len(fitting) > 1:
+        suites = ", ".join(f"{m.suite} ({m.metric})" for m in fitting)
+        raise TableError(f"column {column.label!r} fits {len(fitting)} measures: {suites}; say which suite")
+    return fitting[0] if fitting else None
+
+
+def _draws(
+    columns: dict[str, Column], label: str, state: str, found: Sequence[Measure]
+) -> tuple[Draws | None, float | None]:
+    """A score column's mean and its chance; (None, None) where anything is missing."""
+    column = columns[label]
+    if column.recovery_of is not None:
+        raise TableError(f"column {label!r} is a recovery: it has no recovery of its own")
+    members = [_find(columns[x], found) for x in column.mean_of] if column.mean_of else [_find(column, found)]
+    known = [m for m in members if m is not None]
+    if len(known) < len(members):
+        return None, None
+    if any(m.kind == "log_loss" for m in known):
+        raise TableError(f"column {label!r}: a mean or a recovery of a log-loss has no meaning; see retention and gap")
+    chances = [m.chance for m in known if m.chance is not None]
+    return mean_of(known, state), sum(chances) / len(chances) if len(chances) == len(known) else None
+
+
+class _Ours(NamedTuple):
+    """A cell of ours: its text and numbers, and the interval in the unit of the printed numbers."""
+
+    cell: Cell
+    shown: Interval
+
+
+def _interval(columns: dict[str, Column], label: str, state: str, found: Sequence[Measure]) -> _Ours | None:
+    column = columns[label]
+    if column.task or column.recall:
+        measure = _find(column, found)
+        cell = score_cell(measure, state) if measure else None
+        if measure is None or cell is None or not cell.numbers:
+            return None
+        first = cell.numbers[0].interval
+        return _Ours(cell, _times(first, 1.0 if measure.kind == "log_loss" else 100.0))
+    if column.mean_of:
+        draws, _ = _draws(columns, label, state, found)
+        interval = draws.interval() if draws else None
+        quantity = "mean"
+    else:
+        assert column.recovery_of is not None
+        own, chance = _draws(columns, column.recovery_of, state, found)
+        teacher, _ = _draws(columns, column.recovery_of, "teacher", found)
+        if own is None or teacher is None or (column.corrected and chance is None):
+            return None
+        interval = recovery(own, teacher, chance if column.corrected else None)
+        quantity = "recovery, corrected" if column.corrected else "recovery"
+    if interval is None:
+        return None
+    text = plus_minus(interval, scale=100, digits=1)
+    return _Ours(Cell(text, (Number(quantity, interval, "fraction"),)), _times(interval, 100.0))
+
+
+def _times(x: Interval, factor: float) -> Interval:
+    return Interval(x.value * factor, x.low * factor, x.high * factor, x.n)
+
+
+def _ours(source: _Source, column: Column, ours: _Ours | None) -> Cell:
+    if ours is not None:
+        return ours.cell
+    if not source.chosen:
+        return Cell("not run")
+    # A recovery whose teacher touches the floor is a dash; a state or task that the Record lacks is named.
+    return Cell(DASH if column.recovery_of else "not in Record")
+
+
+def _beside(
+    row: TableRow, columns: Sequence[Column], ours: Sequence[_Ours | None]
+) -> list[tuple[str, tuple[Cell, ...]]]:
+    """The printed numbers, and ours minus printed with our interval."""
+    printed_cells, differences = [], []
+    for column, own in zip(columns, ours, strict=True):
+        given = row.printed.get(column.label)
+        if given is None:
+            printed_cells.append(Cell(DASH))
+            differences.append(Cell(DASH))
+            continue
+        printed = given if isinstance(given, Printed) else Printed(value=float(given))
+        tag = f" [{printed.trust}]" if printed.trust and printed.trust != row.trust else ""
+        mark = f" ({printed.footnote})" if printed.footnote else ""
+        known = Interval(printed.value, float("nan"), float("nan"), 0)
+        printed_cells.append(Cell(f"{printed.value:g}{tag}{mark}", (Number("printed", known, "as printed"),)))
+        if own is None:
+            differences.append(Cell(DASH))
+        else:
+            x = own.shown
+            shifted = Interval(x.value - printed.value, x.low - printed.value, x.high - printed.value, x.n)
+            text = plus_minus(shifted, digits=1, sign=True)
+            differences.append(Cell(text, (Number("ours - printed", shifted, "as printed"),)))
+    trust = f" [{row.trust}]" if row.trust else ""
+    return [
+        (f"{row.label}: printed{trust}", tuple(printed_cells)),
+        (f"{row.label}: difference", tuple(differences)),
+    ]
+
+
+def _count(column: Column, sources: Sequence[_Source]) -> str:
+    """Items behind a task column, over all recipes."""
+    if not (column.task or column.recall):
+        return ""
+    found = sorted({m.n for s in sources if (m := _find(column, s.measures)) is not None})
+    return "" if not found else str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _verdicts(sources: dict[tuple[str, ...], _Source]) -> tuple[str, ...]:
+    """One line a recipe that has a linear branch, and the rule."""
+    lines = []
+    for names, source in sources.items():
+        if source.chosen and "linear" in source.chosen[0].record.branches:
+            found = judge(source.measures, source.chosen[0].record.margin)
+            lines.append(f"**{', '.join(names)}**: verdict {found.sentence}")
+    return (*lines, f"Rule: {RULE}") if lines else ()
+
+
+def _notes(spec: Spec, sources: dict[tuple[str, ...], _Source]) -> tuple[str, ...]:
+    lines = [
+        "scores in %, ± the longer side of the 95 % interval (bootstrap over items, paired); perplexity: smaller is "
+        "better."
+    ]
+    if any(s.recall for s in spec.columns):
+        lines.append(
+            "recall near, far: distance up to, beyond layers x (window - 1) tokens, the reach of a stack of windows."
+        )
+    tags = {r.trust for r in spec.rows} | {
+        p.trust for r in spec.rows for p in r.printed.values() if isinstance(p, Printed)
+    }
+    if any(r.printed for r in spec.rows):
+        paper = spec.paper or "the paper"
+        lines.append(
+            f"printed: what {paper} prints; difference: ours - printed, with our interval (the printed has none)."
+        )
+        lines += [f"[{t}]: {TRUST[t]}." for t in TRUST if t in tags]
+    lines += [f"({number}) {text}" for number, text in enumerate(spec.footnotes, start=1)]
+    for names, source in sources.items():
+        for each in source.chosen:
+            record = each.record
+            commit = (record.commit or "unknown")[:10] + (" + uncommitted changes" if record.dirty else "")
+            lines.append(f"{record.name}, seed {record.seed}: {record.device}, commit {commit}, {each.place.name}")
+        if len(source.chosen) > 1:
+            lines.append(f"{', '.join(names)}: {len(source.chosen)} seeds, resampled beside the items.")
+        if source.left_out:
+            lines.append(f"{', '.join(names)}: {source.left_out} older Records (other plans, same seed) are left out.")
+    return tuple(lines)
+
+
+def _to_run(missing: dict[str, None]) -> tuple[str, ...]:
+    """What must still be run, as the commands to type."""
+    return tuple(f"still to run: recipelin run {name}, then recipelin publish with its folder" for name in missing)
+
+
+__all__ = ["FORMATS", "Published", "Spec", "TableError", "read_published", "render", "run_table", "tabulate"]

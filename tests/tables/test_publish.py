@@ -1,0 +1,71 @@
+"""Publishing copies a whole, clean run once, and refuses everything else with the way out."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipelin.publish import PublishError, publish, publish_command
+from recipelin.records import Result, read_items, read_record, write_items, write_record
+
+
+def lay(make: Any, folder: Path, **changes: Any) -> Path:
+    record, items = make(**changes)
+    write_record(folder / "record.json", record)
+    pairs = []
+    for row in record.rows:
+        key = (row.state, row.suite, row.task, row.metric, row.seed)
+        if key in items:
+            fields = row.model_dump(exclude={"state", "suite", "seed"})
+            pairs.append((row, Result(**fields, items=items[key])))
+    write_items(folder / "items.jsonl.gz", pairs)
+    return folder
+
+
+def test_a_clean_run_is_copied_as_it_is_and_only_once(make: Any, tmp_path: Path) -> None:
+    run = lay(make, tmp_path / "run")
+    path = publish(run, tmp_path / "results")
+    assert path.parent == tmp_path / "results" / "records"
+    stem, rand = path.stem.rsplit("-", 1)
+    assert stem == "pocket-lolcats--1a2b3c4d--20261124T130000Z" and len(rand) == 4
+    assert path.read_bytes() == (run / "record.json").read_bytes()
+    assert read_record(path) == read_record(run) and read_items(path) == read_items(run)
+    assert publish(run, tmp_path / "results") == path
+    assert len(list(path.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dirty": True}, "differed from commit 0123456789.*commit the changes.*run it again"),
+        ({"dirty": None}, "differed from commit"),
+        ({"commit": None, "dirty": None}, "commit of the source that ran is unknown.*clone.*run it again"),
+        ({"status": "interrupted"}, "this run is interrupted; run it to its end: recipelin run pocket/lolcats"),
+    ],
+)
+def test_what_nobody_could_repeat_is_refused(changes: dict[str, Any], words: str, make: Any, tmp_path: Path) -> None:
+    run = lay(make, tmp_path / "run", **changes)
+    with pytest.raises(PublishError, match=words):
+        publish(run, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_command(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    run = lay(make, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert publish_command(argparse.Namespace(run=str(run))) == 2
+    assert "there is no results/" in capsys.readouterr().err
+    (tmp_path / "results").mkdir()
+    assert publish_command(argparse.Namespace(run=str(tmp_path / "nothing"))) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert publish_command(argparse.Namespace(run=str(run))) == 0
+    assert capsys.readouterr().out.startswith("results/records/pocket-lolcats--")
+
+
+def test_a_run_without_its_items_is_refused(make: Any, tmp_path: Path) -> None:
+    run = lay(make, tmp_path / "run")
+    (run / "items.jsonl.gz").unlink()
+    with pytest.raises(ValueError, match="no such file; it holds the items"):
+        publish(run, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
