@@ -1,0 +1,84 @@
+"""Hybrid attention as it is defined: quadratic, in any float dtype, gradients by autograd."""
+
+import torch
+from torch import Tensor
+
+from .rows import Options, Rows, divide, softmax_set, visible
+
+
+def hybrid_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    mix: Tensor | None,
+    log_scale: Tensor | None,
+    window_keep: Tensor | None,
+    options: Options,
+    rows: Rows,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y [B,H,T,D]; the window branch alone, the linear branch alone (each normalised by itself), the linear share [B,H,T].
+
+    The formulas are DESIGN §5. Whole T x T matrices: the definition, not the way to compute.
+    """
+    heads = q.shape[1]
+    k, v, phi_k = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v, phi_k))
+    near, far_sinks = (m[:, None] for m in softmax_set(options, rows, rows))
+    seen = visible(rows, rows)[:, None]
+    outside = seen & ~near & ~far_sinks
+    linear = seen if options.cover == "all" else outside
+    sink = (rows.position < options.sinks)[:, None, None, :]
+    soft = torch.zeros_like(seen)
+    if options.has("window"):
+        soft = soft | near
+    if options.has("sinks"):
+        # A sink inside the window goes with the window, unless only the sinks are left.
+        soft = soft | (seen & sink)
+    if window_keep is not None:
+        kept = window_keep[:, :, None, None]
+        soft = soft & kept
+        linear = torch.where(kept, linear, seen if options.on_drop == "linear_covers_all" else linear)
+    if not options.has("linear"):
+        linear = torch.zeros_like(linear)
+    hidden = torch.zeros_like(seen)
+    if not options.shown("window"):
+        hidden = hidden | (near & ~sink)
+    if not options.shown("sinks"):
+        hidden = hidden | far_sinks
+    scores = (q @ k.transpose(-1, -2)) * options.scale
+    top = torch.where(soft, scores, -torch.inf).amax(-1, keepdim=True)
+    top = torch.where(torch.isinf(top), 0.0, top)
+    if options.max_gradient == "detached":
+        top = top.detach()
+    a = torch.where(soft, torch.exp(torch.where(soft, scores - top, 0.0)), 0.0)
+    pairs = phi_q @ phi_k.transpose(-1, -2)
+    b = torch.where(linear, pairs, 0.0)
+    a_mass, b_mass = a.sum(-1), b.sum(-1)
+    a_value = torch.where(hidden, 0.0, a) @ v
+    b_value = b @ v if options.shown("linear") else torch.zeros_like(a_value)
+
+    if options.join == "shared":
+        assert mix is not None
+        g = mix.to(q.dtype)[:, None]
+        mass = g * a_mass + b_mass
+        y = divide(g[..., None] * a_value + b_value, mass, options.signed)
+        share = divide(b_mass[..., None], mass, options.signed)[..., 0]
+    elif options.join == "replace":
+        m = torch.where(soft, pairs, 0.0).sum(-1)
+        mass = m + b_mass
+        y = divide(m[..., None] * divide(a_value, a_mass, False) + b_value, mass, options.signed)
+        share = divide(b_mass[..., None], mass, options.signed)[..., 0]
+    else:
+        assert log_scale is not None
+        # In these units the shift drops out: exp(s) = exp(s - top) exp(top).
+        tiny = torch.finfo(a.dtype).tiny
+        lse_soft = top[..., 0] + a_mass.clamp(min=tiny).log()
+        lse_linear = log_scale.to(q.dtype)[:, None] + b_mass.clamp(min=tiny).log()
+        share = torch.where(b_mass > 0, torch.sigmoid(lse_linear - lse_soft), 0.0)
+        share = torch.where((a_mass == 0) & (b_mass > 0), 1.0, share)
+        y = (1 - share)[..., None] * divide(a_value, a_mass, False)
+        y = y + share[..., None] * divide(b_value, b_mass, options.signed)
+    real = (rows.segment >= 0)[:, None, :, None]
+    y = torch.where(real, y, 0.0)
+    return y, divide(a_value, a_mass, False), divide(b_value, b_mass, options.signed), share
