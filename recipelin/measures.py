@@ -115,7 +115,9 @@ def measures(records: Sequence[Record], items: Sequence[Items]) -> tuple[Measure
     for (suite, metric, name), rows in groups.items():
         kind = kind_of(rows[0])
         assert kind is not None
-        label = "perplexity" if kind == "log_loss" and name in ("perplexity", metric) else name.replace("_", " ")
+        label = name.replace("_", " ")
+        if kind == "log_loss" and name != "perplexity":
+            label = "perplexity" if name == metric else f"perplexity {label}"
         found.append(
             _measure(
                 f"{suite}: {label}" if len(suites) > 1 else label,

@@ -150,7 +150,7 @@ def _branches(record: Record, found: Sequence[Measure]) -> Block:
     for measure in found:
         unit = "nats" if measure.kind == "log_loss" else "points"
         scale, digits = (1.0, 3) if unit == "nats" else (100.0, 1)
-        label = f"{'log-loss' if measure.label == 'perplexity' else measure.label}, {unit}"
+        label = f"{measure.label.replace('perplexity', 'log-loss')}, {unit}"
         draws = _exposed_draws(measure)
         cells = [Cell(str(measure.exposed_items()))]
 

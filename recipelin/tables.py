@@ -4,115 +4,25 @@ A spec (results/tables/<paper>-table<N>.yaml) says which recipe, state and task 
 shown as not run: never as zero, never as the paper's number.
 """
 
+import argparse
+import difflib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
-from pydantic import Field, model_validator
-
-from .base import Config
 from .measures import Measure, measures
-from .records import Items, Record, read_items, read_record
-from .render import DASH, FORMATS, Block, Cell, Number, Table, plus_minus, render
+from .records import Items, Record, RecordError, items_path, read_items, read_record, record_path
+from .render import DASH, FORMATS, Block, Cell, Format, Number, Table, plus_minus, render
 from .runtable import mean_of, run_table, scale, score_cell
 from .statistics import Draws, Interval, recovery
+from .tablespec import TRUST, Column, Printed, Spec, SpecError, TableRow, read_spec
 from .verdict import RULE, judge
-
-Trust = Literal["T", "R", "M", "C", "I"]
-TRUST = {
-    "T": "in the paper, through a third party",
-    "R": "by a reviewer of the paper",
-    "M": "by a machine-made summary",
-    "C": "in the baseline's code",
-    "I": "inferred",
-}
 
 
 class TableError(ValueError):
     """A table that cannot be made; the message says what to change."""
-
-
-class Printed(Config):
-    """A number as the paper prints it. Sample YAML: `{value: 92.26, footnote: 1}`"""
-
-    value: float
-    trust: Trust | None = Field(None, description="how it is known; default: the row's")
-    footnote: Annotated[int, Field(ge=1)] | None = None
-
-
-class Column(Config):
-    """What a column shows: a task, recall near or far, the mean of columns, or the recovery of a column.
-
-    Scores and recoveries are shown in percent, a log-loss as perplexity; printed numbers are in the same unit.
-    Sample YAML: `{label: PIQA, task: piqa}`, `{label: AVG, mean_of: [PIQA, ARC-E]}`, `{label: Rec, recovery_of: AVG}`
-    """
-
-    label: str
-    suite: str | None = Field(None, description="needed only where two suites have the task")
-    task: str | None = None
-    recall: Literal["near", "far"] | None = None
-    mean_of: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    recovery_of: str | None = None
-    corrected: bool = Field(False, description="recovery corrected for guessing")
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> "Column":
-        if sum(x is not None for x in (self.task, self.recall, self.mean_of, self.recovery_of)) != 1:
-            raise ValueError("give exactly one of task, recall, mean_of and recovery_of")
-        return self
-
-
-class TableRow(Config):
-    """One row. Several recipes (or one run with several seeds) are pooled as seeds.
-
-    Sample YAML: `{label: SWA only, recipe: untangling/mistral-lolcats, state: window, trust: T, printed: {AVG: 65.56}}`
-    """
-
-    label: str
-    recipe: str | Annotated[tuple[str, ...], Field(min_length=1)]
-    state: str
-    trust: Trust | None = None
-    printed: dict[str, float | Printed] = Field({}, description="column: number as printed")
-
-    @property
-    def recipes(self) -> tuple[str, ...]:
-        return (self.recipe,) if isinstance(self.recipe, str) else self.recipe
-
-
-class Spec(Config):
-    """A table spec, whole."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
-    title: str
-    paper: str | None = None
-    columns: Annotated[tuple[Column, ...], Field(min_length=1)]
-    rows: Annotated[tuple[TableRow, ...], Field(min_length=1)]
-    footnotes: tuple[str, ...] = Field((), description="numbered from 1; the paper's own contradictions, for one")
-
-    @model_validator(mode="after")
-    def _names_fit(self) -> "Spec":
-        labels = [c.label for c in self.columns]
-        plain = [c.label for c in self.columns if c.task or c.recall]
-        if twice := [x for x in dict.fromkeys(labels) if labels.count(x) > 1]:
-            raise ValueError(f"two columns {twice[0]!r}")
-        for column in self.columns:
-            for label in column.mean_of or ():
-                if label not in plain:
-                    raise ValueError(
-                        f"mean_of of {column.label!r}: no task column {label!r}; there are {', '.join(plain)}"
-                    )
-            if column.recovery_of is not None and column.recovery_of not in labels:
-                raise ValueError(f"recovery_of of {column.label!r}: no column {column.recovery_of!r}")
-        for row in self.rows:
-            for label, printed in row.printed.items():
-                if label not in labels:
-                    raise ValueError(
-                        f"row {row.label!r}: printed has no column {label!r}; there are {', '.join(labels)}"
-                    )
-                if isinstance(printed, Printed) and (printed.footnote or 0) > len(self.footnotes):
-                    raise ValueError(f"row {row.label!r}, {label!r}: there is no footnote {printed.footnote}")
-        return self
 
 
 class Published(NamedTuple):
@@ -328,6 +238,12 @@ def _notes(spec: Spec, sources: dict[tuple[str, ...], _Source]) -> tuple[str, ..
         lines.append(
             "recall near, far: distance up to, beyond layers x (window - 1) tokens, the reach of a stack of windows."
         )
+    for column in spec.columns:
+        if column.mean_of:
+            lines.append(f"{column.label}: mean of {', '.join(column.mean_of)}.")
+        elif column.recovery_of:
+            ratio = "(state - guess)/(teacher - guess)" if column.corrected else "state / teacher"
+            lines.append(f"{column.label}: {ratio} of {column.recovery_of}, in %.")
     tags = {r.trust for r in spec.rows} | {
         p.trust for r in spec.rows for p in r.printed.values() if isinstance(p, Printed)
     }
@@ -355,4 +271,68 @@ def _to_run(missing: dict[str, None]) -> tuple[str, ...]:
     return tuple(f"still to run: recipelin run {name}, then recipelin publish with its folder" for name in missing)
 
 
-__all__ = ["FORMATS", "Published", "Spec", "TableError", "read_published", "render", "run_table", "tabulate"]
+def table_command(arguments: argparse.Namespace) -> int:
+    """`recipelin table [PATH] [--format F] [--check]`; PATH is a spec, a folder of specs, a run's folder or a Record.
+
+    `arguments`: path (str; None: results/tables), format, check. --check compares a spec's table with the .md beside
+    it and prints the difference: exit 1. Exit 2 with the reason for what cannot be read.
+    """
+    path = Path(arguments.path or "results/tables")
+    try:
+        is_spec = path.suffix == ".yaml"
+        specs = [path] if is_spec else sorted(path.glob("*.yaml")) if path.is_dir() else []
+        if specs:
+            same = [_show_spec(each, arguments.format, check=arguments.check) for each in specs]
+            return 0 if all(same) else 1
+        if arguments.check:
+            raise TableError(
+                f"{path}: --check compares specs (results/tables/*.yaml) with their .md; there is none here"
+            )
+        record = read_record(path)
+        items = read_items(path) if items_path(path).exists() else {}
+        print(render(run_table(record, items, place=record_path(path)), arguments.format), end="")
+    except (SpecError, TableError, RecordError) as error:
+        print(f"recipelin: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def spec_table(path: Path) -> Table:
+    """The table of a spec, from the Records in `../records` beside its folder."""
+    spec = read_spec(path)
+    return tabulate(spec, read_published(path.resolve().parent.parent / "records", spec))
+
+
+def _show_spec(path: Path, format: Format, *, check: bool) -> bool:
+    """Print the table, or with `check` compare it with the committed one; False where they differ."""
+    if not check:
+        print(render(spec_table(path), format), end="")
+        return True
+    committed = path.with_suffix(".md")
+    made = render(spec_table(path), "markdown")
+    known = committed.read_text(encoding="utf-8") if committed.is_file() else ""
+    if made == known:
+        print(f"{committed}: as made from the Records")
+        return True
+    lines = difflib.unified_diff(
+        known.splitlines(keepends=True), made.splitlines(keepends=True), str(committed), "made from the Records"
+    )
+    print("".join(lines), end="")
+    print(
+        f"{committed} is not what its Records give; to make it anew: recipelin table {path} > {committed}",
+        file=sys.stderr,
+    )
+    return False
+
+
+__all__ = [
+    "FORMATS",
+    "Spec",
+    "TableError",
+    "read_spec",
+    "render",
+    "run_table",
+    "spec_table",
+    "table_command",
+    "tabulate",
+]

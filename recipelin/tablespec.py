@@ -1,0 +1,155 @@
+"""The schema of a table spec: rows, columns, what the paper printed, and which recipe fills a cell (no torch)."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from .base import Config
+
+Trust = Literal["T", "R", "M", "C", "I"]
+TRUST = {
+    "T": "in the paper, through a third party",
+    "R": "by a reviewer of the paper",
+    "M": "by a machine-made summary",
+    "C": "in the baseline's code",
+    "I": "inferred",
+}
+
+
+class Printed(Config):
+    """A number as the paper prints it. Sample YAML: `{value: 92.26, footnote: 1}`"""
+
+    value: float
+    trust: Trust | None = Field(None, description="how it is known; default: the row's")
+    footnote: Annotated[int, Field(ge=1)] | None = None
+
+
+class Column(Config):
+    """What a column shows: a task, recall near or far, the mean of columns, or the recovery of a column.
+
+    Scores and recoveries are shown in percent, a log-loss as perplexity; printed numbers are in the same unit.
+    Sample YAML: `{label: PIQA, task: piqa}`, `{label: AVG, mean_of: [PIQA, ARC-E]}`, `{label: Rec, recovery_of: AVG}`
+    """
+
+    label: str
+    suite: str | None = Field(None, description="needed only where two suites have the task")
+    task: str | None = None
+    recall: Literal["near", "far"] | None = None
+    mean_of: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    recovery_of: str | None = None
+    corrected: bool = Field(False, description="recovery corrected for guessing")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Column":
+        if sum(x is not None for x in (self.task, self.recall, self.mean_of, self.recovery_of)) != 1:
+            raise ValueError("give exactly one of task, recall, mean_of and recovery_of")
+        return self
+
+
+class TableRow(Config):
+    """One row. Several recipes (or one run with several seeds) are pooled as seeds.
+
+    Sample YAML: `{label: SWA only, recipe: untangling/mistral-lolcats, state: window, trust: T, printed: {AVG: 65.56}}`
+    """
+
+    label: str
+    recipe: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    state: str
+    trust: Trust | None = None
+    printed: dict[str, float | Printed] = Field({}, description="column: number as printed")
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        return (self.recipe,) if isinstance(self.recipe, str) else self.recipe
+
+
+class Spec(Config):
+    """A table spec, whole."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    title: str
+    paper: str | None = None
+    columns: Annotated[tuple[Column, ...], Field(min_length=1)]
+    rows: Annotated[tuple[TableRow, ...], Field(min_length=1)]
+    footnotes: tuple[str, ...] = Field((), description="numbered from 1; the paper's own contradictions, for one")
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> "Spec":
+        labels = [c.label for c in self.columns]
+        plain = [c.label for c in self.columns if c.task or c.recall]
+        if twice := [x for x in dict.fromkeys(labels) if labels.count(x) > 1]:
+            raise ValueError(f"two columns {twice[0]!r}")
+        for column in self.columns:
+            for label in column.mean_of or ():
+                if label not in plain:
+                    raise ValueError(
+                        f"mean_of of {column.label!r}: no task column {label!r}; there are {', '.join(plain)}"
+                    )
+            if column.recovery_of is not None and column.recovery_of not in labels:
+                raise ValueError(f"recovery_of of {column.label!r}: no column {column.recovery_of!r}")
+        for row in self.rows:
+            for label, printed in row.printed.items():
+                if label not in labels:
+                    raise ValueError(
+                        f"row {row.label!r}: printed has no column {label!r}; there are {', '.join(labels)}"
+                    )
+                if isinstance(printed, Printed) and (printed.footnote or 0) > len(self.footnotes):
+                    raise ValueError(f"row {row.label!r}, {label!r}: there is no footnote {printed.footnote}")
+        return self
+
+
+class SpecError(ValueError):
+    """A table spec that cannot be read: one line a mistake, each with file:line."""
+
+
+def read_spec(path: Path) -> Spec:
+    """Read a spec. Raises SpecError with all its mistakes."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except FileNotFoundError as error:
+        raise SpecError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: not UTF-8") from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if node is None:
+        raise SpecError(f"{path}: empty; a table spec has name, title, columns and rows")
+    mistakes: list[str] = []
+    value = _value(node, path, mistakes)
+    if mistakes:
+        raise SpecError("\n".join(mistakes))
+    try:
+        return Spec.model_validate(value)
+    except ValidationError as error:
+        found = [
+            f"{path}:{_line(node, e['loc'])}: {'.'.join(str(p) for p in e['loc']) or 'spec'}: {e['msg']}"
+            for e in error.errors(include_url=False)
+        ]
+        raise SpecError("\n".join(dict.fromkeys(found))) from error
+
+
+def _value(node: yaml.Node, path: Path, mistakes: list[str]) -> Any:
+    """A node as Python: lists become tuples; a key given twice is a mistake."""
+    if isinstance(node, yaml.SequenceNode):
+        return tuple(_value(n, path, mistakes) for n in node.value)
+    if isinstance(node, yaml.MappingNode):
+        found: dict[Any, Any] = {}
+        for key, value in node.value:
+            if key.value in found:
+                mistakes.append(f"{path}:{key.start_mark.line + 1}: {key.value!r} is given twice")
+            found[key.value] = _value(value, path, mistakes)
+        return found
+    return yaml.SafeLoader("").construct_object(node)
+
+
+def _line(node: yaml.Node, place: tuple[int | str, ...]) -> int:
+    """The line of a place in the file, or of the nearest thing around it."""
+    for part in place:
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+        elif isinstance(node, yaml.MappingNode):
+            node = next((v for k, v in node.value if k.value == part), node)
+    return int(node.start_mark.line) + 1

@@ -1,0 +1,173 @@
+"""Ours beside what was printed: nothing invented, what is missing is listed, mistakes have a line."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipelin.records import write_record
+from recipelin.render import DASH, Table, render
+from recipelin.tables import Published, TableError, read_spec, table_command, tabulate
+from recipelin.tablespec import SpecError
+
+SPEC = """\
+name: paper-table1
+title: Table 1
+paper: arXiv 0000.00000
+columns:
+  - {label: PPL, task: perplexity}
+  - {label: short, task: next_line_short}
+  - {label: long, task: next_line_long}
+  - {label: AVG, mean_of: [short, long]}
+  - {label: Rec, recovery_of: AVG}
+  - {label: Fixed, recovery_of: AVG, corrected: true}
+  - {label: far, recall: far}
+rows:
+  - {label: base, recipe: pocket/lolcats, state: teacher, trust: T, printed: {long: 50.5, Rec: 100}}
+  - {label: SWA, recipe: pocket/lolcats, state: window, trust: T,
+     printed: {long: {value: 92.26, footnote: 1}, AVG: {value: 40.0, trust: M}}}
+  - {label: other, recipe: pocket/absolute, state: hybrid, printed: {long: 33.3}}
+footnotes: [its row recomputes to 92.65]
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Any:
+    (tmp_path / "x.yaml").write_text(SPEC)
+    return read_spec(tmp_path / "x.yaml")
+
+
+def texts(table: Table) -> dict[tuple[str, str], str]:
+    block = table.blocks[0]
+    return {(label, c): cell.text for label, row in block.rows for c, cell in zip(block.columns[1:], row, strict=True)}
+
+
+def test_ours_theirs_difference(spec: Any, make: Any) -> None:
+    table = tabulate(spec, [Published(*make(), Path("a.json"))])
+    found = texts(table)
+    assert found["SWA", "long"] == "38.5 ±7.0"
+    assert found["SWA: printed [T]", "long"] == "92.26 (1)"
+    assert found["SWA: difference", "long"] == "-53.8 ±7.0"
+    assert found["SWA: printed [T]", "AVG"] == "40 [M]"
+    assert found["SWA: printed [T]", "short"] == DASH
+    assert found["base", "Rec"] == "100.0"
+    assert found["base: difference", "Rec"] == "0.0"
+    assert found["(items n)", "long"] == "200"
+    assert "(1) its row recomputes to 92.65" in table.notes
+    assert any(n.startswith("[T]: ") for n in table.notes) and any(n.startswith("[M]: ") for n in table.notes)
+    assert table.conclusions[0].startswith("**pocket/lolcats**: verdict used: ")
+
+
+def test_the_average_and_its_recoveries(spec: Any, make: Any) -> None:
+    record, items = make()
+    table = tabulate(spec, [Published(record, items, Path("a.json"))])
+    value = {(r.state, r.task): r.value for r in record.rows}
+
+    def mean(state: str) -> float:
+        return (value[state, "next_line_short"] + value[state, "next_line_long"]) / 2
+
+    cells = dict(table.blocks[0].rows)["SWA"]
+    average, plain, corrected = (cells[i].numbers[0].interval.value for i in (3, 4, 5))
+    assert average == pytest.approx(mean("window"))
+    assert plain == pytest.approx(mean("window") / mean("teacher"))
+    assert corrected == pytest.approx((mean("window") - 0.25) / (mean("teacher") - 0.25))
+
+
+def test_what_was_not_run_is_neither_zero_nor_the_papers(spec: Any, make: Any) -> None:
+    table = tabulate(spec, [Published(*make(), Path("a.json"))])
+    found = texts(table)
+    assert {found["other", c] for c in ("PPL", "short", "long", "AVG", "Rec", "far")} == {"not run"}
+    assert found["other: printed", "long"] == "33.3" and found["other: difference", "long"] == DASH
+    row = dict(table.blocks[0].rows)["other"]
+    assert all(c.numbers == () for c in row)
+    assert [n for n in table.notes if n.startswith("still to run")] == [
+        "still to run: recipelin run pocket/absolute, then recipelin publish with its folder"
+    ]
+
+
+def test_unfinished_records_fill_nothing_and_absent_states_are_named(spec: Any, make: Any) -> None:
+    table = tabulate(spec, [Published(*make(status="failed"), Path("a.json"))])
+    assert texts(table)["SWA", "long"] == "not run"
+    figures = {"teacher": (2.9, 0.5, 0.5, 1.0, 1.0), "hybrid": (2.9, 0.5, 0.5, 1.0, 1.0)}
+    table = tabulate(spec, [Published(*make(figures), Path("a.json"))])
+    assert texts(table)["SWA", "long"] == "not in Record" and texts(table)["SWA: difference", "long"] == DASH
+
+
+def test_the_newest_plan_counts_and_its_seeds_are_pooled(spec: Any, make: Any) -> None:
+    old = {"started": "2026-11-20T00:00:00+00:00", "plan": {"steps": [], "hybrid": None}}
+    records = [
+        Published(*make(**old), Path("old.json")),
+        Published(*make(seed=1, noise=0.3), Path("b.json")),
+        Published(*make(seed=0, noise=0.3), Path("a.json")),
+    ]
+    table = tabulate(spec, records)
+    assert any("2 seeds, resampled" in n for n in table.notes)
+    assert any("1 older Records" in n for n in table.notes)
+    assert not any("old.json" in n for n in table.notes)
+    pooled, one = (dict(t.blocks[0].rows)["SWA"][0].numbers[1].interval for t in (table, tabulate(spec, records[1:2])))
+    assert pooled.value != one.value and pooled.n == one.n == 120
+
+
+def test_a_recovery_of_perplexity_has_no_meaning(spec: Any, make: Any) -> None:
+    columns = (*spec.columns[:3], spec.columns[4].model_copy(update={"recovery_of": "PPL"}))
+    rows = tuple(r.model_copy(update={"printed": {}}) for r in spec.rows)
+    with pytest.raises(TableError, match="has no meaning"):
+        tabulate(spec.model_copy(update={"columns": columns, "rows": rows}), [Published(*make(), Path("a.json"))])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("task: next_line_short", "tsak: next_line_short", r"x.yaml:6: columns.1"),
+        ("mean_of: [short, long]", "mean_of: [short, lnog]", "no task column 'lnog'; there are PPL, short, long, far"),
+        ("recovery_of: AVG}", "recovery_of: MEAN}", "no column 'MEAN'"),
+        ("printed: {long: 33.3}", "printed: {lang: 33.3}", "printed has no column 'lang'"),
+        ("footnote: 1", "footnote: 2", "there is no footnote 2"),
+        ("state: teacher, trust: T", "state: teacher, trust: X", r"x.yaml:13: rows.0.trust"),
+        ("printed: {long: 33.3}", "printed: {long: high}", r"x.yaml:16: rows.2.printed.long"),
+        ("title: Table 1", "title: Table 1\ntitle: Table 2", r"x.yaml:3.*title"),
+        ("rows:", "rows: [", r"x.yaml"),
+    ],
+)
+def test_mistakes_in_a_spec(old: str, new: str, words: str, tmp_path: Path) -> None:
+    assert old in SPEC
+    (tmp_path / "x.yaml").write_text(SPEC.replace(old, new))
+    with pytest.raises(SpecError, match=words):
+        read_spec(tmp_path / "x.yaml")
+
+
+def test_check_compares_with_the_committed_table(make: Any, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "tables").mkdir()
+    path = tmp_path / "tables" / "x.yaml"
+    path.write_text(SPEC)
+    check = argparse.Namespace(path=str(path), format="markdown", check=True)
+    assert table_command(check) == 1
+    assert "to make it anew: recipelin table" in capsys.readouterr().err
+    assert table_command(argparse.Namespace(path=str(path), format="markdown", check=False)) == 0
+    path.with_suffix(".md").write_text(capsys.readouterr().out)
+    assert table_command(check) == 0
+    path.with_suffix(".md").write_text(path.with_suffix(".md").read_text().replace("not run", "65.5   ", 1))
+    capsys.readouterr()
+    assert table_command(check) == 1
+    shown = capsys.readouterr().out
+    assert "\n-| base" in shown and "\n+| base" in shown
+    assert table_command(argparse.Namespace(path=str(tmp_path / "tables"), format="markdown", check=True)) == 1
+
+
+def test_the_command_shows_a_run(make: Any, tmp_path: Path, capsys: Any) -> None:
+    write_record(tmp_path / "record.json", make()[0])
+    assert table_command(argparse.Namespace(path=str(tmp_path), format="csv", check=False)) == 0
+    assert capsys.readouterr().out.startswith("block,row,column,")
+    assert table_command(argparse.Namespace(path=str(tmp_path), format="csv", check=True)) == 2
+    assert table_command(argparse.Namespace(path=str(tmp_path / "no"), format="csv", check=False)) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_the_shipped_specs_are_valid_and_fit_a_terminal() -> None:
+    folder = Path(__file__).parents[2] / "results" / "tables"
+    specs = sorted(folder.glob("*.yaml"))
+    assert specs
+    for path in specs:
+        assert read_spec(path).name == path.stem
+        assert max(map(len, render(tabulate(read_spec(path), []), "markdown").splitlines())) <= 140
