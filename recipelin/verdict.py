@@ -112,7 +112,7 @@ def _word(
     def say(x: Interval) -> str:
         return f"{x.value * scale:+.{digits}f} {unit} [{x.low * scale:+.{digits}f}, {x.high * scale:+.{digits}f}]"
 
-    if compare(lost, margin) != "differs" or lost.value < 0 or part is None:
+    if part is None or lost.value <= margin:  # part is None where the interval of lost touches 0
         return "not testable", f"teacher - window = {say(lost)}, n = {lost.n}: nothing for a linear branch to win"
     figures = (
         f"hybrid - window = {say(difference)}, n = {difference.n}; "

@@ -50,6 +50,7 @@ def test_items_read_back_equal_and_their_bytes_repeat(tmp_path: Path) -> None:
     assert found[ItemsOf("hybrid", "pocket", "recall_96", "acc", 1)] == RESULT.items
     assert len(found) == 2
     before = path.read_bytes()
+    assert before[4:8] == bytes(4)  # no time in the gzip header
     write_items(path, [(row(), RESULT), (row(seed=1), RESULT)])
     assert path.read_bytes() == before
 

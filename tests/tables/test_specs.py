@@ -97,7 +97,7 @@ def test_unfinished_records_fill_nothing_and_absent_states_are_named(spec: Any, 
 def test_the_newest_plan_counts_and_its_seeds_are_pooled(spec: Any, make: Any) -> None:
     old = {"started": "2026-11-20T00:00:00+00:00", "plan": {"steps": [], "hybrid": None}}
     records = [
-        Published(*make(**old), Path("old.json")),
+        Published(*make(seed=2, **old), Path("old.json")),
         Published(*make(seed=1, noise=0.3), Path("b.json")),
         Published(*make(seed=0, noise=0.3), Path("a.json")),
     ]

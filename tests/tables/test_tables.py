@@ -63,6 +63,7 @@ def test_recoveries_and_their_dash(make: Any) -> None:
     found = cells(run_table(*make(poor)), "Recovered")
     assert found["hybrid", "next line short"].text == f"100 / {DASH}"
     assert "/ 100" in found["hybrid", "next line long"].text
+    assert not any("perplexity" in column for _, column in found)
 
 
 def test_the_mean_corrects_the_mean_and_not_the_ratios(make: Any) -> None:
@@ -212,6 +213,12 @@ def test_markdown_is_aligned_and_fits_a_terminal(make: Any) -> None:
         "cpu",
     ):
         assert word in text
+
+
+def test_markdown_escapes_what_would_break_a_row() -> None:
+    grid = next(_grids(render(ODD, "markdown").splitlines()))
+    assert grid[0].startswith("| s\\|t")
+    assert len({len(re.sub(r"\\\|", "", line).split("|")) for line in grid}) == 1
 
 
 def _grids(lines: list[str]) -> Any:

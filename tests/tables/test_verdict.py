@@ -98,6 +98,38 @@ def test_nothing_to_win_where_the_teacher_is_no_better_than_the_window(make: Any
     assert "nothing for a linear branch to win" in found.sentence
 
 
+def test_a_teacher_that_may_be_no_better_leaves_nothing_to_win(make: Any) -> None:
+    """Three points better, but on 150 items that may be chance."""
+    found = word(make, WINDOW, teacher=(2.9, 0.5, 0.47, 1.0, 0.97), questions=150)
+    assert of(found, "next line long").lost[0] > 0.01 > 0 >= of(found, "next line long").lost[1]  # type: ignore[index]
+    assert of(found, "next line long").word == "not testable"
+
+
+def test_what_the_window_loses_must_exceed_the_margin(make: Any) -> None:
+    found = word(make, WINDOW, teacher=(3.092, 0.49, 0.45, 1.0, 0.02), noise=0.001)
+    assert 0 < of(found, "perplexity").lost[1] < of(found, "perplexity").lost[2] < 0.01  # type: ignore[index]
+    assert found.word == "not testable"
+
+
+def test_only_exposed_items_speak(make: Any) -> None:
+    """The hybrid is better on the unexposed half alone, which arithmetic forbids: the verdict must not see it."""
+    record, items = make({"teacher": TEACHER, "hybrid": TEACHER, "window": WINDOW}, rows=240)
+    key = next(k for k in items if k.state == "hybrid" and k.task == "perplexity")
+    window = items[key._replace(state="window")]
+    mixed = {
+        k: tuple(i.model_copy(update={"exposed": float(n % 2)}) for n, i in enumerate(v))
+        for k, v in items.items()
+        if k.task == "perplexity"
+    }
+    mixed[key] = tuple(
+        own if number % 2 == 0 else own.model_copy(update={"score": window[number].score})
+        for number, own in enumerate(mixed[key])
+    )
+    found = of(verdict(record, items | mixed), "perplexity")
+    assert (found.n, found.word) == (120, "bypassed")
+    assert found.difference == (0.0, 0.0, 0.0)
+
+
 def test_no_linear_branch(make: Any) -> None:
     record, items = make(branches=("window",))
     assert verdict(record, items).word == "not testable"
