@@ -70,7 +70,8 @@ def tabulate(spec: Spec, records: Sequence[Published]) -> Table:
         rows.append((row.label, tuple(_ours(source, column, x) for column, x in zip(spec.columns, ours, strict=True))))
         if row.printed:
             rows += _beside(row, spec.columns, ours)
-    rows.append(("(items n)", tuple(Cell(_count(c, list(sources.values()))) for c in spec.columns)))
+    for label, about in (("(guessing)", "chance"), ("(exposed %)", "exposed"), ("(items n)", "n")):
+        rows.append((label, tuple(Cell(_about(c, about, list(sources.values()))) for c in spec.columns)))
     return Table(
         title=spec.title,
         lead=tuple(filter(None, dict.fromkeys(scale(p.record) for s in sources.values() for p in s.chosen))),
@@ -211,12 +212,15 @@ def _beside(
     ]
 
 
-def _count(column: Column, sources: Sequence[_Source]) -> str:
-    """Items behind a task column, over all recipes."""
-    if not (column.task or column.recall):
-        return ""
-    found = sorted({m.n for s in sources if (m := _find(column, s.measures)) is not None})
-    return "" if not found else str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+def _about(column: Column, what: str, sources: Sequence[_Source]) -> str:
+    """Chance, exposure or number of items of a task column; a range where the recipes differ."""
+    found = [m for s in sources if (m := _find(column, s.measures))] if column.task or column.recall else []
+    if what == "n":
+        values = {float(m.n) for m in found}
+    else:
+        each = [m.chance if what == "chance" else m.exposure() for m in found]
+        values = {round(x * 100, 1) for x in each if x is not None}
+    return " to ".join(f"{x:g}" for x in sorted({min(values), max(values)})) if values else ""
 
 
 def _verdicts(sources: dict[tuple[str, ...], _Source]) -> tuple[str, ...]:
@@ -232,8 +236,15 @@ def _verdicts(sources: dict[tuple[str, ...], _Source]) -> tuple[str, ...]:
 def _notes(spec: Spec, sources: dict[tuple[str, ...], _Source]) -> tuple[str, ...]:
     lines = [
         "scores in %, ± the longer side of the 95 % interval (bootstrap over items, paired); perplexity: smaller is "
-        "better."
+        "better.",
+        "(guessing): share right by a blind guess. (exposed %): share of scored tokens at which the linear branch has "
+        "anything to see.",
     ]
+    margins = sorted({p.record.margin for s in sources.values() for p in s.chosen})
+    if margins:
+        lines.append(
+            f"margin of the rule: {', '.join(f'{m:g}' for m in margins)} (of a score in 0..1; nats of log-loss)."
+        )
     if any(s.recall for s in spec.columns):
         lines.append(
             "recall near, far: distance up to, beyond layers x (window - 1) tokens, the reach of a stack of windows."

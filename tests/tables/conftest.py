@@ -8,6 +8,7 @@ import pytest
 
 from recipelin.records import Item, ItemsOf, Record, Row
 from recipelin.states import State, resolve
+from recipelin.steps import Evaluate
 
 # log-loss; next line short, long; recall near (6, 24), far (96, 150, 201): prototype figures of a LoLCATs student
 FIGURES: dict[str, tuple[float, float, float, float, float]] = {
@@ -111,12 +112,13 @@ def make_record(
             )
         )
     hybrid = State(window=32)
-    states = [resolve(name, hybrid).model_dump(mode="json") for name in figures]
+    states = tuple(resolve(name, hybrid) for name in figures)
+    evaluate = Evaluate(suites=(), states=states, hybrid=hybrid, seeds=seeds, margin=0.01)
     plan = {
         "name": "pocket/lolcats",
         "parameters": 885888,
         "hybrid": hybrid.model_dump(mode="json"),
-        "steps": [{"step": {"step": "evaluate", "states": states}}],
+        "steps": [{"step": evaluate.model_dump(mode="json")}],
     }
     fields: dict[str, Any] = {
         "name": "pocket/lolcats",

@@ -54,6 +54,11 @@ def test_ours_theirs_difference(spec: Any, make: Any) -> None:
     assert found["base", "Rec"] == "100.0"
     assert found["base: difference", "Rec"] == "0.0"
     assert found["(items n)", "long"] == "200"
+    assert (found["(exposed %)", "long"], found["(exposed %)", "short"], found["(guessing)", "far"]) == (
+        "90",
+        "10",
+        "12.5",
+    )
     assert "(1) its row recomputes to 92.65" in table.notes
     assert any(n.startswith("[T]: ") for n in table.notes) and any(n.startswith("[M]: ") for n in table.notes)
     assert table.conclusions[0].startswith("**pocket/lolcats**: verdict used: ")
