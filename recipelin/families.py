@@ -48,9 +48,7 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
-    for family in (
-        Family("llama", "transformers.models.llama.modeling_llama", ("LlamaModel", "LlamaForCausalLM")),
-    )
+    for family in (Family("llama", "transformers.models.llama.modeling_llama", ("LlamaModel", "LlamaForCausalLM")),)
 }
 
 
@@ -61,6 +59,14 @@ def family(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+PREFIX = "recipelin_"  # of a student's model_type: recipelin_llama is a converted llama
+
+
+def base_type(model_type: str) -> str:
+    """The family's own model_type of a teacher or a student."""
+    return model_type.removeprefix(PREFIX)
+
+
 def architecture(config: Mapping[str, Any]) -> Architecture:
     """The numbers of a config.json (a mapping), defaults as transformers fills them for the family.
 
@@ -68,8 +74,11 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """
     model_type = config.get("model_type")
     family(str(model_type))
-    missing = [k for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-               if config.get(k) is None]
+    missing = [
+        k
+        for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        if config.get(k) is None
+    ]
     if missing:
         raise ValueError(f"config.json of model_type {model_type!r} lacks {', '.join(missing)}")
     for flag in ("attention_bias", "mlp_bias"):
@@ -128,6 +137,18 @@ def projections(arch: Architecture) -> dict[str, int]:
 
 def shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
     """(in, out) of every projection of a layer that adapters can name."""
-    d, q, kv, ff = arch.hidden_size, arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim, arch.intermediate_size
-    return {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d),
-            "gate_proj": (d, ff), "up_proj": (d, ff), "down_proj": (ff, d)}
+    d, q, kv, ff = (
+        arch.hidden_size,
+        arch.num_attention_heads * arch.head_dim,
+        arch.num_key_value_heads * arch.head_dim,
+        arch.intermediate_size,
+    )
+    return {
+        "q_proj": (d, q),
+        "k_proj": (d, kv),
+        "v_proj": (d, kv),
+        "o_proj": (q, d),
+        "gate_proj": (d, ff),
+        "up_proj": (d, ff),
+        "down_proj": (ff, d),
+    }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .chunked import Past, final_sums, hybrid_attention_chunked
 from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, Rows, one_of, rows
-from .definition import hybrid_attention_reference
+from .reference import hybrid_attention_reference
 
 KERNELS = ("auto", "reference", "chunked", "gpu")
 
@@ -260,21 +260,23 @@ def _next_state(
 ) -> HybridState:
     batch, key_heads, length, width = k.shape
     k_rows = Rows(k_rows.position.expand(batch, -1), k_rows.segment.expand(batch, -1))
-    if bool((k_rows.segment[:, -1] < 0).any()):
-        raise ValueError("output_state: the last token of every row must be real (pad on the left)")
+    # The last real token of a row; a row of padding alone has none, and keeps an empty state.
+    real = k_rows.segment >= 0
+    end = torch.where(real, torch.arange(length, device=k.device), -1).amax(1, keepdim=True)
+    begun = end >= 0
+    alive = torch.where(begun, k_rows.segment.gather(1, end.clamp(min=0)), -2)
+    last = torch.where(begun, k_rows.position.gather(1, end.clamp(min=0)), -1)
     keep = max(options.window - 1, 0)
-    sums = final_sums(v, phi_k, options, k_rows, past, heads, keep)
-    last = k_rows.position[:, -1:]
-    alive = k_rows.segment[:, -1:]
+    sums = final_sums(v, phi_k, options, k_rows, past, heads, keep, alive, last)
 
     def take(x: Tensor, index: Tensor, real: Tensor) -> Tensor:
         picked = x.gather(2, index.clamp(0, length - 1)[:, None, :, None].expand(-1, key_heads, -1, width))
         return torch.where(real[:, None, :, None], picked, 0)
 
-    ring = torch.arange(length - keep, length, device=k.device).expand(batch, keep)
+    ring = end + torch.arange(1 - keep, 1, device=k.device)
     ring_real = (ring >= 0) & (k_rows.segment.gather(1, ring.clamp(min=0)) == alive)
     sink_position = torch.arange(options.sinks, device=k.device).expand(batch, options.sinks)
-    sink_index = length - 1 - last + sink_position
+    sink_index = end - last + sink_position
     sink_here = (sink_index >= 0) & (sink_position <= last)
     sink_k, sink_v = (take(x, sink_index, sink_here) for x in (k, v))
     if state is not None:

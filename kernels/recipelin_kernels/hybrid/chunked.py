@@ -464,12 +464,20 @@ def hybrid_attention_chunked(
 
 
 def final_sums(
-    v: Tensor, phi_k: Tensor, options: Options, k_rows: Rows, past: Past | None, heads: int, keep_last: int, chunk: int = 1024
+    v: Tensor,
+    phi_k: Tensor,
+    options: Options,
+    k_rows: Rows,
+    past: Past | None,
+    heads: int,
+    keep: int,
+    alive: Tensor,
+    last: Tensor,
+    chunk: int = 1024,
 ) -> Tensor:
-    """The state's sums after the last token: over the keys of its segment that lie before the last `keep_last` of it."""
+    """The state's sums after a call: over the keys of segment `alive` [B,1] but the `keep` up to position `last` [B,1]."""
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    alive, last = k_rows.segment[:, -1:], k_rows.position[:, -1:]
-    counted = (k_rows.segment == alive) & (alive >= 0) & (last - k_rows.position >= keep_last)
+    counted = (k_rows.segment == alive) & (last - k_rows.position >= keep)
     if options.cover == "outside":
         counted = counted & (k_rows.position >= options.sinks)
     sums = v.new_zeros(v.shape[0], heads, phi_k.shape[-1], v.shape[-1] + 1, dtype=dtype)

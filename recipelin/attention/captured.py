@@ -1,0 +1,21 @@
+"""What a form shows of one layer while the teacher's stream passes through it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Captured:
+    """q [B,H,T,d], k, v [B,Hkv,T,d] after RoPE; the teacher's output y [B,H,T,d] before o_proj and log-sum-exp [B,H,T].
+
+    key_mask [B,T] bool or None; segment_ids [B,T] or None. No gradient passes through any of them.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    y: Tensor
+    lse: Tensor
+    key_mask: Tensor | None
+    segment_ids: Tensor | None

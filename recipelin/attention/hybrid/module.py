@@ -1,0 +1,351 @@
+"""The `hybrid` form: the module that takes the place of a layer's softmax attention."""
+
+import math
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from recipelin_kernels import (
+    Components,
+    hybrid_attention,
+    log_scale_closed_form,
+    resolve_kernel,
+    teacher_attention,
+    weight_transfer_loss,
+)
+from torch import Tensor, nn
+
+from ...cache import HybridLayer
+from ...families import Architecture, family
+from ...masks import key_mask_of, segments_of
+from ...states import State
+from ..captured import Captured
+from .config import Config
+from .feature_map import HedgehogFeatureMap
+
+Recorder = Callable[[int, Captured], None]
+
+
+class Mix(nn.Module):
+    """g_h = sigmoid(theta_h) of the `shared` join. A module, since peft overlooks bare parameters."""
+
+    def __init__(self, heads: int, start: float) -> None:
+        super().__init__()
+        self.start = math.log(start / (1 - start))
+        self.theta = nn.Parameter(torch.full((heads,), self.start))
+
+    def start_values(self) -> dict[str, Tensor]:
+        return {"theta": torch.full(self.theta.shape, self.start, device="cpu")}
+
+    def forward(self) -> Tensor:
+        return self.theta.sigmoid()
+
+
+class LogScale(nn.Module):
+    """c_h of the `absolute` join; 0 until it is calibrated or learned."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.c = nn.Parameter(torch.zeros(heads))
+
+    def start_values(self) -> dict[str, Tensor]:
+        return {"c": torch.zeros(self.c.shape, device="cpu")}
+
+    def forward(self) -> Tensor:
+        return self.c
+
+
+class HybridAttention(nn.Module):
+    """Softmax over a window joined with linear attention over the rest, with the projections of the layer it replaces.
+
+    `state` says what takes part in a forward pass. With `recorder` set, the layer computes the teacher's softmax attention,
+    shows it to the recorder and passes the teacher's output on: every layer then sees the teacher's stream.
+    """
+
+    NAME = "hybrid"
+
+    def __init__(self, attention: nn.Module, *, config: Config, architecture: Architecture, layer_index: int, seed: int) -> None:
+        super().__init__()
+        self.config, self.architecture, self.layer_index, self.layer_idx = config, architecture, layer_index, layer_index
+        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+        self.scaling = float(attention.scaling)
+        self.head_dim = architecture.head_dim
+        self._rotate = import_module(family(architecture.model_type).modeling).apply_rotary_pos_emb
+        key_heads = (
+            architecture.num_attention_heads
+            if config.feature_map.key_heads == "query"
+            else architecture.num_key_value_heads
+        )
+        draw = seed * 1_000_003 + layer_index * 2
+        self.feature_map_q = HedgehogFeatureMap(config.feature_map, architecture.num_attention_heads, self.head_dim, draw)
+        self.feature_map_k = HedgehogFeatureMap(config.feature_map, key_heads, self.head_dim, draw + 1)
+        self.mix = Mix(architecture.num_attention_heads, config.mix)
+        self.log_scale = LogScale(architecture.num_attention_heads)
+        weight = self.q_proj.weight
+        for part in (self.feature_map_q, self.feature_map_k, self.mix, self.log_scale):
+            # fp32 whatever the teacher's dtype: these are what training moves.
+            part.to(device=weight.device, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        self.state = State()
+        self.recorder: Recorder | None = None
+
+    @classmethod
+    def from_softmax(
+        cls, attention: nn.Module, *, config: Config, architecture: Architecture, layer_index: int, seed: int
+    ) -> "HybridAttention":
+        """The form in place of a softmax attention; shares its projections."""
+        return cls(attention, config=config, architecture=architecture, layer_index=layer_index, seed=seed)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """The form's own parameters by the names that `trains` uses."""
+        return {
+            "feature_maps": [self.feature_map_q.weight, self.feature_map_k.weight],
+            "mix": [self.mix.theta],
+            "log_scale": [self.log_scale.c],
+        }
+
+    @property
+    def kernel(self) -> str:
+        """The implementation of hybrid_attention that runs."""
+        return resolve_kernel(self.config.kernel, self.q_proj.weight.device)
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if position_embeddings is None:
+            raise ValueError("HybridAttention needs position_embeddings (cos, sin)")
+        q, k, v = self.project(hidden_states, position_embeddings)
+        layer = None if past_key_values is None else past_key_values.layers[self.layer_index]
+        if layer is not None and not isinstance(layer, HybridLayer):
+            raise ValueError(
+                f"layer {self.layer_index} holds a hybrid attention, and the cache a {type(layer).__name__} for it: "
+                "use the cache that the model makes itself (recipelin.cache.cache_for)"
+            )
+        key_mask = key_mask_of(attention_mask, q.shape[2])
+        if segment_ids is None and layer is None:
+            segment_ids = segments_of(position_ids, key_mask)
+        if self.recorder is not None:
+            y = self._record(q, k, v, key_mask, segment_ids)
+        else:
+            y = self.attend(q, k, v, key_mask=key_mask, segment_ids=segment_ids, layer=layer)
+        y = y.to(hidden_states.dtype).transpose(1, 2).flatten(2)
+        return self.o_proj(y), None
+
+    def project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B,H,T,d] and k, v [B,Hkv,T,d] after RoPE."""
+        q, k, v = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = self._rotate(q, k, *position_embeddings)
+        return q, k, v
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        key_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        layer: HybridLayer | None = None,
+    ) -> Tensor:
+        """y [B,H,T,d] before o_proj in `self.state`; with a cache layer, goes on from it and leaves the next state there."""
+        state = self.state
+        if state.window == "full":
+            return self._full(q, k, v, key_mask, segment_ids, layer)
+        if not state.branches:
+            if layer is not None:
+                layer.advance(q.shape[2])
+            return torch.zeros_like(q)
+        options = self.options(state)
+        previous = None if layer is None else layer.state
+        result = hybrid_attention(
+            q,
+            k,
+            v,
+            self.feature_map_q(q),
+            self.feature_map_k(k),
+            **options,
+            key_mask=key_mask,
+            segment_ids=segment_ids,
+            state=previous,
+            phi_k_fn=self.feature_map_k,
+            output_state=layer is not None,
+        )
+        if layer is None:
+            y: Tensor = result
+            return y
+        y, layer.state = result
+        layer.advance(q.shape[2])
+        return y
+
+    def options(self, state: State) -> dict[str, Any]:
+        """A State as arguments of the operator; the one place where the two meet."""
+        absent = [b for b in ("window", "linear") if b not in state.branches]
+        if state.sinks and "sinks" not in state.branches:
+            absent.append("sinks")
+        assert isinstance(state.window, int)
+        own = self.architecture.sliding_window
+        return {
+            "mix": self.mix(),
+            "log_scale": self.log_scale(),
+            "window": min(state.window, own) if own else state.window,
+            "shape": state.shape,
+            "sinks": state.sinks,
+            "cover": state.cover,
+            "join": state.join,
+            "max_gradient": state.max_gradient,
+            "ablate": {b: state.ablate for b in absent},
+            "scale": self.scaling,
+            "kernel": self.config.kernel,
+            "signed": self.config.feature_map.activation == "none",
+        }
+
+    def _full(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, segment_ids: Tensor | None, layer: HybridLayer | None
+    ) -> Tensor:
+        """Causal softmax over all keys: the teacher's attention with the student's projections."""
+        if layer is not None:
+            raise ValueError("state `softmax` needs all keys, which a constant cache does not hold: pass use_cache=False")
+        mask = None
+        if key_mask is not None or segment_ids is not None:
+            length = q.shape[2]
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None, None]
+            if key_mask is not None:
+                mask = mask & key_mask[:, None, None, :]
+            if segment_ids is not None:
+                mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        y = nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return y if key_mask is None else torch.where(key_mask[:, None, :, None], y, 0)
+
+    # --- learning from the teacher ------------------------------------------------------------------------------------
+
+    def _record(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+        assert self.recorder is not None
+        own = self.architecture.sliding_window
+        y, lse = teacher_attention(
+            q, k, v, scale=self.scaling, key_mask=key_mask, segment_ids=segment_ids, window=own
+        )
+        self.recorder(self.layer_index, Captured(q, k, v, y, lse, key_mask, segment_ids))
+        return y
+
+    def losses(self, captured: Captured, objective: Mapping[str, float]) -> dict[str, Tensor]:
+        """Unweighted losses of this layer against the teacher, a scalar each.
+
+        weights, hybrid_weights: cross-entropy of the teacher's weights, mean over real queries and heads (Hedgehog);
+        outputs, hybrid_outputs: squared error of the output before o_proj, mean over real elements (LoLCATs).
+        `hybrid_*` in `self.state`; the others of the pure linear form over all keys.
+        """
+        q, k = captured.q.detach(), captured.k.detach()
+        where = {"key_mask": captured.key_mask, "segment_ids": captured.segment_ids}
+        found = {}
+        for name in objective:
+            if name.endswith("weights"):
+                extra: dict[str, Any] = {"target": "linear"}
+                if name == "hybrid_weights":
+                    options = self.options(self.state)
+                    extra = {"target": "hybrid", **{n: options[n] for n in ("window", "sinks", "cover", "join", "mix", "log_scale")}}
+                found[name] = weight_transfer_loss(
+                    q,
+                    k,
+                    self.feature_map_q(q),
+                    self.feature_map_k(k),
+                    captured.lse,
+                    scale=self.scaling,
+                    teacher_window=self.architecture.sliding_window,
+                    **where,
+                    **extra,
+                )
+            else:
+                state = self.state
+                if name == "outputs":
+                    state = State(**{**state.model_dump(), "branches": ("linear",), "cover": "all"})
+                options = self.options(state)
+                y = hybrid_attention(
+                    q, k, captured.v.detach(), self.feature_map_q(q), self.feature_map_k(k), **options, **where
+                )
+                error = (y - captured.y.detach()).square()
+                if captured.key_mask is None:
+                    found[name] = error.mean()
+                else:
+                    real = captured.key_mask[:, None, :, None].expand_as(error)
+                    found[name] = torch.where(real, error, 0).sum() / real.sum()
+        return found
+
+    def calibration(self, what: str) -> "LogScaleCalibration":
+        """A calibration by name: feed it batches with `add`, then `finish`. Raises ValueError for an unknown name."""
+        if what != "log_scale":
+            raise ValueError(f"the hybrid form has no calibration {what!r}; it has log_scale")
+        return LogScaleCalibration(self)
+
+    def components(self, captured: Captured) -> Components:
+        """Both branches alone and the linear share, in `self.state`, on the teacher's or the student's own q, k, v."""
+        _, found = hybrid_attention(
+            captured.q,
+            captured.k,
+            captured.v,
+            self.feature_map_q(captured.q),
+            self.feature_map_k(captured.k),
+            **self.options(self.state),
+            key_mask=captured.key_mask,
+            segment_ids=captured.segment_ids,
+            components=True,
+        )
+        return found  # type: ignore[no-any-return]
+
+
+class LogScaleCalibration:
+    """c_h = mean over rows of (teacher's log-mass outside the window - the linear log-mass there) (facts/pocket.md §F)."""
+
+    def __init__(self, form: HybridAttention) -> None:
+        self.form = form
+        self.total = torch.zeros(form.architecture.num_attention_heads, dtype=torch.float64)
+        self.rows = 0.0
+
+    @torch.no_grad()
+    def add(self, captured: Captured) -> None:
+        """Take in one batch."""
+        options = self.form.options(self.form.state)
+        total, rows = log_scale_closed_form(
+            captured.q,
+            captured.k,
+            self.form.feature_map_q(captured.q),
+            self.form.feature_map_k(captured.k),
+            captured.lse,
+            window=options["window"],
+            sinks=options["sinks"],
+            cover=options["cover"],
+            scale=self.form.scaling,
+            key_mask=captured.key_mask,
+            segment_ids=captured.segment_ids,
+        )
+        self.total += total.double().cpu()
+        self.rows += float(torch.as_tensor(rows).double().max())
+
+    @torch.no_grad()
+    def finish(self) -> dict[str, Any]:
+        """Set c_h. Raises ValueError if no row had a key outside the window."""
+        if not self.rows:
+            raise ValueError("log_scale: no row has a key outside the window; calibrate on longer rows")
+        c = self.total / self.rows
+        self.form.log_scale.c.copy_(c.to(self.form.log_scale.c))
+        return {"c": [round(x, 4) for x in c.tolist()], "rows": int(self.rows)}
+
+
+
+
+
+FORM = HybridAttention

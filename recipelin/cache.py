@@ -1,0 +1,81 @@
+"""The cache of a student: stock layers where softmax was kept, a state of constant size where it was swapped."""
+
+from typing import Any
+
+import torch
+from recipelin_kernels import HybridState
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+
+class HybridLayer(CacheLayerMixin):
+    """Holds a HybridState. Its bytes do not grow once the window is full; it is made by the layer's first call."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: HybridState | None = None
+        self.seen = 0
+
+    def advance(self, tokens: int) -> None:
+        """Count the tokens of a call, padding included: what masks and positions are measured in."""
+        self.seen += tokens
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: the operator makes the state."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise ValueError("this cache entry belongs to a hybrid attention; a softmax layer cannot append keys to it")
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        length = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.seen + length, 0
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.state, self.seen = None, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.state is not None:
+            self.state = self.state.select(beam_idx.to(self.state.sums.device))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            index = torch.arange(self.state.sums.shape[0], device=self.state.sums.device)
+            self.state = self.state.select(index.repeat_interleave(repeats))
+
+    def crop(self, max_length: int) -> None:
+        raise ValueError("a hybrid layer's state cannot be cropped: assisted decoding and rollback need a softmax cache")
+
+    def offload(self) -> None:
+        raise ValueError("a hybrid layer's state is small and constant: it is not offloaded")
+
+    def prefetch(self) -> None:
+        """Never offloaded, so always there."""
+
+
+def cache_for(config: Any, layers: list[int]) -> DynamicCache:
+    """A DynamicCache of the model whose entries for `layers` are hybrid."""
+    cache = DynamicCache(config=config)
+    while len(cache.layers) < config.num_hidden_layers:
+        cache.append_new_layers(len(cache.layers))
+    for index in layers:
+        cache.layers[index] = HybridLayer()
+    return cache
+
+
+def state_bytes(cache: DynamicCache) -> int:
+    """Bytes that the hybrid entries of a cache hold."""
+    return sum(x.state.bytes for x in cache.layers if isinstance(x, HybridLayer) and x.state is not None)

@@ -1,0 +1,234 @@
+"""Students as Hugging Face models: config and model classes, export and loading. Importing this registers the Auto classes."""
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    initialization,
+)
+
+from . import families, lookup
+from .cache import HybridLayer, cache_for
+from .families import Architecture
+from .states import State
+from .steps import Swap
+from .swap import forms, swap, switch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+VERSION = 1  # of the layout of `config.recipelin`
+
+_REMOTE = '''"""Loads a recipelin student with trust_remote_code; needs recipelin installed (pip install recipelin)."""
+
+from recipelin.hf import {config}, {model}  # noqa: F401
+'''
+
+
+class _Student:
+    """What the inner and the outer class of a student share: start values, and a cache and positions of their own."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if hasattr(module, "start_values"):
+            for name, value in module.start_values().items():
+                # transformers' own: leaves what came from the checkpoint alone.
+                initialization.copy_(getattr(module, name), value)
+
+    def _own_cache(self) -> Any:
+        return cache_for(self.config, list(self.config.recipelin["layers"]))  # type: ignore[attr-defined]
+
+
+class RecipelinLlamaConfig(LlamaConfig):
+    """A converted Llama. `recipelin` holds {version, form, config, layers, state}: everything a swap and a switch need."""
+
+    model_type = f"{families.PREFIX}llama"
+
+    def __init__(self, recipelin: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.recipelin = recipelin
+        super().__init__(**kwargs)
+
+
+class RecipelinLlamaModel(_Student, LlamaModel):
+    """The inner model; makes its own cache, and positions from the padding where none are given."""
+
+    config_class = RecipelinLlamaConfig
+
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Any = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        wants = self.config.use_cache if use_cache is None else use_cache
+        if self.training or any(f.state.window == "full" for f in forms(self)):
+            wants = False
+        if wants and past_key_values is None:
+            past_key_values = self._own_cache()
+        if past_key_values is not None and not wants and use_cache is None and self.training:
+            raise ValueError("a student in training mode takes no cache; call eval() first")
+        if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            # Feature maps act after RoPE: unlike softmax, the linear branch moves with the positions.
+            length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=wants,
+            **kwargs,
+        )
+
+
+class RecipelinLlamaForCausalLM(_Student, LlamaForCausalLM):
+    """A converted Llama with its language-model head; loads with AutoModelForCausalLM after `import recipelin.hf`."""
+
+    config_class = RecipelinLlamaConfig
+    _keep_in_fp32_modules_strict = ("feature_map_q", "feature_map_k", "mix", "log_scale")
+
+    def __init__(self, config: RecipelinLlamaConfig) -> None:
+        layout = config.recipelin
+        if not layout:
+            raise ValueError("config.recipelin is missing: this is not the folder of a recipelin student")
+        if layout["version"] != VERSION:
+            raise ValueError(f"config.recipelin has version {layout['version']}; this recipelin reads version {VERSION}")
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = RecipelinLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        form = lookup.lookup("attention", layout["form"])
+        structure = form.Config.model_validate_json(json.dumps(layout["config"]))
+        swap(self, Swap(form=layout["form"], config=structure, layers=tuple(layout["layers"])), seed=0)
+        switch(self, State.model_validate_json(json.dumps(layout["state"])))
+        self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = generation_config.cache_implementation
+        if asked is not None:
+            raise ValueError(f"cache_implementation={asked!r}: a recipelin student generates with its own cache of constant size")
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self._own_cache()
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+AutoConfig.register(RecipelinLlamaConfig.model_type, RecipelinLlamaConfig)
+AutoModelForCausalLM.register(RecipelinLlamaConfig, RecipelinLlamaForCausalLM)
+
+_STUDENTS = {"llama": (RecipelinLlamaConfig, RecipelinLlamaForCausalLM)}
+
+
+def export(model: nn.Module, tokenizer: Any, folder: Path, *, hybrid: State | None) -> None:
+    """Write a student (or, where no layer is swapped, a plain model) as a folder that from_pretrained loads.
+
+    Made beside `folder` and renamed, so that no reader meets half of it. `hybrid`: the state that it generates in.
+    """
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    partial.mkdir(parents=True)
+    try:
+        found = forms(model)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if found:
+            if hybrid is None:
+                raise ValueError("export: a swapped model needs the state that it is to run in")
+            _layout(partial, model, found, hybrid)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _layout(folder: Path, model: nn.Module, found: list[Any], hybrid: State) -> None:
+    """Turn a saved config.json into the student's."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    base = families.base_type(config["model_type"])
+    config_class, model_class = _STUDENTS[base]
+    file = "modeling_recipelin"
+    config |= {
+        "model_type": config_class.model_type,
+        "architectures": [model_class.__name__],
+        "auto_map": {
+            "AutoConfig": f"{file}.{config_class.__name__}",
+            "AutoModelForCausalLM": f"{file}.{model_class.__name__}",
+        },
+        "recipelin": {
+            "version": VERSION,
+            "form": found[0].NAME,
+            "config": found[0].config.model_dump(mode="json"),
+            "layers": [f.layer_index for f in found],
+            "state": hybrid.model_dump(mode="json"),
+        },
+    }
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    text = _REMOTE.format(config=config_class.__name__, model=model_class.__name__)
+    (folder / f"{file}.py").write_text(text, encoding="utf-8")
+
+
+def load_student(folder: Path, *, dtype: str, device: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of an exported folder, in eval mode. Raises ValueError if its weights do not fit it."""
+    return _load(folder, dtype=dtype, device=device)
+
+
+def load_teacher(source: str | Path, *, revision: str | None = None, dtype: str, device: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of a local folder or a hub id, in eval mode. Raises ValueError for an unsupported family."""
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    families.family(families.base_type(config.model_type))
+    return _load(source, revision=revision, dtype=dtype, device=device)
+
+
+def _load(source: str | Path, *, dtype: str, device: str, revision: str | None = None) -> tuple[Any, Any]:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        source, revision=revision, dtype=DTYPES[dtype], output_loading_info=True
+    )
+    wrong = sorted([*report["missing_keys"], *report["unexpected_keys"]])
+    if wrong:
+        raise ValueError(f"{source}: the weights do not fit the model, first {wrong[0]!r} ({len(wrong)} in all)")
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    return model.to(device).eval(), tokenizer
+
+
+def new_model(architecture: Architecture, tokenizer: Any, *, seed: int) -> Any:
+    """A model from nothing, a pure function of the seed; the generator of the caller is left as it was."""
+    known = architecture.model_dump(exclude={"model_type", "rope_theta", "sliding_window"})
+    config = LlamaConfig(
+        **known,
+        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if len(tokenizer) > architecture.vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {architecture.vocab_size}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+__all__ = [
+    "HybridLayer",
+    "RecipelinLlamaConfig",
+    "RecipelinLlamaForCausalLM",
+    "export",
+    "load_student",
+    "load_teacher",
+    "new_model",
+]

@@ -1,0 +1,72 @@
+"""Padding and packing as a swapped layer must see them: transformers hands a layer 4-D masks, never the 2-D padding.
+
+A mask function of ours returns a `Padding` in its place, which carries the 2-D mask; kept softmax layers build the full mask
+from it when they are reached, so that a model whose layers are all swapped never holds a T x T mask.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+ATTENTION = "recipelin"  # the name of our attention and mask functions in transformers' registries
+
+
+class Padding(NamedTuple):
+    """`real` [B, seen] bool, True for real tokens, or None; `full()` makes the mask of a softmax layer."""
+
+    real: Tensor | None
+    full: Callable[[], Tensor | None]
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Padding:
+    real = None if attention_mask is None else attention_mask.bool()
+    return Padding(real, partial(sdpa_mask, *args, attention_mask=attention_mask, **kwargs))
+
+
+def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+    if isinstance(attention_mask, Padding):
+        attention_mask = attention_mask.full()
+    return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
+
+
+# Both names: without its mask function, an attention function gets no mask at all, and no error.
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _mask)
+
+
+def key_mask_of(attention_mask: Any, length: int) -> Tensor | None:
+    """Which of the call's `length` tokens are real [B, length], or None for all. Raises ValueError for an unknown mask."""
+    if attention_mask is None:
+        return None
+    if isinstance(attention_mask, Padding):
+        real = attention_mask.real
+    elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        real = attention_mask.bool()
+    else:
+        found = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(
+            f"a hybrid layer got the mask {found}, in which padding cannot be told from causality; "
+            f"set the model's attention implementation to {ATTENTION!r} (recipelin.swap and recipelin.hf do)"
+        )
+    if real is None:
+        return None
+    real = real[:, -length:]
+    return None if bool(real.all()) else real
+
+
+def segments_of(position_ids: Tensor | None, key_mask: Tensor | None) -> Tensor | None:
+    """Segments [B, T] from positions that begin anew inside a row (packed documents), or None where none does."""
+    if position_ids is None or position_ids.shape[-1] < 2:
+        return None
+    begins = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if key_mask is not None:
+        begins = begins & key_mask[:, 1:] & key_mask[:, :-1]
+    if not bool(begins.any()):
+        return None
+    return torch.nn.functional.pad(begins.long().cumsum(1), (1, 0))

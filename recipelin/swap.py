@@ -1,0 +1,120 @@
+"""Finds the attention modules of one model instance, replaces them, switches them, restores them. Classes stay as they are."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from . import families, lookup
+from .attention.captured import Captured
+from .families import Architecture
+from .states import State
+from .steps import Swap
+
+_KEPT = "_recipelin_kept"  # on a swapped layer: the softmax module it held, out of sight of parameters()
+_MERGED = "_recipelin_merged"
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What a swap did: layers, and the new parameters that it brought."""
+
+    layers: tuple[int, ...]
+    new_parameters: int
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """The numbers of a loaded model. Raises ValueError for an unsupported family, naming the supported ones."""
+    config = model.config.to_dict()
+    return families.architecture({**config, "model_type": families.base_type(config["model_type"])})
+
+
+def swap(model: nn.Module, step: Swap, *, seed: int) -> SwapReport:
+    """Put the form of `step` into its layers; the projections stay the same parameters.
+
+    Raises ValueError for an unsupported family, a layer that is not there, or one that is swapped already.
+    """
+    from .masks import ATTENTION
+
+    architecture = architecture_of(model)
+    form = lookup.implementation("attention", step.form).FORM
+    layers = range(architecture.num_hidden_layers) if step.layers == "all" else step.layers
+    if wrong := [i for i in layers if not 0 <= i < architecture.num_hidden_layers]:
+        raise ValueError(f"layers {wrong}: the model has layers 0 to {architecture.num_hidden_layers - 1}")
+    if twice := [i for i in layers if _is_form(model.model.layers[i].self_attn)]:
+        raise ValueError(f"layers {twice} are swapped already")
+    new = 0
+    for index in layers:
+        layer = model.model.layers[index]
+        made = form.from_softmax(
+            layer.self_attn, config=step.config, architecture=architecture, layer_index=index, seed=seed
+        )
+        new += sum(p.numel() for group in made.groups().values() for p in group)
+        # Past nn.Module's own bookkeeping: the kept module shares its projections and must not be saved twice.
+        object.__setattr__(layer, _KEPT, layer.self_attn)
+        made.train(layer.self_attn.training)
+        layer.self_attn = made
+    model.set_attn_implementation(ATTENTION)
+    return SwapReport(tuple(layers), new)
+
+
+def restore(model: nn.Module) -> None:
+    """Give the softmax modules back: the teacher, bit for bit. Raises RuntimeError once its weights were changed."""
+    if getattr(model, _MERGED, False):
+        raise RuntimeError("restore: the student's projections were trained and merged; load the teacher anew")
+    for layer in model.model.layers:
+        kept = getattr(layer, _KEPT, None)
+        if kept is not None:
+            layer.self_attn = kept
+            object.__delattr__(layer, _KEPT)
+    model.set_attn_implementation("sdpa")
+
+
+def mark_merged(model: nn.Module) -> None:
+    """Say that the projections are no longer the teacher's."""
+    object.__setattr__(model, _MERGED, True)
+
+
+def _is_form(module: nn.Module) -> bool:
+    return hasattr(module, "groups") and hasattr(module, "recorder")
+
+
+def forms(model: nn.Module) -> list[Any]:
+    """The swapped attention modules in layer order."""
+    return [m for m in model.modules() if _is_form(m)]
+
+
+def switch(model: nn.Module, state: State) -> None:
+    """Set what the swapped layers do from here on. Raises ValueError if none is swapped."""
+    found = forms(model)
+    if not found:
+        raise ValueError("switch: no layer of the model is swapped")
+    for form in found:
+        form.state = state
+
+
+def state_of(model: nn.Module) -> State | None:
+    """The state that the swapped layers are in; None if there are none."""
+    found = forms(model)
+    return found[0].state if found else None
+
+
+def form_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The forms' own parameters by their names in the model."""
+    own = {id(p) for form in forms(model) for group in form.groups().values() for p in group}
+    return {name: p for name, p in model.named_parameters() if id(p) in own}
+
+
+@contextmanager
+def recording(model: nn.Module, recorder: Callable[[int, Captured], None]) -> Iterator[None]:
+    """Within: every swapped layer passes on the teacher's softmax output and shows `recorder` what it saw."""
+    found = forms(model)
+    for form in found:
+        form.recorder = recorder
+    try:
+        yield
+    finally:
+        for form in found:
+            form.recorder = None
