@@ -118,7 +118,7 @@ def read_spec(path: Path) -> Spec:
     if node is None:
         raise SpecError(f"{path}: empty; a table spec has name, title, columns and rows")
     mistakes: list[str] = []
-    value = _value(node, path, mistakes)
+    value = _value(node, path, mistakes, set())
     if mistakes:
         raise SpecError("\n".join(mistakes))
     try:
@@ -131,16 +131,27 @@ def read_spec(path: Path) -> Spec:
         raise SpecError("\n".join(dict.fromkeys(found))) from error
 
 
-def _value(node: yaml.Node, path: Path, mistakes: list[str]) -> Any:
-    """A node as Python: lists become tuples; a key given twice is a mistake."""
+def _value(node: yaml.Node, path: Path, mistakes: list[str], seen: set[int]) -> Any:
+    """A node as Python: lists become tuples. Keys given twice, aliases and tags are mistakes."""
+    place = f"{path}:{node.start_mark.line + 1}"
+    if id(node) in seen:
+        mistakes.append(f"{place}: an anchor is used twice; write it out")
+        return None
+    seen.add(id(node))
+    if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+        mistakes.append(f"{place}: the tag {node.tag!r} has no place in a table spec")
+        return None
     if isinstance(node, yaml.SequenceNode):
-        return tuple(_value(n, path, mistakes) for n in node.value)
+        return tuple(_value(n, path, mistakes, seen) for n in node.value)
     if isinstance(node, yaml.MappingNode):
-        found: dict[Any, Any] = {}
+        found: dict[str, Any] = {}
         for key, value in node.value:
-            if key.value in found:
+            if not isinstance(key, yaml.ScalarNode):
+                mistakes.append(f"{place}: a key must be a word")
+            elif key.value in found:
                 mistakes.append(f"{path}:{key.start_mark.line + 1}: {key.value!r} is given twice")
-            found[key.value] = _value(value, path, mistakes)
+            else:
+                found[key.value] = _value(value, path, mistakes, seen)
         return found
     return yaml.SafeLoader("").construct_object(node)
 

@@ -133,6 +133,13 @@ def test_a_recovery_of_perplexity_has_no_meaning(spec: Any, make: Any) -> None:
         ("printed: {long: 33.3}", "printed: {long: high}", r"x.yaml:16: rows.2.printed.long"),
         ("title: Table 1", "title: Table 1\ntitle: Table 2", r"x.yaml:3.*title"),
         ("rows:", "rows: [", r"x.yaml"),
+        ("title: Table 1", "title: !!python/name:os.system x", r"x.yaml:2: the tag"),
+        ("title: Table 1", "title: {[a]: b}", r"x.yaml:2: a key must be a word"),
+        (
+            "{label: PPL, task: perplexity}",
+            "&a {label: PPL, task: perplexity}\n  - *a",
+            r"x.yaml:5: an anchor is used twice",
+        ),
     ],
 )
 def test_mistakes_in_a_spec(old: str, new: str, words: str, tmp_path: Path) -> None:
