@@ -41,6 +41,9 @@ class HybridLayer(CacheLayerMixin):
     def get_max_cache_shape(self) -> int:
         return -1
 
+    def get_max_length(self) -> int:
+        return -1
+
     def reset(self) -> None:
         self.state, self.seen = None, 0
 

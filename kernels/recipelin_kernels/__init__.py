@@ -1,6 +1,7 @@
-"""The operators of recipelin: public functions only; knows nothing of recipelin itself."""
+"""Operators of recipelin: each a plain reference beside its fast form. Knows nothing of recipelin itself."""
 
 from .hybrid import Components, HybridState, empty_state, hybrid_attention, hybrid_attention_step, resolve_kernel
+from .weight_transfer import log_scale_closed_form, teacher_attention, weight_transfer_loss
 
 __all__ = [
     "Components",
@@ -8,5 +9,8 @@ __all__ = [
     "empty_state",
     "hybrid_attention",
     "hybrid_attention_step",
+    "log_scale_closed_form",
     "resolve_kernel",
+    "teacher_attention",
+    "weight_transfer_loss",
 ]

@@ -1,0 +1,185 @@
+"""Learning attention weights from a teacher (Hedgehog, arXiv 2402.04347) without ever holding them."""
+
+import torch
+from torch import Tensor
+
+from ..hybrid.rows import COVERS, JOINS, Options, one_of, rows
+from .chunked import BLOCK, _dot, _Loss, masks
+from .reference import weight_transfer_loss_reference
+
+TARGETS = ("linear", "hybrid")
+KERNELS = ("auto", "reference", "chunked")
+
+
+def _options(window: int, sinks: int, cover: str, join: str, scale: float | None, width: int) -> Options:
+    one_of("cover", cover, COVERS)
+    one_of("join", join, JOINS)
+    return Options(
+        window=window,
+        sinks=sinks,
+        cover=cover,
+        join=join,
+        max_gradient="through",
+        ablate={},
+        scale=width**-0.5 if scale is None else scale,
+        on_drop="linear_outside",
+        signed=False,
+    )
+
+
+@torch.no_grad()
+def teacher_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Causal softmax attention and its log-sum-exp: (y [B,H,T,D] in q's dtype, lse [B,H,T] in fp32, or fp64 for fp64).
+
+    q [B,H,T,D]; k, v [B,Hkv,T,D]; forward only, O(T) memory. Plain causal rows on a CPU go through torch's flash kernel, which
+    returns the log-sum-exp; padding, segments, a window of the teacher's own, and other devices go block by block.
+    Padded queries give y = 0 and lse = 0.
+    """
+    batch, heads, length, width = q.shape
+    scale = width**-0.5 if scale is None else scale
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if q.device.type == "cpu" and key_mask is None and segment_ids is None and window is None:
+        group = heads // k.shape[1]
+        k_all, v_all = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
+        y, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k_all, v_all, 0.0, True, scale=scale)
+        return y, lse.to(dtype)
+    own = rows(batch, length, q.device, key_mask, segment_ids)
+    if key_mask is not None:
+        q, k, v = (torch.where(key_mask[:, None, :, None], x, 0) for x in (q, k, v))
+    options = _options(0, 0, "all", "shared", scale, width)
+    y = torch.empty_like(q)
+    lse = torch.empty(batch, heads, length, dtype=dtype, device=q.device)
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        seen, _, _ = masks(options, own, start, stop, window)
+        scores = torch.where(seen, _dot(q[:, :, start:stop].to(dtype), k[:, :, :stop].to(dtype)) * scale, -torch.inf)
+        total = scores.logsumexp(-1)
+        real = ~torch.isinf(total)
+        total = torch.where(real, total, 0.0)
+        p = torch.where(seen, (scores - total[..., None]).clamp(min=-85.0).exp(), 0.0)
+        grouped = p.reshape(batch, k.shape[1], -1, stop) @ v[:, :, :stop].to(dtype)
+        y[:, :, start:stop] = grouped.view(batch, heads, stop - start, width).to(y.dtype)
+        lse[:, :, start:stop] = total
+    return y, lse
+
+
+def weight_transfer_loss(
+    q: Tensor,
+    k: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    lse: Tensor,
+    *,
+    target: str = "linear",
+    window: int = 0,
+    sinks: int = 0,
+    cover: str = "outside",
+    join: str = "shared",
+    mix: Tensor | None = None,
+    log_scale: Tensor | None = None,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    teacher_window: int | None = None,
+    per_head: bool = False,
+    kernel: str = "auto",
+) -> Tensor:
+    """Mean over real query rows and heads of - sum_j P_ij log A_ij: a scalar, or [H] with `per_head`.
+
+    P_ij = exp(q_i.k_j scale - lse_i), the teacher's softmax weights; A the student's: target `linear`, phi_i.phi_j / sum over
+    all causal keys (Hedgehog), or `hybrid`, the whole row of the hybrid with its window, sinks, cover and join. A is clamped
+    at 1e-12 pair by pair before the logarithm; a clamped pair has no gradient (LoLCATs: log clamp(a, 1e-12)).
+
+    q [B,H,T,D], k [B,Hkv,T,D] are the teacher's, after RoPE, and carry no gradient here: ValueError if they ask for one.
+    phi_q [B,H,T,F], phi_k [B,H or Hkv,T,F], lse [B,H,T] from `teacher_attention`. Gradients reach phi_q, phi_k, mix and
+    log_scale; they are computed in the same pass, and not at all under no_grad. Memory O(T).
+    """
+    one_of("target", target, TARGETS)
+    one_of("kernel", kernel, KERNELS)
+    if q.requires_grad or k.requires_grad:
+        raise ValueError("weight_transfer_loss: q and k are the teacher's and get no gradient; detach them")
+    options = _options(window, sinks, cover, join, scale, q.shape[-1])
+    if target == "hybrid" and join == "shared" and mix is None:
+        raise ValueError("target='hybrid', join='shared' needs mix [H]")
+    if target == "hybrid" and join == "absolute" and log_scale is None:
+        raise ValueError("target='hybrid', join='absolute' needs log_scale [H]")
+    batch, heads, length, _ = q.shape
+    own = rows(batch, length, q.device, key_mask, segment_ids)
+    count = batch * length
+    if key_mask is not None:
+        real = key_mask[:, None, :, None]
+        q, k, phi_q, phi_k = (torch.where(real, x, 0) for x in (q, k, phi_q, phi_k))
+        lse = torch.where(key_mask[:, None, :], lse, 0)
+        count = int(key_mask.sum())
+    mix = mix if target == "hybrid" and join == "shared" else None
+    log_scale = log_scale if target == "hybrid" and join == "absolute" else None
+    if kernel == "reference":
+        each = weight_transfer_loss_reference(
+            q, k, phi_q, phi_k, lse, mix, log_scale, target, options, own, teacher_window
+        )
+        sums = each.sum((0, 2))
+    else:
+        facts = (target, options, own, teacher_window, torch.is_grad_enabled())
+        sums = _Loss.apply(q, k, phi_q, phi_k, mix, log_scale, lse, facts)
+    return sums / count if per_head else sums.sum() / (count * heads)
+
+
+@torch.no_grad()
+def log_scale_closed_form(
+    q: Tensor,
+    k: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    lse: Tensor,
+    *,
+    window: int,
+    sinks: int = 0,
+    cover: str = "outside",
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    teacher_window: int | None = None,
+) -> tuple[Tensor, int]:
+    """(sum over rows [H], rows): their quotient over all batches is c_h of the `absolute` join.
+
+    Of a row: log sum_{L} exp(q.k scale) - log sum_{L} phi_q.phi_k, L the keys outside window and sinks, or with cover `all`
+    the teacher's keys outside and all keys of the linear side: what the linear branch adds to the window then stands for
+    what the window lacks. Rows with an empty L do not count. `lse` only fixes the shapes: the mass outside is summed
+    directly, since exp(lse) - sum over the window cancels where the window holds nearly everything.
+    """
+    options = _options(window, sinks, cover, "absolute", scale, q.shape[-1])
+    batch, heads, length, _ = q.shape
+    if lse.shape != (batch, heads, length):
+        raise ValueError(f"lse {tuple(lse.shape)}: expected {(batch, heads, length)}")
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    own = rows(batch, length, q.device, key_mask, segment_ids)
+    if key_mask is not None:
+        q, k, phi_q, phi_k = (torch.where(key_mask[:, None, :, None], x, 0) for x in (q, k, phi_q, phi_k))
+    total, count = torch.zeros(heads, dtype=dtype, device=q.device), 0
+    tiny = torch.finfo(dtype).tiny
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        seen, near, beside = masks(options, own, start, stop, teacher_window)
+        outside = seen & ~near & ~beside
+        real = outside.any(-1)
+        if not bool(real.any()):
+            continue
+        scores = _dot(q[:, :, start:stop].to(dtype), k[:, :, :stop].to(dtype)) * options.scale
+        teacher = torch.where(outside, scores, -torch.inf).logsumexp(-1)
+        pairs = _dot(phi_q[:, :, start:stop].to(dtype), phi_k[:, :, :stop].to(dtype))
+        linear = torch.where(seen if cover == "all" else outside, pairs, 0.0).sum(-1).clamp(min=tiny).log()
+        total += torch.where(real, torch.where(real, teacher, 0.0) - linear, 0.0).sum((0, 2))
+        count += int(real.sum()) * (batch if real.shape[0] == 1 else 1)
+    return total, count
+
+
+__all__ = ["log_scale_closed_form", "teacher_attention", "weight_transfer_loss"]

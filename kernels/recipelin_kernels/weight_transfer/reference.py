@@ -1,0 +1,88 @@
+"""The cross-entropy between attention weights as it is defined: whole T x T matrices, any float dtype, plain autograd."""
+
+import torch
+from torch import Tensor
+
+from ..hybrid.rows import Options, Rows, softmax_set, visible
+
+LEAST = 1e-12  # weights are clamped here before the logarithm (LoLCATs: log clamp(a, 1e-12))
+
+
+def log_weights(
+    scores: Tensor,
+    pairs: Tensor,
+    seen: Tensor,
+    near: Tensor,
+    sinks: Tensor,
+    mix: Tensor | None,
+    log_scale: Tensor | None,
+    target: str,
+    options: Options,
+) -> Tensor:
+    """log of the student's weights of some query rows over all their keys, [B,H,C,n], clamped at log 1e-12.
+
+    target linear: phi.phi / sum over all causal keys. hybrid: the joint row of the join (DESIGN §5).
+    """
+    tiny = torch.finfo(scores.dtype).tiny
+    floor = torch.tensor(LEAST, dtype=scores.dtype, device=scores.device).log()
+    if target == "linear":
+        b = torch.where(seen, pairs, 0.0)
+        total = b.sum(-1, keepdim=True)
+        return (b / torch.where(total == 0, 1.0, total)).clamp(min=LEAST).log()
+    soft = near | sinks
+    linear = seen if options.cover == "all" else seen & ~soft
+    top = torch.where(soft, scores, -torch.inf).amax(-1, keepdim=True)
+    top = torch.where(torch.isinf(top), 0.0, top)
+    a = torch.where(soft, torch.exp(torch.where(soft, scores - top, 0.0)), 0.0)
+    b = torch.where(linear, pairs, 0.0)
+    if options.join == "absolute":
+        assert log_scale is not None
+        log_a = torch.where(soft, scores, -torch.inf)
+        log_b = torch.where(linear & (pairs > 0), log_scale[:, None, None] + pairs.clamp(min=tiny).log(), -torch.inf)
+        total_a = top + a.sum(-1, keepdim=True).clamp(min=tiny).log()
+        mass_b = b.sum(-1, keepdim=True)
+        total_b = torch.where(mass_b > 0, log_scale[:, None, None] + mass_b.clamp(min=tiny).log(), -torch.inf)
+        total = torch.where(mass_b > 0, torch.logaddexp(total_a, torch.where(mass_b > 0, total_b, total_a)), total_a)
+        joint = torch.where(soft, log_a, log_b)
+        if options.cover == "all":
+            both = soft & linear & (pairs > 0)
+            joint = torch.where(both, torch.logaddexp(torch.where(both, log_a, 0.0), torch.where(both, log_b, 0.0)), joint)
+        known = ~torch.isinf(joint)
+        return torch.where(known, torch.where(known, joint, 0.0) - total, floor).clamp(min=floor)
+    if options.join == "shared":
+        assert mix is not None
+        a = mix[:, None, None] * a
+    else:
+        mass = torch.where(soft, pairs, 0.0).sum(-1, keepdim=True)
+        weight = a.sum(-1, keepdim=True)
+        a = mass * a / torch.where(weight == 0, 1.0, weight)
+    joint = a + b
+    total = joint.sum(-1, keepdim=True)
+    return (joint / torch.where(total == 0, 1.0, total)).clamp(min=LEAST).log()
+
+
+def weight_transfer_loss_reference(
+    q: Tensor,
+    k: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    lse: Tensor,
+    mix: Tensor | None,
+    log_scale: Tensor | None,
+    target: str,
+    options: Options,
+    rows: Rows,
+    teacher_window: int | None,
+) -> Tensor:
+    """[B,H,T]: - sum_j P_ij log A_ij, P_ij = exp(s_ij - lse_i); 0 for padded queries."""
+    heads = q.shape[1]
+    k, phi_k = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, phi_k))
+    scores = (q @ k.transpose(-1, -2)) * options.scale
+    seen = visible(rows, rows)[:, None]
+    near, sinks = (m[:, None] for m in softmax_set(options, rows, rows))
+    if teacher_window is not None:
+        close = (rows.position[:, :, None] - rows.position[:, None, :] < teacher_window)[:, None]
+        seen, near, sinks = seen & close, near & close, sinks & close
+    p = torch.where(seen, torch.exp(torch.where(seen, scores - lse[..., None], 0.0)), 0.0)
+    logs = log_weights(scores, phi_q @ phi_k.transpose(-1, -2), seen, near, sinks, mix, log_scale, target, options)
+    return -(p * logs).sum(-1)
