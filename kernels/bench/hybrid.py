@@ -1,8 +1,8 @@
 """Speed and peak memory of chunked hybrid attention beside the quadratic reference and SDPA; writes numbers.md.
 
-`python kernels/bench/hybrid.py [--lengths 512 1024 ...] [--rounds 5] [--write]`. One thread. Times are process CPU time,
-all variants alternate in each round, a ratio is the median of the rounds' ratios. Peak memory is the rise of VmHWM in
-a process of its own (Linux). B = 1, 8 heads, d = 64, F = 128, window 64, float32.
+`python kernels/bench/hybrid.py [--lengths 512 1024 ...] [--rounds 5] [--write]`. One thread. Times are process CPU
+time, all variants alternate in each round, a ratio is the median of the rounds' ratios. Peak memory is the rise of
+VmHWM in a process of its own (Linux). B = 1, 8 heads, d = 64, F = 128, window 64, float32.
 """
 
 import argparse

@@ -547,5 +547,6 @@ def test_what_is_returned():
     x = Inputs()
     assert isinstance(attend(x), Tensor)
     y, state, parts = attend(x, output_state=True, components=True)
-    assert isinstance(state, HybridState) and isinstance(parts, Components) and torch.equal(y, attend(x))
+    assert isinstance(state, HybridState) and isinstance(parts, Components)
+    assert (y - attend(x)).abs().max() < EXACT
     assert resolve_kernel("auto", "cpu") == "chunked"

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunked import Past, final_sums, hybrid_attention_chunked
-from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, Rows, one_of, rows
+from .chunked import CHUNK, Past, final_sums, hybrid_attention_chunked
 from .reference import hybrid_attention_reference
+from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, Rows, one_of, rows
 
 KERNELS = ("auto", "reference", "chunked", "gpu")
 
@@ -41,7 +41,7 @@ class HybridState:
 
 @dataclass(frozen=True)
 class Components:
-    """Of one pass: each branch normalised by itself [B,H,T,D], and the linear branch's share of the normaliser [B,H,T]."""
+    """Of one pass: each branch normalised by itself [B,H,T,D]; the linear branch's share of the normaliser [B,H,T]."""
 
     window: Tensor
     linear: Tensor
@@ -52,7 +52,9 @@ def resolve_kernel(kernel: str, device: torch.device | str) -> str:
     """The implementation that a call takes: what `auto` means here. Raises for one that is not in this build."""
     one_of("kernel", kernel, KERNELS)
     if kernel == "gpu":
-        raise RuntimeError("kernel='gpu': this build has no Triton kernel of hybrid_attention; use 'chunked', which runs on CUDA too")
+        raise RuntimeError(
+            "kernel='gpu': this build has no Triton kernel of hybrid_attention; use 'chunked', which runs on CUDA too"
+        )
     return "chunked" if kernel == "auto" else kernel
 
 
@@ -87,8 +89,8 @@ def hybrid_attention(
 ) -> Any:
     """y [B,H,T,D]; with `output_state` also the HybridState, with `components` also Components, in this order.
 
-    Query t of head h sees the softmax set W(t) (the last `window` keys, itself included, and the first `sinks` keys) and the
-    linear set L(t): with cover `outside` every earlier key that is not in W, with `all` every key up to t.
+    Query t of head h sees the softmax set W(t) (the last `window` keys, itself included, and the first `sinks` keys)
+    and the linear set L(t): with cover `outside` every earlier key that is not in W, with `all` every key up to t.
 
         a_i = mix_h exp(q.k_i scale - max over W)      b_i = phi_q.phi_k_i
         shared    y = (sum_W a v + sum_L b v) / (sum_W a + sum_L b)                                   (LoLCATs)
@@ -97,17 +99,19 @@ def hybrid_attention(
 
     q [B,H,T,D]; k, v [B,Hkv,T,D], query head h reads key head h // (H / Hkv); phi_q [B,H,T,F]; phi_k [B,H or Hkv,T,F];
     mix, log_scale [H]; key_mask [B,T] bool, True for real tokens, which must be one run (padding left or right);
-    segment_ids [B,T]: window, sinks and linear set begin anew where it changes. Positions count from the first real token.
-    Any float dtype; `chunked` computes in fp32 (fp64 for fp64). window 0 is an empty window.
+    segment_ids [B,T]: window, sinks and linear set begin anew where it changes. Positions count from the first real
+    token. Any float dtype; `chunked` computes in fp32 (fp64 for fp64). window 0 is an empty window.
 
-    ablate {branch: "mass" | "output"}: the branch leaves numerator and denominator, or the numerator alone. `window` means
-    its keys that are no sinks, `sinks` those that are not in the window; keys that are switched off do not become linear.
-    window_keep [B,H] bool: where False, W is empty in training (SSD); `on_drop` says whether L then covers all keys.
-    A row that sees nothing gives exactly 0, and so do padded queries. signed: features may be negative (activation `none`):
-    |denominator| >= 1e-6. max_gradient: whether the row maximum, which `shared` does not cancel, carries gradient.
-    state: goes on from there (no gradient into it); needs `phi_k_fn`, keys [B,Hkv,n,D] -> features, for the ring's keys.
+    ablate {branch: "mass" | "output"}: the branch leaves numerator and denominator, or the numerator alone. `window`
+    means its keys that are no sinks, `sinks` those that are not in the window; keys that are switched off do not
+    become linear. window_keep [B,H] bool: where False, W is empty in training (SSD); `on_drop` says whether L then
+    covers all keys. A row that sees nothing gives exactly 0, and so do padded queries. signed: features may be
+    negative (activation `none`): |denominator| >= 1e-6. max_gradient: whether the row maximum, which `shared` does not
+    cancel, carries gradient. state: goes on from there (no gradient into it); needs `phi_k_fn`, keys [B,Hkv,n,D] ->
+    features, for the ring's keys.
 
-    Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that is not in this build.
+    Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that is not in this
+    build.
     """
     ran = resolve_kernel(kernel, q.device)
     one_of("shape", shape, SHAPES)
@@ -156,8 +160,9 @@ def hybrid_attention(
             raise ValueError("kernel='reference' computes whole rows: it takes no state; use 'chunked'")
         parts = list(hybrid_attention_reference(*arguments, own))[: 4 if components else 1]
     else:
-        size = {} if chunk is None else {"chunk": chunk}
-        parts = hybrid_attention_chunked(*arguments, own, k_rows, past=past, plain=plain, components=components, **size)
+        parts = hybrid_attention_chunked(
+            *arguments, own, k_rows, past=past, plain=plain, components=components, chunk=chunk or CHUNK
+        )
     returned: list[Any] = [parts[0]]
     if output_state:
         returned.append(_next_state(k, v, phi_k, options, k_rows, past, state, q.shape[1]))
@@ -181,7 +186,9 @@ def hybrid_attention_step(
     Options as `hybrid_attention`. Features of a key are computed by `phi_k_fn` when it leaves the window.
     """
     if q.shape[2] != 1:
-        raise ValueError(f"hybrid_attention_step takes one token a row, found {q.shape[2]}; use hybrid_attention with a state")
+        raise ValueError(
+            f"hybrid_attention_step takes one token a row, found {q.shape[2]}; use hybrid_attention with a state"
+        )
     return hybrid_attention(  # type: ignore[no-any-return]
         q, k, v, phi_q, phi_k_fn(k), mix, state=state, output_state=True, phi_k_fn=phi_k_fn, **options
     )
@@ -222,13 +229,21 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor,
 
 
 def _continued(
-    state: HybridState, own: Rows, k: Tensor, v: Tensor, phi_k: Tensor, phi_k_fn: Callable[[Tensor], Tensor], window: int, sinks: int
+    state: HybridState,
+    own: Rows,
+    k: Tensor,
+    v: Tensor,
+    phi_k: Tensor,
+    phi_k_fn: Callable[[Tensor], Tensor],
+    window: int,
+    sinks: int,
 ) -> tuple[Rows, Rows, Tensor, Tensor, Tensor, Past]:
     """The ring in front of the call's keys, positions that go on, and the state's sinks as extra columns."""
     lead = state.ring_k.shape[2]
     if lead != max(window - 1, 0) or state.sink_k.shape[2] != sinks:
         raise ValueError(
-            f"state: made with window {lead + 1} and {state.sink_k.shape[2]} sinks, called with window {window} and {sinks}"
+            f"state: made with window {lead + 1} and {state.sink_k.shape[2]} sinks, "
+            f"called with window {window} and {sinks}"
         )
     padded_front = (own.segment[:, 0] < 0) & (own.segment >= 0).any(1)
     if bool((padded_front & (state.positions > 0)).any()):
@@ -256,7 +271,14 @@ def _continued(
 
 
 def _next_state(
-    k: Tensor, v: Tensor, phi_k: Tensor, options: Options, k_rows: Rows, past: Past | None, state: HybridState | None, heads: int
+    k: Tensor,
+    v: Tensor,
+    phi_k: Tensor,
+    options: Options,
+    k_rows: Rows,
+    past: Past | None,
+    state: HybridState | None,
+    heads: int,
 ) -> HybridState:
     batch, key_heads, length, width = k.shape
     k_rows = Rows(k_rows.position.expand(batch, -1), k_rows.segment.expand(batch, -1))
@@ -281,7 +303,10 @@ def _next_state(
     sink_k, sink_v = (take(x, sink_index, sink_here) for x in (k, v))
     if state is not None:
         known = (sink_position < state.positions[:, None])[:, None, :, None]
-        sink_k, sink_v = torch.where(known, state.sink_k.to(k.dtype), sink_k), torch.where(known, state.sink_v.to(v.dtype), sink_v)
+        sink_k, sink_v = (
+            torch.where(known, state.sink_k.to(k.dtype), sink_k),
+            torch.where(known, state.sink_v.to(v.dtype), sink_v),
+        )
     return HybridState(
         sums=sums,
         ring_k=take(k, ring, ring_real),

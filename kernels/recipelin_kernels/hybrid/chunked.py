@@ -1,28 +1,34 @@
 """Hybrid attention in O(T) time and memory: chunks of queries over a span of keys, and a running state for the rest.
 
-Chunk c holds queries i0 .. i0 + C - 1. Its span begins window - 1 keys before i0; every earlier key lies outside the window
-of every query of the chunk, so it is in the state sum phi(k) [v, 1] or, as a sink, in a few extra columns. One chunk is one
-differentiable function; backward walks the chunks from right to left, computes each again and differentiates it, and carries
-the gradient of the state. Nothing of size T x T, and no weights, are kept.
+A chunk holds queries q0 .. q0 + C - 1. Its span begins `window` keys before q0; every earlier key lies outside the
+window of every query of the chunk, so it is in the state sum phi(k) [v, 1] or, as a sink, in a few extra columns.
+Heads are taken in blocks that stay in the cache. Backward runs over a block's states again, then walks its chunks from
+right to left, computes each one's weights anew and carries the gradient of the state. Nothing of size T x T, and no
+weights, are kept.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .rows import EXP_FLOOR, Options, Rows, divide, softmax_set, visible
+from .chunk import HIDDEN, Gradients, Inputs, Masks, State, backward, dot, forward
+from .rows import Options, Rows, softmax_set, visible
 
 CHUNK = 64  # measured best with window 64 (facts/performance.md §2)
+BLOCK = (
+    8 * 64 * 128
+)  # weights of one block and chunk; what fits a core's cache with its inputs (facts/performance.md §1)
 
 
 @dataclass(frozen=True)
 class Past:
     """What came before the first query: the state's sums, and keys that stand in front of the call's own.
 
-    sums [B,H,F,D+1]; sink_k, sink_v [B,Hkv,s,D] with sink_phi [B,H or Hkv,s,F]; `lead` keys of the ring are in front of k.
+    sums [B,H,F,D+1]; sink_k, sink_v [B,Hkv,s,D] with sink_phi [B,H or Hkv,s,F]; `lead` keys of the ring
+    are in front of k.
     """
 
     sums: Tensor
@@ -32,10 +38,21 @@ class Past:
     sink_rows: Rows
     lead: int
 
+    def cut(self, rows: slice, key_heads: slice, map_heads: slice, heads: slice) -> "Past":
+        """The part of one block."""
+        return Past(
+            self.sums[rows, heads],
+            self.sink_k[rows, key_heads],
+            self.sink_v[rows, key_heads],
+            self.sink_phi[rows, map_heads],
+            self.sink_rows.cut(rows),
+            self.lead,
+        )
+
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Indices of one chunk: queries [q0, q1) of the call, keys [k0, k1) of the span, folded into the state afterwards: [k0, k2)."""
+    """Indices of one chunk: queries [q0, q1), keys [k0, k1) of the span; keys [k0, k2) then go into the state."""
 
     q0: int
     q1: int
@@ -45,181 +62,49 @@ class _Chunk:
 
 
 def _chunks(length: int, lead: int, window: int, size: int) -> Iterator[_Chunk]:
-    back = max(window - 1, 0)
     for q0 in range(0, length, size):
         q1 = min(q0 + size, length)
-        k2 = max(0, min(q1, length) + lead - back)
-        yield _Chunk(q0, q1, max(0, q0 + lead - back), q1 + lead, k2)
+        yield _Chunk(q0, q1, max(0, q0 + lead - window), q1 + lead, max(0, q1 + lead - window))
 
 
-def _cut(rows: Rows, start: int, stop: int) -> Rows:
+def _columns(rows: Rows, start: int, stop: int) -> Rows:
     return Rows(rows.position[:, start:stop], rows.segment[:, start:stop])
 
 
-def _grouped(x: Tensor, heads: int) -> Tensor:
-    """[B,H,T,N] as [B,heads,G*T,N]: query heads that share a key head, one below the other."""
-    batch, h, t, n = x.shape
-    return x.reshape(batch, heads, h // heads * t, n)
-
-
-def _dot(x: Tensor, keys: Tensor) -> Tensor:
-    """x [B,H,C,N], keys [B,h,n,N] with h dividing H -> [B,H,C,n], without repeating the keys."""
-    return (_grouped(x, keys.shape[1]) @ keys.transpose(-1, -2)).view(*x.shape[:3], keys.shape[2])
-
-
-def _weigh(weights: Tensor, values: Tensor) -> Tensor:
-    """weights [B,H,C,n], values [B,h,n,D] -> [B,H,C,D]."""
-    return (_grouped(weights, values.shape[1]) @ values).view(*weights.shape[:3], values.shape[3])
-
-
 @dataclass(frozen=True)
-class _Masks:
-    """Of one chunk, broadcastable to [B,H,C,n]; n = extra sink columns, then the span."""
-
-    soft: Tensor
-    linear: Tensor
-    hidden: Tensor | None
-    sees_state: Tensor | None
-    real: Tensor | None
-
-
-def _masks(
-    options: Options, q: Rows, k: Rows, alive: Tensor, keep: Tensor | None, plain: bool, linear_sinks: Tensor
-) -> _Masks:
-    """`alive` [B]: the segment that the state belongs to; `linear_sinks` [n]: columns whose linear side the state holds."""
-    near, far_sinks = (m[:, None] for m in softmax_set(options, q, k))
-    seen = visible(q, k)[:, None]
-    sink = (k.position < options.sinks)[:, None, None, :]
-    soft = torch.zeros_like(seen)
-    if options.has("window"):
-        soft = soft | near
-    if options.has("sinks"):
-        soft = soft | (seen & sink)
-    pairwise = seen & ~linear_sinks
-    linear = pairwise if options.cover == "all" else pairwise & ~near & ~far_sinks
-    if keep is not None:
-        kept = keep[:, :, None, None]
-        if options.on_drop == "linear_covers_all":
-            linear = torch.where(kept, linear, pairwise)
-        soft = soft & kept
-    if not options.has("linear"):
-        linear = torch.zeros_like(linear)
-    hidden = None
-    if not options.shown("window"):
-        hidden = near & ~sink
-    if not options.shown("sinks"):
-        hidden = far_sinks if hidden is None else hidden | far_sinks
-    sees_state = None if plain else (q.segment == alive[:, None])[:, None, :, None]
-    real = None if plain else (q.segment >= 0)[:, None, :, None]
-    return _Masks(soft, linear, hidden, sees_state, real)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    fq: Tensor,
-    fk: Tensor,
-    sums: Tensor | None,
-    mix: Tensor | None,
-    c: Tensor | None,
-    masks: _Masks,
-    o: Options,
-    components: bool,
-) -> tuple[Tensor, ...]:
-    """One chunk: q [B,H,C,D] against columns k, v [B,Hkv,n,D], fk [B,h,n,F], and the state.
-
-    Returns y, and with `components` the window branch, the linear branch and the linear share, as the reference.
-    """
-    scores = _dot(q, k) * o.scale
-    top = torch.where(masks.soft, scores, -torch.inf).amax(-1, keepdim=True)
-    top = torch.where(torch.isinf(top), 0.0, top)
-    if o.max_gradient == "detached":
-        top = top.detach()
-    a = torch.where(masks.soft, torch.exp((scores - top).clamp(min=EXP_FLOOR, max=0.0)), 0.0)
-    a_mass = a.sum(-1)
-    a_value = _weigh(a if masks.hidden is None else torch.where(masks.hidden, 0.0, a), v)
-
-    pairs = _dot(fq, fk)
-    b = torch.where(masks.linear, pairs, 0.0)
-    b_mass, b_value = b.sum(-1), _weigh(b, v)
-    if sums is not None and o.has("linear"):
-        past = fq @ sums
-        if masks.sees_state is not None:
-            past = torch.where(masks.sees_state, past, 0.0)
-        b_mass, b_value = b_mass + past[..., -1], b_value + past[..., :-1]
-    if not o.shown("linear"):
-        b_value = torch.zeros_like(b_value)
-
-    if o.join == "absolute":
-        assert c is not None
-        tiny = torch.finfo(a.dtype).tiny
-        lse_soft = top[..., 0] + a_mass.clamp(min=tiny).log()
-        lse_linear = c[:, None] + b_mass.clamp(min=tiny).log()
-        share = torch.where(b_mass > 0, torch.sigmoid(lse_linear - lse_soft), 0.0)
-        share = torch.where((a_mass == 0) & (b_mass > 0), 1.0, share)
-        y = (1 - share)[..., None] * divide(a_value, a_mass, False)
-        y = y + share[..., None] * divide(b_value, b_mass, o.signed)
-    else:
-        if o.join == "shared":
-            assert mix is not None
-            window_mass, window_value = mix[:, None] * a_mass, mix[:, None, None] * a_value
-        else:
-            window_mass = torch.where(masks.soft, pairs, 0.0).sum(-1)
-            window_value = window_mass[..., None] * divide(a_value, a_mass, False)
-        mass = window_mass + b_mass
-        y = divide(window_value + b_value, mass, o.signed)
-        share = divide(b_mass[..., None], mass, o.signed)[..., 0] if components else b_mass
-    if masks.real is not None:
-        y = torch.where(masks.real, y, 0.0)
-    if not components:
-        return (y,)
-    return y, divide(a_value, a_mass, False), divide(b_value, b_mass, o.signed), share
-
-
-def _fold(sums: Tensor, v: Tensor, fk: Tensor, counts: Tensor | None, carried: Tensor | None) -> Tensor:
-    """The state after keys have left the span: sums * carried + sum over the keys of counts * phi(k) [v, 1].
-
-    v [B,Hkv,n,D], fk [B,h,n,F], counts [B,H or 1,n] (which heads take the key up), carried [B] (0: a new segment).
-    """
-    batch, heads, _, width = sums.shape
-    if carried is not None:
-        sums = torch.where(carried[:, None, None, None], sums, 0.0)
-    ones = torch.cat((v, torch.ones_like(v[..., :1])), -1)
-    if counts is not None and counts.shape[1] > 1:
-        fk = fk.repeat_interleave(heads // fk.shape[1], 1)
-    if counts is not None:
-        fk = fk * counts[..., None]
-    shared = v.shape[1]
-    new = fk.view(batch, shared, -1, *fk.shape[2:]).transpose(-1, -2) @ ones[:, :, None]
-    return sums + new.reshape(batch, fk.shape[1], -1, width).repeat_interleave(heads // fk.shape[1], 1)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Everything of one call that carries no gradient."""
+class _Block:
+    """Some rows and heads of a call, without what carries gradient: who sees whom, chunk by chunk."""
 
     options: Options
     q_rows: Rows
     k_rows: Rows
     keep: Tensor | None
     past: Past | None
-    plain: bool
+    plain: bool  # no padding, no segments, no state: all rows are alike
     size: int
     dtype: torch.dtype
-    heads: int
-    components: bool
+    known: dict[tuple[int, ...], Masks]  # masks of plain chunks by their shape, shared between blocks
 
     @property
     def lead(self) -> int:
         return 0 if self.past is None else self.past.lead
 
-    def chunks(self) -> list[_Chunk]:
-        length = self.q_rows.position.shape[1]
-        return list(_chunks(length, self.lead, self.options.window, self.size))
+    @property
+    def covers_all(self) -> bool:
+        return self.keep is not None and self.options.on_drop == "linear_covers_all"
 
-    def sink_columns(self, chunk: _Chunk) -> tuple[Tensor, Rows] | None:
-        """Indices [B, s] into the keys of the sinks that lie before the span, and their rows; None where there are none."""
+    def chunks(self) -> list[_Chunk]:
+        return list(_chunks(self.q_rows.position.shape[1], self.lead, self.options.window, self.size))
+
+    def first_state(self, p: int) -> State | None:
+        """The sums that the call goes on from, for p heads of phi_k: heads of one group hold the same."""
+        if self.past is None or not self.options.has("linear"):
+            return None
+        sums = self.past.sums.to(self.dtype)[:, :: self.past.sums.shape[1] // p]
+        return State(sums[..., :-1].contiguous(), sums[..., -1].contiguous())
+
+    def sinks(self, chunk: _Chunk) -> tuple[Tensor, Rows] | None:
+        """Indices [B,s] into the keys of the sinks before the span, and their rows; None where there are none."""
         if not self.options.sinks or chunk.k0 == 0:
             return None
         at = chunk.q0 + self.lead
@@ -230,197 +115,299 @@ class _Call:
         segment = torch.where(inside, self.k_rows.segment.gather(1, index), -1)
         return index, Rows(self.k_rows.position.gather(1, index), segment)
 
-    def alive(self, at: int) -> Tensor:
-        return self.q_rows.segment[:, at]
-
-
-class _Walk:
-    """The chunks of one call, with masks that are the same for chunks of the same shape made once."""
-
-    def __init__(self, call: _Call, batch: int) -> None:
-        self.call, self.batch = call, batch
-        self._known: dict[tuple[int, ...], _Masks] = {}
-
-    def masks(self, chunk: _Chunk, columns: tuple[Tensor, Rows] | None) -> _Masks:
-        call = self.call
-        key = (
-            chunk.q1 - chunk.q0,
-            chunk.k1 - chunk.k0,
-            chunk.q0 + call.lead - chunk.k0,
-            min(chunk.k0, call.options.sinks),
-        )
-        if call.plain and key in self._known:
-            return self._known[key]
-        parts = [_cut(call.k_rows, chunk.k0, chunk.k1)]
-        if columns is not None:
-            parts.insert(0, columns[1])
-        if call.past is not None and call.options.sinks:
-            parts.insert(0, call.past.sink_rows)
-        k_rows = Rows(*(torch.cat([getattr(p, n) for p in parts], 1) for n in ("position", "segment")))
-        extra = k_rows.position.shape[1] - (chunk.k1 - chunk.k0)
-        columns_before = torch.arange(k_rows.position.shape[1], device=k_rows.position.device) < extra
-        q_rows = _cut(call.q_rows, chunk.q0, chunk.q1)
-        made = _masks(call.options, q_rows, k_rows, call.alive(chunk.q0), call.keep, call.plain, columns_before)
-        if call.plain:
-            self._known[key] = made
+    def masks(self, chunk: _Chunk, sinks: tuple[Tensor, Rows] | None) -> Masks:
+        """Columns are the sinks of the state, those before the span, and the span."""
+        key = (chunk.q1 - chunk.q0, chunk.k1 - chunk.k0, min(chunk.k0, self.options.sinks))
+        if self.plain and self.keep is None and key in self.known:
+            return self.known[key]
+        parts = [_columns(self.k_rows, chunk.k0, chunk.k1)]
+        if sinks is not None:
+            parts.insert(0, sinks[1])
+        if self.past is not None and self.options.sinks:
+            parts.insert(0, self.past.sink_rows)
+        k = Rows(*(torch.cat([getattr(p, n) for p in parts], 1) for n in ("position", "segment")))
+        made = self._masks(_columns(self.q_rows, chunk.q0, chunk.q1), k, chunk)
+        if self.plain and self.keep is None:
+            self.known[key] = made
         return made
 
-    def step(
-        self, chunk: _Chunk, inputs: dict[str, Tensor | None], columns: tuple[Tensor, Rows] | None, last: bool
-    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """(y, ...) of the chunk and the state after it. `inputs`: its slices of q, k, v, fq, fk, sink columns, state, mix, c."""
-        call = self.call
-        cast = {n: None if x is None else x.to(call.dtype) for n, x in inputs.items()}
-        k, v, fk = cast["k"], cast["v"], cast["fk"]
-        assert k is not None and v is not None and fk is not None
-        all_k, all_v, all_fk = [k], [v], [fk]
-        if columns is not None:
-            for whole, name in ((all_k, "sink_k"), (all_v, "sink_v"), (all_fk, "sink_fk")):
-                whole.insert(0, cast[name])  # type: ignore[arg-type]
-        if call.past is not None and call.options.sinks:
-            for whole, past in ((all_k, call.past.sink_k), (all_v, call.past.sink_v), (all_fk, call.past.sink_phi)):
-                whole.insert(0, past.to(call.dtype))
-        found = _attend(
-            cast["q"],  # type: ignore[arg-type]
-            torch.cat(all_k, 2) if len(all_k) > 1 else k,
-            torch.cat(all_v, 2) if len(all_v) > 1 else v,
-            cast["fq"],  # type: ignore[arg-type]
-            torch.cat(all_fk, 2) if len(all_fk) > 1 else fk,
-            cast["sums"],
-            cast["mix"],
-            cast["c"],
-            self.masks(chunk, columns),
-            call.options,
-            call.components,
+    def _masks(self, q: Rows, k: Rows, chunk: _Chunk) -> Masks:
+        o = self.options
+        near, far_sinks = (m[:, None] for m in softmax_set(o, q, k))
+        seen = visible(q, k)[:, None]
+        sink = (k.position < o.sinks)[:, None, None, :]
+        soft = torch.zeros_like(seen)
+        if o.has("window"):
+            soft = soft | near
+        if o.has("sinks"):
+            soft = soft | (seen & sink)
+        # The linear side of sinks before the span is in the state.
+        columns = k.position.shape[1]
+        extra = columns - (chunk.k1 - chunk.k0)
+        own = seen & (torch.arange(columns, device=k.position.device) >= extra)
+        linear = own if o.cover == "all" else own & ~near & ~far_sinks
+        if self.keep is not None:
+            kept = self.keep[:, :, None, None]
+            if self.covers_all:
+                linear = torch.where(kept, linear, own)
+            soft = soft & kept
+        hidden = torch.zeros_like(seen)
+        if not o.shown("window"):
+            hidden = hidden | (near & ~sink)
+        if not o.shown("sinks"):
+            hidden = hidden | far_sinks
+        first, stop = extra, columns
+        if o.join == "replace":
+            first = 0
+        elif not o.has("linear"):
+            stop = first
+        elif o.cover == "outside" and not self.covers_all:
+            stop = extra + max(0, chunk.q1 + self.lead - o.window - chunk.k0)
+        if not o.has("linear"):
+            linear = torch.zeros_like(linear)
+        first_segment = self.q_rows.segment[:, chunk.q0 : chunk.q0 + 1]
+        whole = self.plain
+        return Masks(
+            soft=soft.to(self.dtype),
+            bias=torch.where(soft, 0.0, HIDDEN).to(self.dtype),
+            linear=linear[..., first:stop].to(self.dtype),
+            first=first,
+            stop=stop,
+            shown=None if o.shown("window") and o.shown("sinks") else (~hidden).to(self.dtype),
+            sees_state=None if whole else (q.segment == first_segment)[:, None, :, None].to(self.dtype),
+            real=None if whole else (q.segment >= 0)[:, None, :, None].to(self.dtype),
         )
-        return found, None if last else self.folded(chunk, cast["sums"], v, fk, call.alive(chunk.q1))
 
-    def folded(self, chunk: _Chunk, sums: Tensor | None, v: Tensor, fk: Tensor, alive: Tensor) -> Tensor | None:
-        """The state once the keys [k0, k2) have left the span; `alive` [B]: the segment of the next query."""
-        call = self.call
-        count = chunk.k2 - chunk.k0
-        carried = None if call.plain else (alive == call.alive(chunk.q0)) & (alive >= 0)
-        if count <= 0:
-            if sums is None or carried is None:
-                return sums
-            return torch.where(carried[:, None, None, None], sums, 0.0)
-        heads = call.heads
-        if sums is None:
-            sums = v.new_zeros(self.batch, heads, fk.shape[-1], v.shape[-1] + 1)
-        k_rows = _cut(call.k_rows, chunk.k0, chunk.k2)
-        same = ((k_rows.segment == alive[:, None]) & (alive >= 0)[:, None])[:, None]
-        if call.options.cover == "outside" and call.options.sinks:
-            sink = (k_rows.position < call.options.sinks)[:, None]
-            dropped = (
-                ~call.keep[:, :, None]
-                if call.keep is not None and call.options.on_drop == "linear_covers_all"
-                else torch.zeros_like(sink)
-            )
-            same = same & (~sink | dropped)
-        if call.plain and call.options.sinks == 0:
-            return _fold(sums, v[:, :, :count], fk[:, :, :count], None, None)
-        return _fold(sums, v[:, :, :count], fk[:, :, :count], same.to(v.dtype), carried)
+    def inputs(self, whole: Inputs, chunk: _Chunk, sinks: tuple[Tensor, Rows] | None) -> Inputs:
+        """The chunk's own part of a block's tensors."""
+        columns = []
+        past = None if self.past is None or not self.options.sinks else self.past
+        for name in ("k", "v", "fk"):
+            x = getattr(whole, name)
+            parts = [x[:, :, chunk.k0 : chunk.k1]]
+            if sinks is not None:
+                parts.insert(0, x.gather(2, _spread(sinks[0], x)))
+            if past is not None:
+                held = {"k": past.sink_k, "v": past.sink_v, "fk": past.sink_phi}[name]
+                parts.insert(0, held.to(self.dtype))
+            columns.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
+        q, fq = (x[:, :, chunk.q0 : chunk.q1] for x in (whole.q, whole.fq))
+        return Inputs(q, columns[0], columns[1], fq, columns[2], whole.mix, whole.log_scale)
+
+    def leaving(self, chunk: _Chunk) -> tuple[Tensor | None, Tensor | None]:
+        """Which keys of [k0, k2) the next chunk's state counts [B,1 or H,n,1], and which rows' states go on [B,1,1].
+
+        None: all.
+        """
+        sinks_stay = self.options.cover == "outside" and self.options.sinks > 0
+        if self.plain and not sinks_stay:
+            return None, None
+        now, then = (self.q_rows.segment[:, at : at + 1] for at in (chunk.q0, chunk.q1))
+        k = _columns(self.k_rows, chunk.k0, chunk.k2)
+        counts = ((k.segment == then) & (then >= 0))[:, None]
+        if sinks_stay:
+            enters = k.position[:, None] >= self.options.sinks
+            if self.covers_all:
+                assert self.keep is not None
+                enters = enters | ~self.keep[:, :, None]
+            counts = counts & enters
+        carried = None if self.plain else ((now == then) & (then >= 0)).to(self.dtype)[..., None]
+        return counts.to(self.dtype)[..., None], carried
+
+    def advance(self, state: State | None, whole: Inputs, chunk: _Chunk) -> State | None:
+        """The state before the next chunk."""
+        if not self.options.has("linear"):
+            return None
+        counts, carried = self.leaving(chunk)
+        if state is not None and carried is not None:
+            state = State(state.value * carried[..., None], state.mass * carried)
+        if chunk.k2 == chunk.k0:
+            return state
+        fk, v = whole.fk[:, :, chunk.k0 : chunk.k2], whole.v[:, :, chunk.k0 : chunk.k2]
+        if counts is not None:
+            fk = fk * counts
+        mass = fk.sum(2)
+        flat, values = fk.flatten(0, 1).transpose(1, 2), _repeat(v, fk.shape[1])
+        if state is None:
+            return State(torch.bmm(flat, values).view(*mass.shape, -1), mass)
+        value = torch.baddbmm(state.value.flatten(0, 1), flat, values)
+        return State(value.view_as(state.value), state.mass + mass)
+
+    def retreat(
+        self, d_state: State, whole: Inputs, grads: dict[str, Tensor], chunk: _Chunk, wants: frozenset[str]
+    ) -> State:
+        """`advance` backward: adds to the gradients of the keys that left; the gradient of the state before."""
+        counts, carried = self.leaving(chunk)
+        if chunk.k2 > chunk.k0:
+            part = slice(chunk.k0, chunk.k2)
+            fk, v = whole.fk[:, :, part], whole.v[:, :, part]
+            value = d_state.value.flatten(0, 1)
+            if "fk" in wants:
+                found = torch.baddbmm(
+                    d_state.mass.flatten(0, 1)[:, None], _repeat(v, fk.shape[1]), value.transpose(1, 2)
+                ).view_as(fk)
+                grads["fk"][:, :, part] += found if counts is None else found * counts
+            if "v" in wants:
+                found = torch.bmm((fk if counts is None else fk * counts).flatten(0, 1), value)
+                grads["v"][:, :, part] += found.view(*v.shape[:2], -1, *v.shape[2:]).sum(2)
+        if carried is None:
+            return d_state
+        return State(d_state.value * carried[..., None], d_state.mass * carried)
+
+
+def _spread(index: Tensor, x: Tensor) -> Tensor:
+    return index[:, None, :, None].expand(x.shape[0], x.shape[1], -1, x.shape[3])
+
+
+def _repeat(v: Tensor, heads: int) -> Tensor:
+    """[B,g,n,D] -> [B heads,n,D], each key head repeated for its heads."""
+    batch, own, rows, width = v.shape
+    if own == heads:
+        return v.flatten(0, 1)
+    return v[:, :, None].expand(-1, -1, heads // own, -1, -1).reshape(batch * heads, rows, width)
+
+
+def _add(total: State | None, more: State | None) -> State | None:
+    if total is None or more is None:
+        return total or more
+    return State(total.value + more.value, total.mass + more.mass)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call: its blocks, each with the slices of the tensors that belong to it."""
+
+    whole: _Block
+    components: bool
+
+    def blocks(self, x: Inputs) -> Iterator[tuple[_Block, tuple[slice, slice, slice, slice]]]:
+        """Blocks of rows, or of key heads of one row, and (rows, query heads, key heads, heads of phi_k)."""
+        batch, heads, rows, _ = x.q.shape
+        key_heads, map_heads = x.k.shape[1], x.fk.shape[1]
+        size = min(self.whole.size, rows)
+        most = max(1, BLOCK // (size * min(size + self.whole.options.window, x.k.shape[2])))  # query heads
+        if heads <= most:
+            step = max(1, most // heads)
+            cuts = [(slice(b, b + step), slice(0, key_heads)) for b in range(0, batch, step)]
+        else:
+            step = max(1, most * key_heads // heads)
+            cuts = [(slice(b, b + 1), slice(g, g + step)) for b in range(batch) for g in range(0, key_heads, step)]
+        for own, keys in cuts:
+            stop = min(keys.stop, key_heads)
+            query, maps = (slice(keys.start * (n // key_heads), stop * (n // key_heads)) for n in (heads, map_heads))
+            block = self.whole
+            if not block.plain:
+                block = replace(block, q_rows=block.q_rows.cut(own), k_rows=block.k_rows.cut(own))
+            if block.keep is not None:
+                block = replace(block, keep=block.keep[own, query])
+            if block.past is not None:
+                block = replace(block, past=block.past.cut(own, keys, maps, query))
+            yield block, (own, query, keys, maps)
+
+
+def _part(x: Inputs, cut: tuple[slice, slice, slice, slice]) -> Inputs:
+    own, query, keys, maps = cut
+    return Inputs(
+        x.q[own, query], x.k[own, keys], x.v[own, keys], x.fq[own, query], x.fk[own, maps],
+        None if x.mix is None else x.mix[query], None if x.log_scale is None else x.log_scale[query],
+    )  # fmt: skip
+
+
+def _forward(call: _Call, x: Inputs) -> list[Tensor]:
+    """y, and with components their three parts."""
+    outputs: list[Tensor] = []
+    for block, cut in call.blocks(x):
+        part = _part(x, cut)
+        state = block.first_state(part.fk.shape[1])
+        chunks = block.chunks()
+        for chunk in chunks:
+            sinks = block.sinks(chunk)
+            inputs = block.inputs(part, chunk, sinks)
+            found = forward(inputs, state, block.masks(chunk, sinks), block.options, call.components)
+            if not outputs:
+                outputs = [t.new_empty(*x.q.shape[:3], *t.shape[3:]) for t in found]
+            for out, t in zip(outputs, found, strict=True):
+                out[cut[0], cut[1], chunk.q0 : chunk.q1] = t
+            if chunk is not chunks[-1]:
+                state = block.advance(state, part, chunk)
+    return outputs
+
+
+NAMES = ("q", "k", "v", "fq", "fk", "mix", "log_scale")
 
 
 class _Hybrid(torch.autograd.Function):
-    """Forward keeps the inputs and one state a chunk; backward computes each chunk again."""
+    """Forward keeps the inputs and y; backward computes states and weights again."""
 
     @staticmethod
-    def forward(ctx: Any, walk: _Walk, q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, mix: Any, c: Any) -> Any:
-        outputs, states = _forward(walk, q, k, v, fq, fk, mix, c, remember=True)
-        ctx.walk, ctx.states = walk, states
-        ctx.save_for_backward(q, k, v, fq, fk, mix, c)
+    def forward(ctx: Any, call: _Call, *tensors: Any) -> Any:
+        outputs = _forward(call, Inputs(*tensors))
+        ctx.call = call
+        ctx.save_for_backward(*tensors, outputs[0])
         ctx.mark_non_differentiable(*outputs[1:])
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
-        q, k, v, fq, fk, mix, c = ctx.saved_tensors
-        wanted = dict(zip(("q", "k", "v", "fq", "fk", "mix", "c"), ctx.needs_input_grad[1:], strict=True))
-        whole = {"q": q, "k": k, "v": v, "fq": fq, "fk": fk, "mix": mix, "c": c}
-        dtype = ctx.walk.call.dtype
-        grads = {n: torch.zeros_like(whole[n], dtype=dtype) for n, want in wanted.items() if want}
-        d_state: Tensor | None = None
-        chunks = ctx.walk.call.chunks()
-        for number in range(len(chunks) - 1, -1, -1):
-            chunk, sums = chunks[number], ctx.states[number]
-            columns = ctx.walk.call.sink_columns(chunk)
-            inputs = _slices(whole, chunk, columns, sums)
-            needs = {n for n in inputs if wanted.get(n.removeprefix("sink_"), False)}
-            if sums is not None and (wanted["v"] or wanted["fk"]):
-                needs.add("sums")
-            leaves = {
-                n: None if x is None else x.detach().requires_grad_(n in needs and x.is_floating_point())
-                for n, x in inputs.items()
-            }
-            with torch.enable_grad():
-                found, after = ctx.walk.step(chunk, leaves, columns, last=number == len(chunks) - 1)
-            outputs, given = [found[0]], [dy[:, :, chunk.q0 : chunk.q1].to(dtype)]
-            if d_state is not None and after is not None and after.requires_grad:
-                outputs.append(after)
-                given.append(d_state)
-            names = [n for n in inputs if n in needs and leaves[n] is not None]
-            found_grads = torch.autograd.grad(outputs, [leaves[n] for n in names], given, allow_unused=True)
-            d_state = None
-            for name, grad in zip(names, found_grads, strict=True):
-                if grad is None:
-                    continue
-                grad = grad.to(dtype)
-                if name == "sums":
-                    d_state = grad
-                elif name.startswith("sink_"):
-                    assert columns is not None
-                    target = grads[name.removeprefix("sink_")]
-                    index = columns[0][:, None, :, None].expand(grad.shape[0], grad.shape[1], -1, grad.shape[3])
-                    target.scatter_add_(2, index, grad)
-                elif name in ("mix", "c"):
-                    grads[name] += grad
-                else:
-                    start, stop = (chunk.q0, chunk.q1) if name in ("q", "fq") else (chunk.k0, chunk.k1)
-                    grads[name][:, :, start:stop] += grad
-        return None, *(grads[n].to(whole[n].dtype) if n in grads else None for n in wanted)
+        *tensors, y = ctx.saved_tensors
+        x = Inputs(*tensors)
+        wanted = {n for n, want in zip(NAMES, ctx.needs_input_grad[1:], strict=True) if want}
+        grads = {n: torch.zeros_like(t) for n, t in zip(NAMES, tensors, strict=True) if n in wanted}
+        wants = frozenset(wanted | ({"state"} if wanted & {"v", "fk"} else set()))
+        for block, cut in ctx.call.blocks(x):
+            own, query, keys, maps = cut
+            pick = {"q": query, "fq": query, "k": keys, "v": keys, "fk": maps}
+            mine = {n: grad[own, pick[n]] if n in pick else grad[query] for n, grad in grads.items()}
+            _block_backward(block, _part(x, cut), mine, y[own, query], dy[own, query], wants)
+        return None, *(grads.get(n) for n in NAMES)
 
 
-def _slices(
-    whole: dict[str, Any], chunk: _Chunk, columns: tuple[Tensor, Rows] | None, sums: Tensor | None
-) -> dict[str, Tensor | None]:
-    """A chunk's own part of every input."""
-    inputs: dict[str, Tensor | None] = {
-        "q": whole["q"][:, :, chunk.q0 : chunk.q1],
-        "fq": whole["fq"][:, :, chunk.q0 : chunk.q1],
-        **{n: whole[n][:, :, chunk.k0 : chunk.k1] for n in ("k", "v", "fk")},
-        "mix": whole["mix"],
-        "c": whole["c"],
-        "sums": sums,
-    }
-    if columns is not None:
-        for name in ("k", "v", "fk"):
-            x = whole[name]
-            index = columns[0][:, None, :, None].expand(x.shape[0], x.shape[1], -1, x.shape[3])
-            inputs[f"sink_{name}"] = x.gather(2, index)
-    return inputs
+def _block_backward(
+    block: _Block, x: Inputs, grads: dict[str, Tensor], y: Tensor, dy: Tensor, wants: frozenset[str]
+) -> None:
+    """Adds the gradients of one block to `grads`, views of the whole ones."""
+    chunks = block.chunks()
+    states = [block.first_state(x.fk.shape[1])]
+    for chunk in chunks[:-1]:
+        states.append(block.advance(states[-1], x, chunk))
+    d_state: State | None = None
+    for number in range(len(chunks) - 1, -1, -1):
+        chunk, state = chunks[number], states.pop()
+        if d_state is not None:
+            d_state = block.retreat(d_state, x, grads, chunk, wants)
+        sinks = block.sinks(chunk)
+        inputs = block.inputs(x, chunk, sinks)
+        masks = block.masks(chunk, sinks)
+        part = slice(chunk.q0, chunk.q1)
+        found = backward(inputs, state, masks, block.options, y[:, :, part], dy[:, :, part], wants)
+        _collect(found, grads, chunk, masks, sinks, inputs.k.shape[2])
+        d_state = _add(d_state, found.state)
 
 
-def _forward(
-    walk: _Walk, q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor, mix: Any, c: Any, *, remember: bool
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """All chunks from left to right; the state before each chunk if they are to be remembered."""
-    call = walk.call
-    whole = {"q": q, "k": k, "v": v, "fq": fq, "fk": fk, "mix": mix, "c": c}
-    outputs: list[Tensor] = []
-    states: list[Tensor | None] = []
-    sums = None if call.past is None else call.past.sums.to(call.dtype)
-    chunks = call.chunks()
-    for number, chunk in enumerate(chunks):
-        if remember:
-            states.append(sums)
-        columns = call.sink_columns(chunk)
-        found, sums = walk.step(chunk, _slices(whole, chunk, columns, sums), columns, last=number == len(chunks) - 1)
-        if not outputs:
-            outputs = [x.new_empty(*x.shape[:2], q.shape[2], *x.shape[3:], dtype=q.dtype) for x in found]
-        for out, x in zip(outputs, found, strict=True):
-            out[:, :, chunk.q0 : chunk.q1] = x
-    return outputs, states
+def _collect(
+    found: Gradients,
+    grads: dict[str, Tensor],
+    chunk: _Chunk,
+    masks: Masks,
+    sinks: tuple[Tensor, Rows] | None,
+    columns: int,
+) -> None:
+    """Adds a chunk's gradients where they belong."""
+    extra = columns - (chunk.k1 - chunk.k0)  # columns before the span
+    for name, target in grads.items():
+        grad = getattr(found, name)
+        if name in ("mix", "log_scale"):
+            target += grad
+            continue
+        if name in ("q", "fq"):
+            target[:, :, chunk.q0 : chunk.q1] += grad
+            continue
+        first, stop = (masks.first, masks.stop) if name == "fk" else (0, columns)
+        grad = grad.view(*target.shape[:2], stop - first, target.shape[3])
+        target[:, :, chunk.k0 : chunk.k0 + stop - extra] += grad[:, :, extra - first :]
+        if sinks is not None and first == 0:
+            index = _spread(sinks[0], target)
+            target.scatter_add_(2, index, grad[:, :, extra - index.shape[2] : extra])
 
 
 def hybrid_attention_chunked(
@@ -441,26 +428,23 @@ def hybrid_attention_chunked(
     components: bool,
     chunk: int = CHUNK,
 ) -> list[Tensor]:
-    """y, and with `components` the three parts, as the reference has them; computed in float32 (float64 for float64)."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    call = _Call(
-        options=options,
-        q_rows=q_rows,
-        k_rows=k_rows,
-        keep=window_keep,
-        past=past,
-        plain=plain,
-        size=chunk,
-        dtype=dtype,
-        heads=q.shape[1],
-        components=components,
-    )
-    walk = _Walk(call, q.shape[0])
-    inputs = (q, k, v, phi_q, phi_k, mix, log_scale)
+    """y, and with `components` the three parts, as the reference has them; in float32 (float64 for float64)."""
+    given, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
+        # Whether a sink is in the state depends on the query head here.
+        phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)
+        if past is not None:
+            past = replace(past, sink_phi=past.sink_phi.repeat_interleave(q.shape[1] // past.sink_phi.shape[1], 1))
+    options = replace(options, window=min(options.window, k.shape[2]))
+    whole = _Block(options, q_rows, k_rows, window_keep, past, plain, chunk, dtype, {})
+    tensors = [None if x is None else x.to(dtype).contiguous() for x in (q, k, v, phi_q, phi_k, mix, log_scale)]
+    call = _Call(whole, components)
     # Inside a Function `needs_input_grad` is true under no_grad too: ask here.
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return list(_Hybrid.apply(walk, *inputs))
-    return _forward(walk, *inputs, remember=False)[0]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        found = list(_Hybrid.apply(call, *tensors))
+    else:
+        found = _forward(call, Inputs(*tensors))  # type: ignore[arg-type]
+    return [x.to(given) for x in found]
 
 
 def final_sums(
@@ -475,16 +459,19 @@ def final_sums(
     last: Tensor,
     chunk: int = 1024,
 ) -> Tensor:
-    """The state's sums after a call: over the keys of segment `alive` [B,1] but the `keep` up to position `last` [B,1]."""
+    """The state's sums after a call: keys of segment `alive` [B,1] but the `keep` up to position `last` [B,1]."""
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     counted = (k_rows.segment == alive) & (last - k_rows.position >= keep)
     if options.cover == "outside":
         counted = counted & (k_rows.position >= options.sinks)
     sums = v.new_zeros(v.shape[0], heads, phi_k.shape[-1], v.shape[-1] + 1, dtype=dtype)
     if past is not None:
-        # Keys of the ring are in k: a state is carried only where its segment goes on, which a call with a state ensures.
+        # Keys of the ring are in k: a call with a state holds one segment, which goes on.
         sums = sums + past.sums
     for start in range(0, v.shape[2], chunk):
         cut = slice(start, start + chunk)
-        sums = _fold(sums, v[:, :, cut].to(dtype), phi_k[:, :, cut].to(dtype), counted[:, None, cut].to(dtype), None)
+        features = (phi_k[:, :, cut] * counted[:, None, cut, None]).to(dtype)
+        values = torch.cat((v[:, :, cut], torch.ones_like(v[:, :, cut, :1])), -1).to(dtype)
+        more = torch.bmm(features.flatten(0, 1).transpose(1, 2), _repeat(values, features.shape[1]))
+        sums += more.view(*features.shape[:2], *more.shape[1:]).repeat_interleave(heads // features.shape[1], 1)
     return sums

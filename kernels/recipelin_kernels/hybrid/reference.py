@@ -18,7 +18,8 @@ def hybrid_attention_reference(
     options: Options,
     rows: Rows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y [B,H,T,D]; the window branch alone, the linear branch alone (each normalised by itself), the linear share [B,H,T].
+    """y [B,H,T,D]; the window branch alone, the linear branch alone (each normalised by itself); the linear
+    share [B,H,T].
 
     The formulas are DESIGN §5. Whole T x T matrices: the definition, not the way to compute.
     """
@@ -49,7 +50,7 @@ def hybrid_attention_reference(
     scores = (q @ k.transpose(-1, -2)) * options.scale
     top = torch.where(soft, scores, -torch.inf).amax(-1, keepdim=True)
     top = torch.where(torch.isinf(top), 0.0, top)
-    if options.max_gradient == "detached":
+    if options.max_gradient == "detached" or options.join == "absolute":
         top = top.detach()
     a = torch.where(soft, torch.exp(torch.where(soft, scores - top, 0.0)), 0.0)
     pairs = phi_q @ phi_k.transpose(-1, -2)
@@ -60,25 +61,22 @@ def hybrid_attention_reference(
 
     if options.join == "shared":
         assert mix is not None
-        g = mix.to(q.dtype)[:, None]
-        mass = g * a_mass + b_mass
-        y = divide(g[..., None] * a_value + b_value, mass, options.signed)
-        share = divide(b_mass[..., None], mass, options.signed)[..., 0]
+        a_factor, b_factor = mix.to(q.dtype)[:, None], torch.ones_like(b_mass)
     elif options.join == "replace":
-        m = torch.where(soft, pairs, 0.0).sum(-1)
-        mass = m + b_mass
-        y = divide(m[..., None] * divide(a_value, a_mass, False) + b_value, mass, options.signed)
-        share = divide(b_mass[..., None], mass, options.signed)[..., 0]
+        m = torch.where(soft, pairs, 0.0).sum(-1, keepdim=True)
+        a_factor, b_factor = divide(m, a_mass, False)[..., 0], torch.ones_like(b_mass)
     else:
         assert log_scale is not None
-        # In these units the shift drops out: exp(s) = exp(s - top) exp(top).
+        # exp(s) = exp(s - top) exp(top): top drops out, and so does the level of a row, its side that is larger.
+        c = log_scale.to(q.dtype)[:, None]
         tiny = torch.finfo(a.dtype).tiny
-        lse_soft = top[..., 0] + a_mass.clamp(min=tiny).log()
-        lse_linear = log_scale.to(q.dtype)[:, None] + b_mass.clamp(min=tiny).log()
-        share = torch.where(b_mass > 0, torch.sigmoid(lse_linear - lse_soft), 0.0)
-        share = torch.where((a_mass == 0) & (b_mass > 0), 1.0, share)
-        y = (1 - share)[..., None] * divide(a_value, a_mass, False)
-        y = y + share[..., None] * divide(b_value, b_mass, options.signed)
+        level = torch.where(b_mass != 0, c + b_mass.abs().clamp(min=tiny).log(), -torch.inf)
+        level = torch.maximum(level, torch.where(a_mass > 0, top[..., 0], -torch.inf)).detach()
+        level = torch.where(torch.isinf(level), 0.0, level)
+        a_factor, b_factor = (top[..., 0] - level).clamp(max=0.0).exp(), (c - level).clamp(max=69.0).exp()
+    mass = a_factor * a_mass + b_factor * b_mass
+    y = divide(a_factor[..., None] * a_value + b_factor[..., None] * b_value, mass, options.signed)
+    share = divide((b_factor * b_mass)[..., None], mass, options.signed)[..., 0]
     real = (rows.segment >= 0)[:, None, :, None]
     y = torch.where(real, y, 0.0)
     return y, divide(a_value, a_mass, False), divide(b_value, b_mass, options.signed), share

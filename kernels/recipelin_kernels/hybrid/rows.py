@@ -60,6 +60,10 @@ class Rows:
     position: Tensor
     segment: Tensor
 
+    def cut(self, rows: slice) -> "Rows":
+        """Some rows of a batch."""
+        return Rows(self.position[rows], self.segment[rows])
+
 
 def rows(batch: int, length: int, device: torch.device, key_mask: Tensor | None, segment_ids: Tensor | None) -> Rows:
     """Positions and segments. Real tokens of a row must be one run (padding left or right): ValueError otherwise."""
@@ -73,7 +77,9 @@ def rows(batch: int, length: int, device: torch.device, key_mask: Tensor | None,
     if key_mask is not None:
         edges = torch.diff(key_mask.long(), dim=1, prepend=key_mask.new_zeros(batch, 1).long()).clamp(min=0).sum(1)
         if int(edges.max()) > 1:
-            raise ValueError("key_mask: the real tokens of a row must be one run, with padding on the left or right only")
+            raise ValueError(
+                "key_mask: the real tokens of a row must be one run, with padding on the left or right only"
+            )
         segment = torch.where(key_mask, segment, -1)
     first = torch.ones(batch, length, dtype=torch.bool, device=device)
     first[:, 1:] = segment[:, 1:] != segment[:, :-1]

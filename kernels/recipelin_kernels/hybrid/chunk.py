@@ -1,0 +1,268 @@
+"""One chunk of hybrid attention, forward and backward by hand: weights over its few columns, and the running state.
+
+Shapes inside: B rows, H query heads, g key heads, p heads of phi_k (H or g), C queries, n columns. Products fold the
+query heads that share a key head into one matrix, so keys are never repeated.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rows import EXP_FLOOR, SIGNED_FLOOR, Options
+
+HIDDEN = -1e30  # added to scores outside the softmax set
+LOG_TINY = -69.0  # about log(1e-30): no factor of `absolute` is larger than exp(69)
+
+
+class State(NamedTuple):
+    """Sums over the keys before the span: phi_k v [B,p,F,D] and phi_k [B,p,F]."""
+
+    value: Tensor
+    mass: Tensor
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Of one chunk, 1 and 0 in the dtype of the computation, broadcastable to [B,H,C,n].
+
+    bias: 0 in the softmax set, -1e30 elsewhere; linear: of the columns first..stop, for which phi_q.phi_k is computed;
+    shown: softmax columns that count in the numerator, None: all; sees_state, real: [B,1,C,1], None: all.
+    """
+
+    soft: Tensor
+    bias: Tensor
+    linear: Tensor
+    first: int
+    stop: int
+    shown: Tensor | None
+    sees_state: Tensor | None
+    real: Tensor | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q [B,H,C,D]; k, v [B,g,n,D]; fq [B,H,C,F]; fk [B,p,n,F]; mix, log_scale [H]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    fq: Tensor
+    fk: Tensor
+    mix: Tensor | None
+    log_scale: Tensor | None
+
+
+def fold(x: Tensor, heads: int) -> Tensor:
+    """[B,H,C,N] -> [B heads, H / heads C, N]: the heads that share one of `heads`, one below the other."""
+    batch, own, rows, width = x.shape
+    return x.reshape(batch * heads, own // heads * rows, width)
+
+
+def dot(x: Tensor, keys: Tensor) -> Tensor:
+    """x [B,H,C,N], keys [B,h,n,N] with h dividing H -> [B,H,C,n]."""
+    folded = torch.bmm(fold(x, keys.shape[1]), keys.flatten(0, 1).transpose(1, 2))
+    return folded.view(*x.shape[:3], keys.shape[2])
+
+
+@dataclass
+class Weights:
+    """Unnormalised weights of a chunk: a on the softmax set, b on the linear set; y = (A a v + B b v) / den."""
+
+    a: Tensor
+    b: Tensor
+    a_mass: Tensor
+    b_mass: Tensor
+    a_factor: Tensor
+    b_factor: Tensor | None  # None: 1
+    den: Tensor  # inf where the row is empty, so that everything divided by it is 0
+    live: Tensor | None  # 0 where a signed denominator is held at its floor; None: all live
+
+
+def weigh(x: Inputs, state: State | None, masks: Masks, o: Options) -> Weights:
+    """The weights of one chunk and the masses of both sides, [B,H,C,1] each."""
+    batch, heads, rows, _ = x.q.shape
+    a = dot(x.q * o.scale, x.k)
+    a += masks.bias
+    top = a.amax(-1, keepdim=True).clamp_(min=0.1 * HIDDEN)
+    # exp of large negative numbers is slow on a CPU (facts/performance.md §1)
+    a.sub_(top).clamp_(min=EXP_FLOOR).exp_().mul_(masks.soft)
+    a_mass = a.sum(-1, keepdim=True)
+
+    b = dot(x.fq, x.fk[:, :, masks.first : masks.stop])
+    if o.join == "replace":
+        window_mass = (b * masks.soft).sum(-1, keepdim=True)
+    b *= masks.linear
+    b_mass = b.sum(-1, keepdim=True)
+    if state is not None:
+        held = (fold(x.fq, x.fk.shape[1]) * state.mass.flatten(0, 1)[:, None]).sum(-1).view(batch, heads, rows, 1)
+        b_mass += held if masks.sees_state is None else held * masks.sees_state
+
+    b_factor = None
+    if o.join == "shared":
+        assert x.mix is not None
+        a_factor = x.mix[:, None, None]
+    elif o.join == "replace":
+        a_factor = window_mass / a_mass.masked_fill(a_mass == 0, torch.inf)
+    else:
+        assert x.log_scale is not None
+        c = x.log_scale[:, None, None]
+        level = absolute_level(top, a_mass, b_mass, c)
+        a_factor, b_factor = (top - level).clamp(max=0.0).exp(), (c - level).clamp(max=-LOG_TINY).exp()
+    den = a_factor * a_mass + (b_mass if b_factor is None else b_factor * b_mass)
+    live = None
+    if o.signed:
+        live = (den.abs() >= SIGNED_FLOOR).to(den.dtype)
+        den = den.sign() * den.abs().clamp(min=SIGNED_FLOOR)
+    return Weights(a, b, a_mass, b_mass, a_factor, b_factor, den.masked_fill(den == 0, torch.inf), live)
+
+
+def absolute_level(top: Tensor, a_mass: Tensor, b_mass: Tensor, log_scale: Tensor) -> Tensor:
+    """The shift of an `absolute` row: the larger logarithm of its two sides. y does not depend on it: no gradient."""
+    with torch.no_grad():
+        tiny = torch.finfo(a_mass.dtype).tiny
+        soft = torch.where(a_mass > 0, top, -torch.inf)
+        linear = torch.where(b_mass != 0, log_scale + b_mass.abs().clamp(min=tiny).log(), -torch.inf)
+        level = torch.maximum(soft, linear)
+        return level.masked_fill(level == -torch.inf, 0.0)
+
+
+def forward(
+    x: Inputs, state: State | None, masks: Masks, o: Options, components: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | tuple[Tensor]:
+    """y [B,H,C,D], and with `components` the window branch, the linear branch and the linear share [B,H,C]."""
+    w = weigh(x, state, masks, o)
+    key_heads, shape = x.k.shape[1], (*x.q.shape[:3], x.v.shape[-1])
+    v = x.v.flatten(0, 1)
+    past = None
+    if state is not None and o.shown("linear"):
+        past = torch.bmm(fold(x.fq, x.fk.shape[1]), state.value.flatten(0, 1)).view(shape)
+        if masks.sees_state is not None:
+            past *= masks.sees_state
+    a = w.a if masks.shown is None else w.a * masks.shown
+    if components:
+        a_value = torch.bmm(fold(a, key_heads), v).view(shape)
+        b_value = torch.zeros_like(a_value)
+        if o.shown("linear"):
+            b_value = torch.bmm(fold(w.b, key_heads), v[:, masks.first : masks.stop]).view(shape)
+            b_value = b_value if past is None else b_value + past
+        y = w.a_factor * a_value + (b_value if w.b_factor is None else w.b_factor * b_value)
+    else:
+        y = torch.bmm(fold(numerator(w, masks, o), key_heads), v).view(shape)
+        if past is not None:
+            y += past if w.b_factor is None else past.mul_(w.b_factor)
+    y /= w.den
+    if masks.real is not None:
+        y *= masks.real
+    if not components:
+        return (y,)
+    share = (w.b_mass if w.b_factor is None else w.b_factor * w.b_mass) / w.den
+    linear_den = w.b_mass
+    if o.signed:
+        linear_den = w.b_mass.sign() * w.b_mass.abs().clamp(min=SIGNED_FLOOR)
+    return (
+        y,
+        a_value / w.a_mass.masked_fill(w.a_mass == 0, torch.inf),
+        b_value / linear_den.masked_fill(linear_den == 0, torch.inf),
+        share.squeeze(-1),
+    )
+
+
+def numerator(w: Weights, masks: Masks, o: Options) -> Tensor:
+    """[B,H,C,n]: what multiplies v within the columns."""
+    weights = w.a * w.a_factor
+    if masks.shown is not None:
+        weights *= masks.shown
+    if o.shown("linear") and masks.stop > masks.first:
+        weights[..., masks.first : masks.stop] += w.b if w.b_factor is None else w.b * w.b_factor
+    return weights
+
+
+@dataclass
+class Gradients:
+    """Of the tensors of `Inputs` (None where not wanted) and of the state."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    fq: Tensor | None = None
+    fk: Tensor | None = None
+    mix: Tensor | None = None
+    log_scale: Tensor | None = None
+    state: State | None = None
+
+
+def backward(
+    x: Inputs, state: State | None, masks: Masks, o: Options, y: Tensor, dy: Tensor, wants: frozenset[str]
+) -> Gradients:
+    """Gradients of one chunk from its output y and dy [B,H,C,D]; `wants` names inputs, and "state"."""
+    w = weigh(x, state, masks, o)
+    batch, heads, rows, _ = x.q.shape
+    key_heads, map_heads = x.k.shape[1], x.fk.shape[1]
+    first, stop = masks.first, masks.stop
+    k, v, fk = x.k.flatten(0, 1), x.v.flatten(0, 1), x.fk[:, :, first:stop].flatten(0, 1)
+    dn = dy / w.den if masks.real is None else dy * masks.real / w.den
+    d_den = (dn * y).sum(-1, keepdim=True).neg_()
+    if w.live is not None:
+        d_den *= w.live
+    found = Gradients()
+    if "v" in wants:
+        found.v = torch.bmm(fold(numerator(w, masks, o), key_heads).transpose(1, 2), fold(dn, key_heads))
+
+    # dx: gradient to each column's weight but for its part in the denominator.
+    dx = torch.bmm(fold(dn, key_heads), v.transpose(1, 2)).view(batch, heads, rows, -1)
+    da = dx if masks.shown is None else dx * masks.shown
+    db = dx[..., first:stop] + d_den if o.shown("linear") else d_den.expand_as(w.b)
+    db = db * masks.linear
+    if w.b_factor is not None:
+        db *= w.b_factor
+
+    if o.join == "replace":
+        p = w.a / w.a_mass.masked_fill(w.a_mass == 0, torch.inf)
+        mean = (p * da).sum(-1, keepdim=True)
+        ds = (da - mean).mul_(p).mul_(w.a_factor * w.a_mass)
+        db += (mean + d_den) * masks.soft
+    else:
+        ds = (da + d_den).mul_(w.a)
+        if "mix" in wants:
+            found.mix = ds.sum((0, 2, 3))
+        ds *= w.a_factor
+        if o.join == "shared" and o.max_gradient == "through" and ("q" in wants or "k" in wants):
+            # a = 1 where the score is the row's maximum; amax shares its gradient between equal ones.
+            top = (w.a == 1).to(ds.dtype)
+            ds.addcmul_(top, ds.sum(-1, keepdim=True) / top.sum(-1, keepdim=True).clamp_(min=1.0), value=-1.0)
+
+    ds = fold(ds, key_heads)
+    if "q" in wants:
+        found.q = torch.bmm(ds, k).mul_(o.scale).view(x.q.shape)
+    if "k" in wants:
+        found.k = torch.bmm(ds.transpose(1, 2), fold(x.q * o.scale, key_heads))
+
+    db, fq = fold(db, map_heads), fold(x.fq, map_heads)
+    if "log_scale" in wants:
+        found.log_scale = (db.view_as(w.b) * w.b).sum((0, 2, 3))
+    if "fq" in wants or "log_scale" in wants:
+        found.fq = torch.bmm(db, fk)
+    if "fk" in wants:
+        found.fk = torch.bmm(db.transpose(1, 2), fq)
+    if state is not None and wants & {"fq", "state", "log_scale"}:
+        factor = w.b_factor
+        if masks.sees_state is not None:
+            factor = masks.sees_state if factor is None else factor * masks.sees_state
+        dn, d_den = (dn, d_den) if factor is None else (dn * factor, d_den * factor)
+        dn, d_den = fold(dn, map_heads), fold(d_den.contiguous(), map_heads)
+        if found.fq is not None:
+            through = d_den * state.mass.flatten(0, 1)[:, None]
+            if o.shown("linear"):
+                through.baddbmm_(dn, state.value.flatten(0, 1).transpose(1, 2))
+            if "log_scale" in wants:
+                assert found.log_scale is not None
+                found.log_scale += (through * fq).view(batch, heads, -1).sum((0, 2))
+            found.fq += through
+        if "state" in wants:
+            value = torch.bmm(fq.transpose(1, 2), dn) if o.shown("linear") else torch.zeros_like(state.value)
+            found.state = State(value.view_as(state.value), (fq * d_den).sum(1).view_as(state.mass))
+    if found.fq is not None:
+        found.fq = found.fq.view(x.fq.shape)
+    return found
