@@ -60,7 +60,9 @@ class HybridLayer(CacheLayerMixin):
             self.state = self.state.select(index.repeat_interleave(repeats))
 
     def crop(self, max_length: int) -> None:
-        raise ValueError("a hybrid layer's state cannot be cropped: assisted decoding and rollback need a softmax cache")
+        raise ValueError(
+            "a hybrid layer's state cannot be cropped: assisted decoding and rollback need a softmax cache"
+        )
 
     def offload(self) -> None:
         raise ValueError("a hybrid layer's state is small and constant: it is not offloaded")

@@ -47,9 +47,7 @@ class OtherCheckpoint(RuntimeError):
     """A checkpoint that another plan, or another version of the code, has written."""
 
 
-def write_checkpoint(
-    folder: Path, key: str, at: Checkpoint, trained: Mapping[str, Tensor], optimizers: Any
-) -> None:
+def write_checkpoint(folder: Path, key: str, at: Checkpoint, trained: Mapping[str, Tensor], optimizers: Any) -> None:
     """Write beside the old one, flush to disk, rename. Killed at any moment, the old or the new one is whole. OSError."""
     moments, steps = optimizers.state()
     tensors = {f"weights/{n}": p.detach() for n, p in trained.items()}
@@ -74,7 +72,9 @@ def write_checkpoint(
     temporary = folder / f".{FILE}.{uuid.uuid4().hex[:8]}"
     try:
         try:
-            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"at": json.dumps(facts)})
+            save_file(
+                {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary, {"at": json.dumps(facts)}
+            )
             descriptor = os.open(temporary, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
@@ -99,7 +99,9 @@ def read_checkpoint(folder: Path, key: str) -> Checkpoint | None:
     with safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["at"])
         if facts["key"] != key:
-            raise OtherCheckpoint(f"{path} was written for {facts['key']!r}, not for {key!r}; move it away or use --fresh")
+            raise OtherCheckpoint(
+                f"{path} was written for {facts['key']!r}, not for {key!r}; move it away or use --fresh"
+            )
         for name in file.keys():  # noqa: SIM118 (not a mapping)
             part, _, rest = name.partition("/")
             parts[part][rest] = file.get_tensor(name)
@@ -118,5 +120,3 @@ def read_checkpoint(folder: Path, key: str) -> Checkpoint | None:
         optimizer=parts["optimizer"],
         optimizer_steps=facts["optimizer_steps"],
     )
-
-

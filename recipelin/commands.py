@@ -1,13 +1,14 @@
-"""`recipelin plan` and `recipelin run`: from arguments to what is printed (torch only inside `run_command`)."""
+"""What the commands do, from arguments to what is printed (torch only inside `run_command`)."""
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from . import reuse
+from . import lookup, reuse
 from .files import write_atomically
-from .load import Loaded, expand, load
+from .load import CHECKOUT, INSTALLED, Loaded, RecipeError, expand, load, read_suite, read_yaml
 from .plan import Plan, PlanError, plan, show
 from .steps import Calibrate, Transfer, Tune
 
@@ -83,7 +84,7 @@ def run_command(arguments: argparse.Namespace) -> int:
             folder = run(
                 point, out=out, device=arguments.device, fresh=arguments.fresh, allow_code=arguments.allow_code
             )
-            table = render(run_table(read_record(folder), read_items(folder)), "markdown")
+            table = render(run_table(read_record(folder), read_items(folder), place=folder / "record.json"), "markdown")
             write_atomically(folder / "table.md", table.encode())
             print(table)
             print(f"record, items, table, model, logs: {folder}")
@@ -94,6 +95,77 @@ def run_command(arguments: argparse.Namespace) -> int:
         print(f"recipelin: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def check_command(arguments: argparse.Namespace) -> int:
+    """Check files and folders; one line for each that is right, every mistake of the others. Exit 2 if there is one."""
+    wrong = 0
+    files: list[Path] = []
+    for given in map(Path, arguments.paths):
+        if given.is_dir():
+            below = sorted(given.rglob("*.yaml"))
+            if not below:
+                print(f"{given}: no YAML files in this folder", file=sys.stderr)
+                wrong += 1
+            files += below
+        else:
+            files.append(given)
+    for path in files:
+        try:
+            print(f"ok  {checked(path, arguments.allow_code)}")
+        except (RecipeError, PlanError) as error:
+            text = str(error) if isinstance(error, RecipeError) else f"{path}: {error}"
+            print(text, file=sys.stderr)
+            wrong += 1
+    if len(files) > 1:
+        print(f"{len(files) - wrong} of {len(files)} files are right")
+    return 2 if wrong else 0
+
+
+def checked(path: Path, allow_code: Sequence[str] = ()) -> str:
+    """What a right recipe or suite is, in words: a suite is told by its `evals`. Raises RecipeError, PlanError."""
+    if path.suffix == ".yaml" and path.is_file():
+        raw, _, _ = read_yaml(path)
+        if "evals" in raw and "method" not in raw:
+            return f"suite {read_suite(path).name}"
+    points = expand(load(path, allow_code=allow_code), allow_code=allow_code)
+    for point in points:
+        plan(point, allow_code=allow_code)
+    name = points[0].recipe.name if len(points) == 1 else points[0].recipe.name.rpartition("/")[0]
+    return f"{name} ({len(points)} run{'s' if len(points) > 1 else ''})"
+
+
+def list_command() -> int:
+    """Everything that a recipe can name, each with its first line."""
+    for root, origin in ((CHECKOUT, "checkout"), (INSTALLED, "installed")):
+        if not root.is_dir():
+            continue
+        found = {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml"))}
+        recipes = {n: p for n, p in found.items() if not n.startswith("suites/")}
+        print(f"recipes ({origin})")
+        for name, path in recipes.items():
+            print(f"  {name:<30} {_first_comment(path)}")
+        print("suites")
+        for name, path in found.items():
+            if name.startswith("suites/"):
+                print(f"  {name.removeprefix('suites/'):<30} {read_suite(path).about or ''}")
+        break
+    folders: tuple[tuple[lookup.Folder, str], ...] = (
+        ("methods", "methods"),
+        ("attention", "attention forms"),
+        ("evals", "evaluations"),
+    )
+    for folder, title in folders:
+        print(title)
+        for name in lookup.names(folder):
+            text = (lookup.lookup(folder, name).Config.__doc__ or "").strip().splitlines()
+            print(f"  {name:<30} {text[0] if text else ''}")
+    return 0
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").splitlines()[:1]
+    return first[0].removeprefix("#").strip() if first and first[0].startswith("#") else ""
 
 
 def runs_command() -> int:

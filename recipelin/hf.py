@@ -107,7 +107,9 @@ class RecipelinLlamaForCausalLM(_Student, LlamaForCausalLM):
         if not layout:
             raise ValueError("config.recipelin is missing: this is not the folder of a recipelin student")
         if layout["version"] != VERSION:
-            raise ValueError(f"config.recipelin has version {layout['version']}; this recipelin reads version {VERSION}")
+            raise ValueError(
+                f"config.recipelin has version {layout['version']}; this recipelin reads version {VERSION}"
+            )
         LlamaPreTrainedModel.__init__(self, config)
         self.model = RecipelinLlamaModel(config)
         self.vocab_size = config.vocab_size
@@ -118,10 +120,14 @@ class RecipelinLlamaForCausalLM(_Student, LlamaForCausalLM):
         switch(self, State.model_validate_json(json.dumps(layout["state"])))
         self.post_init()
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         asked = generation_config.cache_implementation
         if asked is not None:
-            raise ValueError(f"cache_implementation={asked!r}: a recipelin student generates with its own cache of constant size")
+            raise ValueError(
+                f"cache_implementation={asked!r}: a recipelin student generates with its own cache of constant size"
+            )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self._own_cache()
             return None

@@ -33,7 +33,9 @@ def lookup(folder: Folder, name: str, *, allow_code: Sequence[str] = ()) -> Modu
     if "." in name:
         package = name.partition(".")[0]
         if package not in allow_code:
-            raise LookupFailed(f"{name!r} is code outside recipelin and was not imported; it needs --allow-code {package}")
+            raise LookupFailed(
+                f"{name!r} is code outside recipelin and was not imported; it needs --allow-code {package}"
+            )
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:

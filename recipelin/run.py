@@ -21,7 +21,7 @@ from .load import Loaded, load_suite
 from .plan import Plan, Planned, digest, plan, teacher_folder
 from .records import Record, Result, Row, StepTime
 from .reuse import Store, Surroundings
-from .sources import Data
+from .sources import Data, Part
 from .states import NamedState, State, resolve
 from .steps import Calibrate, Evaluate, Swap, Switch, Transfer, Tune
 
@@ -134,6 +134,7 @@ class _Walk:
     times: list[StepTime] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     items: list[tuple[Row, Result]] = field(default_factory=list)
+    kernels: dict[str, str] = field(default_factory=dict)
 
     def go(self) -> Path:
         torch.set_num_threads(reuse.threads())
@@ -190,6 +191,7 @@ class _Walk:
         if isinstance(step, (Swap, Switch)):
             if isinstance(step, Swap):
                 swap.swap(self.model, step, seed=self.plan.seed)
+                self.kernels["hybrid_attention"] = swap.forms(self.model)[0].kernel
             else:
                 swap.switch(self.model, step.state)
             self.times.append(
@@ -235,7 +237,9 @@ class _Walk:
             )
         )
 
-    def _batches(self, source: Data, *, part: str, length: int, batch: int, stage: str) -> data.Batches:
+    def _batches(
+        self, source: Data, *, part: Part, length: int, batch: int, stage: str, accumulation: int = 1
+    ) -> data.Batches:
         seed = int(digest({"seed": self.plan.seed, "stage": stage, "part": part})[:8], 16)
         return data.Batches(
             source,
@@ -244,6 +248,7 @@ class _Walk:
             length=length,
             batch=batch,
             seed=seed,
+            accumulation=accumulation,
             folder=self.loaded.path.parent,
             cache=reuse.home() / "tokens",
         )
@@ -255,8 +260,8 @@ class _Walk:
             )
             return stages.calibrate(self.model, step, batches, device=self.device)
         schedule = step.schedule
-        sizes = {"length": schedule.length, "batch": schedule.batch, "stage": step.stage}
-        batches = self._batches(step.data, part="training", **sizes)
+        sizes: dict[str, Any] = {"length": schedule.length, "batch": schedule.batch, "stage": step.stage}
+        batches = self._batches(step.data, part="training", accumulation=schedule.accumulation, **sizes)
         validation = self._batches(step.data, part="selection", **sizes) if schedule.validation else None
         arguments = {
             "device": self.device,
@@ -427,7 +432,7 @@ class _Walk:
             device=self.around.device,
             threads=self.around.threads,
             dtype=self.around.dtype,
-            kernels=swap.kernels(planned.hybrid, loaded.recipe.method),
+            kernels=self.kernels,
             seed=planned.seed,
             started=started.isoformat(timespec="seconds"),
             seconds=seconds,

@@ -399,7 +399,9 @@ class _Loop:
             return
         where = next((f" in {name}" for name, value in layers.items() if not math.isfinite(value)), "")
         last = read_checkpoint(self.folder, self.key)
-        rest = f"the last good checkpoint is step {last.step} in {self.folder}" if last else "there is no checkpoint yet"
+        rest = (
+            f"the last good checkpoint is step {last.step} in {self.folder}" if last else "there is no checkpoint yet"
+        )
         raise StageError(
             f"{self.name}: the loss is {loss} at step {number}{where}; {rest}. Lower schedule.{self.name}.optimizer.lr, "
             "or set clip"

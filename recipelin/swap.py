@@ -110,11 +110,24 @@ def form_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 @contextmanager
 def recording(model: nn.Module, recorder: Callable[[int, Captured], None]) -> Iterator[None]:
     """Within: every swapped layer passes on the teacher's softmax output and shows `recorder` what it saw."""
+    with _attached(model, "recorder", recorder):
+        yield
+
+
+@contextmanager
+def observing(model: nn.Module, observer: Callable[[int, Captured], None]) -> Iterator[None]:
+    """Within: every swapped layer shows `observer` its q, k, v, and goes on as its state says."""
+    with _attached(model, "observer", observer):
+        yield
+
+
+@contextmanager
+def _attached(model: nn.Module, name: str, function: Callable[[int, Captured], None]) -> Iterator[None]:
     found = forms(model)
     for form in found:
-        form.recorder = recorder
+        setattr(form, name, function)
     try:
         yield
     finally:
         for form in found:
-            form.recorder = None
+            setattr(form, name, None)

@@ -7,7 +7,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Captured:
-    """q [B,H,T,d], k, v [B,Hkv,T,d] after RoPE; the teacher's output y [B,H,T,d] before o_proj and log-sum-exp [B,H,T].
+    """q [B,H,T,d], k, v [B,Hkv,T,d] after RoPE; the output y [B,H,T,d] before o_proj.
+
+    While recording, y and the log-sum-exp `lse` [B,H,T] are the teacher's; while observing, y is the layer's own, lse None.
 
     key_mask [B,T] bool or None; segment_ids [B,T] or None. No gradient passes through any of them.
     """
@@ -16,6 +18,6 @@ class Captured:
     k: Tensor
     v: Tensor
     y: Tensor
-    lse: Tensor
+    lse: Tensor | None
     key_mask: Tensor | None
     segment_ids: Tensor | None

@@ -65,9 +65,16 @@ class HybridAttention(nn.Module):
 
     NAME = "hybrid"
 
-    def __init__(self, attention: nn.Module, *, config: Config, architecture: Architecture, layer_index: int, seed: int) -> None:
+    def __init__(
+        self, attention: nn.Module, *, config: Config, architecture: Architecture, layer_index: int, seed: int
+    ) -> None:
         super().__init__()
-        self.config, self.architecture, self.layer_index, self.layer_idx = config, architecture, layer_index, layer_index
+        self.config, self.architecture, self.layer_index, self.layer_idx = (
+            config,
+            architecture,
+            layer_index,
+            layer_index,
+        )
         self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
         self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
         self.scaling = float(attention.scaling)
@@ -79,7 +86,9 @@ class HybridAttention(nn.Module):
             else architecture.num_key_value_heads
         )
         draw = seed * 1_000_003 + layer_index * 2
-        self.feature_map_q = HedgehogFeatureMap(config.feature_map, architecture.num_attention_heads, self.head_dim, draw)
+        self.feature_map_q = HedgehogFeatureMap(
+            config.feature_map, architecture.num_attention_heads, self.head_dim, draw
+        )
         self.feature_map_k = HedgehogFeatureMap(config.feature_map, key_heads, self.head_dim, draw + 1)
         self.mix = Mix(architecture.num_attention_heads, config.mix)
         self.log_scale = LogScale(architecture.num_attention_heads)
@@ -89,6 +98,7 @@ class HybridAttention(nn.Module):
             part.to(device=weight.device, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
         self.state = State()
         self.recorder: Recorder | None = None
+        self.observer: Recorder | None = None
 
     @classmethod
     def from_softmax(
@@ -138,10 +148,14 @@ class HybridAttention(nn.Module):
             y = self._record(q, k, v, key_mask, segment_ids)
         else:
             y = self.attend(q, k, v, key_mask=key_mask, segment_ids=segment_ids, layer=layer)
+            if self.observer is not None:
+                self.observer(self.layer_index, Captured(q, k, v, y, None, key_mask, segment_ids))
         y = y.to(hidden_states.dtype).transpose(1, 2).flatten(2)
         return self.o_proj(y), None
 
-    def project(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q [B,H,T,d] and k, v [B,Hkv,T,d] after RoPE."""
         q, k, v = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -213,11 +227,19 @@ class HybridAttention(nn.Module):
         }
 
     def _full(
-        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, segment_ids: Tensor | None, layer: HybridLayer | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        layer: HybridLayer | None,
     ) -> Tensor:
         """Causal softmax over all keys: the teacher's attention with the student's projections."""
         if layer is not None:
-            raise ValueError("state `softmax` needs all keys, which a constant cache does not hold: pass use_cache=False")
+            raise ValueError(
+                "state `softmax` needs all keys, which a constant cache does not hold: pass use_cache=False"
+            )
         mask = None
         if key_mask is not None or segment_ids is not None:
             length = q.shape[2]
@@ -236,9 +258,7 @@ class HybridAttention(nn.Module):
     def _record(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
         assert self.recorder is not None
         own = self.architecture.sliding_window
-        y, lse = teacher_attention(
-            q, k, v, scale=self.scaling, key_mask=key_mask, segment_ids=segment_ids, window=own
-        )
+        y, lse = teacher_attention(q, k, v, scale=self.scaling, key_mask=key_mask, segment_ids=segment_ids, window=own)
         self.recorder(self.layer_index, Captured(q, k, v, y, lse, key_mask, segment_ids))
         return y
 
@@ -257,7 +277,10 @@ class HybridAttention(nn.Module):
                 extra: dict[str, Any] = {"target": "linear"}
                 if name == "hybrid_weights":
                     options = self.options(self.state)
-                    extra = {"target": "hybrid", **{n: options[n] for n in ("window", "sinks", "cover", "join", "mix", "log_scale")}}
+                    extra = {
+                        "target": "hybrid",
+                        **{n: options[n] for n in ("window", "sinks", "cover", "join", "mix", "log_scale")},
+                    }
                 found[name] = weight_transfer_loss(
                     q,
                     k,
@@ -343,9 +366,6 @@ class LogScaleCalibration:
         c = self.total / self.rows
         self.form.log_scale.c.copy_(c.to(self.form.log_scale.c))
         return {"c": [round(x, 4) for x in c.tolist()], "rows": int(self.rows)}
-
-
-
 
 
 FORM = HybridAttention

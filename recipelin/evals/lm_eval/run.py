@@ -1,0 +1,202 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, stock ones by name and local ones from a folder beside the run."""
+
+import json
+import logging
+import math
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import yaml
+
+from ... import data
+from ...exposure import exposed_share
+from ...files import write_atomically
+from ...records import Item, Result
+from ...states import NamedState
+from .config import Config, Task
+
+
+class EvalError(RuntimeError):
+    """An evaluation that cannot run here; the message says what is missing."""
+
+
+def run(
+    config: Config,
+    *,
+    model: Any,
+    tokenizer: Any,
+    state: NamedState,
+    seed: int,
+    exposed_from: int | None,
+    folder: Path,
+    device: str,
+) -> tuple[Result, ...]:
+    """A Result for each task; an item is a document, scored by the task's metric.
+
+    Local tasks are written to `folder` as YAML and items, and the stock command on the exported model gives the same numbers:
+    `lm_eval --model hf --model_args pretrained=RUN/model,trust_remote_code=True,dtype=float32 --include_path RUN/tasks
+    --tasks NAME --batch_size N`. Raises EvalError if lm-eval is not installed or does not know a task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as error:
+        raise EvalError(f"lm_eval needs {error.name}: pip install 'recipelin[eval]'") from error
+    stock = [t for t in config.tasks if t.next_line is None]
+    with _quiet():
+        for task in config.tasks:
+            if task.next_line is not None:
+                write_task(task, tokenizer, folder=folder, seed=seed)
+        include = str(folder) if len(stock) < len(config.tasks) else None
+        # The index of all stock tasks takes seconds: only where one of them is named.
+        manager = TaskManager(include_path=include, include_defaults=bool(stock))
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch, device=device)
+        found = []
+        for task in config.tasks:
+            name = task_name(task, seed)
+            try:
+                outcome = simple_evaluate(
+                    model=wrapped,
+                    tasks=[name],
+                    task_manager=manager,
+                    num_fewshot=task.shots,
+                    limit=task.limit,
+                    log_samples=True,
+                    bootstrap_iters=0,
+                    random_seed=seed,
+                    numpy_random_seed=seed,
+                    torch_random_seed=seed,
+                    fewshot_random_seed=seed,
+                )
+            except KeyError as error:
+                raise EvalError(f"lm-eval has no task {name!r} ({error})") from error
+            found.append(_result(task, name, outcome, wrapped, exposed_from))
+    return tuple(found)
+
+
+def task_name(task: Task, seed: int) -> str:
+    """A local task's name says its draw, since its items differ with the seed; draw 0 has the plain name."""
+    return task.task if task.next_line is None or seed == 0 else f"{task.task}_seed{seed}"
+
+
+def write_task(task: Task, tokenizer: Any, *, folder: Path, seed: int) -> Path:
+    """Write a next-line task as lm-eval reads it: `<name>.yaml` and `<name>.jsonl`; what is there already is kept."""
+    settings = task.next_line
+    assert settings is not None
+    name = task_name(task, seed)
+    path, items_path = folder / f"{name}.yaml", folder / f"{name}.jsonl"
+    facts = {"settings": settings.model_dump(mode="json"), "seed": seed, "tokenizer": data.tokenizer_digest(tokenizer)}
+    text = yaml.safe_dump(
+        {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(items_path.resolve())}},
+            "output_type": "multiple_choice",
+            "test_split": "test",
+            "doc_to_text": "{{context}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{answer}}",
+            "target_delimiter": "",
+            "metric_list": [
+                {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "acc_norm")
+            ],
+            "metadata": {"version": 1.0, "made_from": json.dumps(facts, sort_keys=True)},
+        },
+        sort_keys=False,
+    )
+    if items_path.is_file() and path.is_file() and path.read_text(encoding="utf-8") == text:
+        return path
+    items = data.next_line_items(
+        data.documents(settings.text, settings.part, folder),
+        tokenizer,
+        items=settings.items,
+        seed=seed,
+        context=settings.context,
+        answer=settings.answer,
+        options=settings.options,
+    )
+    write_atomically(items_path, "".join(json.dumps(i) + "\n" for i in items).encode())
+    write_atomically(path, text.encode())
+    return path
+
+
+def _result(task: Task, name: str, outcome: Any, wrapped: Any, exposed_from: int | None) -> Result:
+    samples = [s for n in _leaves(outcome, name) for s in outcome["samples"][n]]
+    if not samples:
+        raise EvalError(f"lm-eval gave no items for {name!r}")
+    items = []
+    for number, sample in enumerate(samples):
+        score = sample.get(task.metric)
+        if score is None:
+            raise EvalError(
+                f"task {name!r} has no metric {task.metric!r} for each item; it has {', '.join(_metrics(sample))}"
+            )
+        target = sample["target"]
+        index = target if isinstance(target, int) and target < len(sample["arguments"]) else 0
+        context, continuation = _texts(sample["arguments"], index)
+        start = len(wrapped.tok_encode(context)) if context else 0
+        stop = len(wrapped.tok_encode(context + continuation))
+        positions = range(min(start, stop - 1), stop)
+        items.append(
+            Item(
+                id=str(sample["doc"].get("id", number)) if isinstance(sample["doc"], dict) else str(number),
+                score=float(score),
+                length=stop,
+                exposed=exposed_share(positions, exposed_from),
+            )
+        )
+    mean = sum(i.score for i in items) / len(items)
+    return Result(
+        task=task.task,
+        metric=task.metric,
+        value=mean,
+        stderr=math.sqrt(mean * (1 - mean) / max(1, len(items) - 1)),
+        n=len(items),
+        exposed=sum(i.exposed for i in items) / len(items),
+        chance=task.chance,
+        items=tuple(items),
+    )
+
+
+def _leaves(outcome: Any, name: str) -> list[str]:
+    """A group such as mmlu stands for its subtasks."""
+    return [name] if name in outcome["samples"] else sorted(outcome["samples"])
+
+
+def _metrics(sample: dict[str, Any]) -> list[str]:
+    return list(sample.get("metrics", [])) or [k for k, v in sample.items() if isinstance(v, (int, float))]
+
+
+def _texts(arguments: Any, index: int) -> tuple[str, str]:
+    """(context, continuation) of one request; arguments are a list, or a map gen_args_N -> {arg_0, arg_1}."""
+    one = arguments[f"gen_args_{index}"] if isinstance(arguments, dict) else arguments[index]
+    pair = (one["arg_0"], one["arg_1"]) if isinstance(one, dict) else (one[0], one[1])
+    return str(pair[0]), pair[1] if isinstance(pair[1], str) else ""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and datasets log every step at INFO, with bars: errors and warnings stay."""
+    import datasets
+
+    loggers = {name: logging.getLogger(name).level for name in ("lm_eval", "lm-eval", "datasets")}
+    bars = datasets.utils.logging.is_progress_bar_enabled()
+    before = os.environ.get("TQDM_DISABLE")
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        for name, level in loggers.items():
+            logging.getLogger(name).setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before

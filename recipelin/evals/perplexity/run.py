@@ -1,0 +1,72 @@
+"""Mean next-token log-loss on held-out rows."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ... import data
+from ...exposure import exposed_share
+from ...records import Item, Result
+from ...states import NamedState
+from .config import Config
+
+
+@torch.no_grad()
+def run(
+    config: Config,
+    *,
+    model: Any,
+    tokenizer: Any,
+    state: NamedState,
+    seed: int,
+    exposed_from: int | None,
+    folder: Path,
+    device: str,
+) -> tuple[Result, ...]:
+    """One Result: nats a token over all rows; an item is a row, its score the row's mean.
+
+    Rows are spread evenly over the part, from an offset that the seed gives. Raises SourceError if it is too short.
+    """
+    rows = held_out_rows(config, tokenizer, folder=folder, seed=seed)
+    items = []
+    for start in range(0, len(rows), config.batch):
+        ids = torch.from_numpy(rows[start : start + config.batch]).to(device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        for offset, loss in enumerate(losses.double().mean(1).tolist()):
+            items.append(
+                Item(
+                    id=f"row{start + offset}",
+                    score=loss,
+                    length=config.length,
+                    exposed=exposed_share(range(1, config.length), exposed_from),
+                )
+            )
+    scores = np.array([i.score for i in items])
+    return (
+        Result(
+            task="perplexity",
+            metric="log_loss",
+            value=float(scores.mean()),
+            stderr=float(scores.std(ddof=1) / np.sqrt(len(scores))),
+            n=len(items),
+            exposed=float(np.mean([i.exposed for i in items])),
+            higher_is_better=False,
+            items=tuple(items),
+        ),
+    )
+
+
+def held_out_rows(config: Any, tokenizer: Any, *, folder: Path, seed: int) -> np.ndarray:
+    """[rows, length] token ids of a part, evenly spread."""
+    tokens = data.stream(config.text, tokenizer, part=config.part, folder=folder, cache=None).tokens
+    count = len(tokens) // config.length
+    if count < config.rows:
+        raise data.SourceError(
+            f"{config.eval}: the {config.part} part has {count} rows of {config.length} tokens, {config.rows} are asked for"
+        )
+    first = np.random.default_rng([seed, 4]).integers(0, len(tokens) - count * config.length + 1)
+    chosen = first + np.linspace(0, count - 1, config.rows).astype(int) * config.length
+    return np.stack([tokens[s : s + config.length] for s in chosen]).astype(np.int64)

@@ -1,0 +1,67 @@
+"""Associative recall by distance: a key is asked again, right is its value over the whole vocabulary."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ... import data
+from ...exposure import exposed_share
+from ...records import Item, Result
+from ...states import NamedState
+from .config import Config
+
+
+@torch.no_grad()
+def run(
+    config: Config,
+    *,
+    model: Any,
+    tokenizer: Any,
+    state: NamedState,
+    seed: int,
+    exposed_from: int | None,
+    folder: Path,
+    device: str,
+) -> tuple[Result, ...]:
+    """A Result for each distance; an item is a question, its score 1 or 0; chance is the in-context guess 1 / pairs."""
+    tokens = data.stream(config.text, tokenizer, part=config.part, folder=folder, cache=None).tokens
+    questions = data.recall_items(
+        tokenizer,
+        tokens,
+        distances=config.distances,
+        items=config.items,
+        seed=seed,
+        length=config.length,
+        pairs=config.pairs,
+    )
+    right: list[float] = []
+    for start in range(0, len(questions), config.batch):
+        batch = questions[start : start + config.batch]
+        ids = torch.from_numpy(np.stack([q.ids for q in batch])).to(device)
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        right += [float(a == q.answer) for a, q in zip(logits.argmax(-1).tolist(), batch, strict=True)]
+    exposed = exposed_share([config.length], exposed_from)
+    found = []
+    for distance in config.distances:
+        items = tuple(
+            Item(id=q.id, score=score, length=config.length, exposed=exposed)
+            for q, score in zip(questions, right, strict=True)
+            if q.distance == distance
+        )
+        mean = float(np.mean([i.score for i in items]))
+        found.append(
+            Result(
+                task=f"recall@{distance}",
+                metric="accuracy",
+                value=mean,
+                stderr=float(np.sqrt(mean * (1 - mean) / max(1, len(items) - 1))),
+                n=len(items),
+                exposed=exposed,
+                chance=1 / config.pairs,
+                distance=distance,
+                items=items,
+            )
+        )
+    return tuple(found)
