@@ -387,6 +387,15 @@ def test_signed_features_keep_the_denominator_away_from_zero(join):
         assert float(y) == pytest.approx(3e-3)
 
 
+@pytest.mark.parametrize("join", ["shared", "replace"])  # a row of `absolute` is normalised before
+def test_signed_denominators_at_their_floor_have_the_definitions_gradient(join):
+    x = Inputs()
+    x.phi_q, x.phi_k = (x.phi_q - 0.17) * 1e-3, (x.phi_k - 0.17) * 1e-4
+    options = dict(window=0, join=join, signed=True)
+    definition = with_gradients(x, kernel="reference", **options)
+    assert_same(with_gradients(x, kernel="chunked", chunk=16, **options), definition)
+
+
 # states
 
 
@@ -550,3 +559,37 @@ def test_what_is_returned():
     assert isinstance(state, HybridState) and isinstance(parts, Components)
     assert (y - attend(x)).abs().max() < EXACT
     assert resolve_kernel("auto", "cpu") == "chunked"
+
+
+@pytest.mark.parametrize("options", STATE_OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
+def test_one_token_at_once_equals_the_chunked_form(options):
+    for per_key_head, ablate in ((False, None), (True, {"window": "output"}), (False, {"linear": "mass"})):
+        x = Inputs(length=24, per_key_head=per_key_head)
+        keep = torch.rand(2, 6, generator=torch.Generator().manual_seed(1)) > 0.5 if ablate is None else None
+        mask = torch.ones(2, 24, dtype=torch.bool)
+        mask[0, :17] = False  # a row that begins in the middle of decoding
+        mask[1, 19:21] = False  # and one that rests
+        common = dict(options, log_scale=x.log_scale, ablate=ablate, window_keep=keep, on_drop="linear_outside")
+        _, state = hybrid_attention(*x.cut(0, 15), x.mix, key_mask=mask[:, :15], output_state=True, **common)
+        other = state
+        for t in range(15, 24):
+            q, k, v, phi_q, phi_k = x.cut(t, t + 1)
+            now = {**common, "key_mask": mask[:, t : t + 1]}
+            y, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **now)
+            slow, other = hybrid_attention(
+                q,
+                k,
+                v,
+                phi_q,
+                phi_k,
+                x.mix,
+                state=other,
+                phi_k_fn=x.features,
+                output_state=True,
+                kernel="chunked",
+                **now,
+            )
+            assert (y - slow).abs().max() < EXACT
+        assert state.positions.tolist() == [7, 22]
+        for a, b in zip(vars(state).values(), vars(other).values(), strict=True):
+            assert a.shape == b.shape and torch.allclose(a, b, atol=EXACT, rtol=0)

@@ -7,36 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunked import CHUNK, Past, final_sums, hybrid_attention_chunked
+from .chunked import CHUNK, hybrid_attention_chunked
 from .reference import hybrid_attention_reference
-from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, Rows, one_of, rows
+from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, one_of, rows
+from .state import HybridState, check_state, continued, empty_state, next_state
+from .step import one_token
 
 KERNELS = ("auto", "reference", "chunked", "gpu")
-
-
-@dataclass(frozen=True)
-class HybridState:
-    """What decoding needs of the past; its bytes do not grow.
-
-    sums [B,H,F,D+1]: sum of phi(k) [v, 1] over the keys that have left the window (fp32; fp64 for fp64 inputs).
-    ring_k, ring_v [B,Hkv,window-1,D]: the last keys and values after RoPE, the newest last; unused places are zeros.
-    sink_k, sink_v [B,Hkv,sinks,D]: the first keys of the row. positions [B]: real tokens seen.
-    """
-
-    sums: Tensor
-    ring_k: Tensor
-    ring_v: Tensor
-    sink_k: Tensor
-    sink_v: Tensor
-    positions: Tensor
-
-    @property
-    def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in vars(self).values())
-
-    def select(self, index: Tensor) -> "HybridState":
-        """The rows of a batch that `index` names (beam search)."""
-        return HybridState(**{n: x.index_select(0, index) for n, x in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -153,7 +130,12 @@ def hybrid_attention(
             raise ValueError("state: a call that goes on from a state cannot hold segments")
         if phi_k_fn is None:
             raise ValueError("state: needs phi_k_fn, the keys' feature map, for the keys of the ring")
-        own, k_rows, k, v, phi_k, past = _continued(state, own, k, v, phi_k, phi_k_fn, window, sinks)
+        check_state(state, own, window, sinks)
+        tensors = (q, k, v, phi_q, phi_k, mix, log_scale)
+        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        if kernel == "auto" and length == 1 and output_state and not components and not learns:
+            return one_token(*tensors, phi_k_fn, window_keep, options, state, own)
+        own, k_rows, k, v, phi_k, past = continued(state, own, k, v, phi_k, phi_k_fn)
     arguments = (q, k, v, phi_q, phi_k, mix, log_scale, window_keep, options)
     if ran == "reference":
         if state is not None:
@@ -165,7 +147,7 @@ def hybrid_attention(
         )
     returned: list[Any] = [parts[0]]
     if output_state:
-        returned.append(_next_state(k, v, phi_k, options, k_rows, past, state, q.shape[1]))
+        returned.append(next_state(k, v, phi_k, options, k_rows, past, state, q.shape[1]))
     if components:
         returned.append(Components(*parts[1:]))
     return returned[0] if len(returned) == 1 else tuple(returned)
@@ -194,21 +176,6 @@ def hybrid_attention_step(
     )
 
 
-def empty_state(
-    batch: int, heads: int, key_heads: int, width: int, features: int, *, window: int, sinks: int, like: Tensor
-) -> HybridState:
-    """The state before the first token, on the device and in the dtype of `like`."""
-    exact = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return HybridState(
-        sums=like.new_zeros(batch, heads, features, width + 1, dtype=exact),
-        ring_k=like.new_zeros(batch, key_heads, max(window - 1, 0), width),
-        ring_v=like.new_zeros(batch, key_heads, max(window - 1, 0), width),
-        sink_k=like.new_zeros(batch, key_heads, sinks, width),
-        sink_v=like.new_zeros(batch, key_heads, sinks, width),
-        positions=torch.zeros(batch, dtype=torch.long, device=like.device),
-    )
-
-
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, window: int, sinks: int) -> None:
     batch, heads, length, width = q.shape
     key_heads = k.shape[1]
@@ -226,95 +193,6 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor,
             raise ValueError(f"{name} {tuple(x.shape)}: expected {expected} beside q {tuple(q.shape)}")
     if phi_k.shape[1] not in (heads, key_heads):
         raise ValueError(f"phi_k has {phi_k.shape[1]} heads: expected {heads} (query heads) or {key_heads} (key heads)")
-
-
-def _continued(
-    state: HybridState,
-    own: Rows,
-    k: Tensor,
-    v: Tensor,
-    phi_k: Tensor,
-    phi_k_fn: Callable[[Tensor], Tensor],
-    window: int,
-    sinks: int,
-) -> tuple[Rows, Rows, Tensor, Tensor, Tensor, Past]:
-    """The ring in front of the call's keys, positions that go on, and the state's sinks as extra columns."""
-    lead = state.ring_k.shape[2]
-    if lead != max(window - 1, 0) or state.sink_k.shape[2] != sinks:
-        raise ValueError(
-            f"state: made with window {lead + 1} and {state.sink_k.shape[2]} sinks, "
-            f"called with window {window} and {sinks}"
-        )
-    padded_front = (own.segment[:, 0] < 0) & (own.segment >= 0).any(1)
-    if bool((padded_front & (state.positions > 0)).any()):
-        raise ValueError("state: a row that has begun cannot be padded on its left")
-    seen = state.positions[:, None]
-    own = Rows(own.position + seen, own.segment)
-    ring = seen - lead + torch.arange(lead, device=k.device)
-    # A row that begins behind padding in this call has nothing in the ring.
-    ring_rows = Rows(ring, torch.where(ring >= 0, 0, -1))
-    k_rows = Rows(torch.cat((ring_rows.position, own.position), 1), torch.cat((ring_rows.segment, own.segment), 1))
-    before_ring = torch.arange(sinks, device=k.device)[None] < (seen - lead)
-    sink_rows = Rows(torch.arange(sinks, device=k.device).expand(k.shape[0], sinks), torch.where(before_ring, 0, -1))
-    past = Past(
-        sums=state.sums,
-        sink_k=state.sink_k.to(k.dtype),
-        sink_v=state.sink_v.to(v.dtype),
-        sink_phi=phi_k_fn(state.sink_k.to(k.dtype)) if sinks else phi_k[:, :, :0],
-        sink_rows=sink_rows,
-        lead=lead,
-    )
-    if lead:
-        phi_k = torch.cat((phi_k_fn(state.ring_k.to(k.dtype)), phi_k), 2)
-        k, v = torch.cat((state.ring_k.to(k.dtype), k), 2), torch.cat((state.ring_v.to(v.dtype), v), 2)
-    return own, k_rows, k, v, phi_k, past
-
-
-def _next_state(
-    k: Tensor,
-    v: Tensor,
-    phi_k: Tensor,
-    options: Options,
-    k_rows: Rows,
-    past: Past | None,
-    state: HybridState | None,
-    heads: int,
-) -> HybridState:
-    batch, key_heads, length, width = k.shape
-    k_rows = Rows(k_rows.position.expand(batch, -1), k_rows.segment.expand(batch, -1))
-    # The last real token of a row; a row of padding alone has none, and keeps an empty state.
-    real = k_rows.segment >= 0
-    end = torch.where(real, torch.arange(length, device=k.device), -1).amax(1, keepdim=True)
-    begun = end >= 0
-    alive = torch.where(begun, k_rows.segment.gather(1, end.clamp(min=0)), -2)
-    last = torch.where(begun, k_rows.position.gather(1, end.clamp(min=0)), -1)
-    keep = max(options.window - 1, 0)
-    sums = final_sums(v, phi_k, options, k_rows, past, heads, keep, alive, last)
-
-    def take(x: Tensor, index: Tensor, real: Tensor) -> Tensor:
-        picked = x.gather(2, index.clamp(0, length - 1)[:, None, :, None].expand(-1, key_heads, -1, width))
-        return torch.where(real[:, None, :, None], picked, 0)
-
-    ring = end + torch.arange(1 - keep, 1, device=k.device)
-    ring_real = (ring >= 0) & (k_rows.segment.gather(1, ring.clamp(min=0)) == alive)
-    sink_position = torch.arange(options.sinks, device=k.device).expand(batch, options.sinks)
-    sink_index = end - last + sink_position
-    sink_here = (sink_index >= 0) & (sink_position <= last)
-    sink_k, sink_v = (take(x, sink_index, sink_here) for x in (k, v))
-    if state is not None:
-        known = (sink_position < state.positions[:, None])[:, None, :, None]
-        sink_k, sink_v = (
-            torch.where(known, state.sink_k.to(k.dtype), sink_k),
-            torch.where(known, state.sink_v.to(v.dtype), sink_v),
-        )
-    return HybridState(
-        sums=sums,
-        ring_k=take(k, ring, ring_real),
-        ring_v=take(v, ring, ring_real),
-        sink_k=sink_k,
-        sink_v=sink_v,
-        positions=last[:, 0] + 1,
-    )
 
 
 __all__ = [

@@ -43,7 +43,7 @@ class Masks:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q [B,H,C,D]; k, v [B,g,n,D]; fq [B,H,C,F]; fk [B,p,n,F]; mix, log_scale [H]."""
+    """q [B,H,C,D]; k, v [B,g,n,D]; fq [B,H,C,F]; fk [B,p,stop - first,F], of those alone; mix, log_scale [H]."""
 
     q: Tensor
     k: Tensor
@@ -90,7 +90,7 @@ def weigh(x: Inputs, state: State | None, masks: Masks, o: Options) -> Weights:
     a.sub_(top).clamp_(min=EXP_FLOOR).exp_().mul_(masks.soft)
     a_mass = a.sum(-1, keepdim=True)
 
-    b = dot(x.fq, x.fk[:, :, masks.first : masks.stop])
+    b = dot(x.fq, x.fk)
     if o.join == "replace":
         window_mass = (b * masks.soft).sum(-1, keepdim=True)
     b *= masks.linear
@@ -201,7 +201,7 @@ def backward(
     batch, heads, rows, _ = x.q.shape
     key_heads, map_heads = x.k.shape[1], x.fk.shape[1]
     first, stop = masks.first, masks.stop
-    k, v, fk = x.k.flatten(0, 1), x.v.flatten(0, 1), x.fk[:, :, first:stop].flatten(0, 1)
+    k, v, fk = x.k.flatten(0, 1), x.v.flatten(0, 1), x.fk.flatten(0, 1)
     dn = dy / w.den if masks.real is None else dy * masks.real / w.den
     d_den = (dn * y).sum(-1, keepdim=True).neg_()
     if w.live is not None:

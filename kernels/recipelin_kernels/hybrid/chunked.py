@@ -50,7 +50,7 @@ class Past:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """Indices of one chunk: queries [q0, q1), keys [k0, k1) of the span; keys [k0, k2) then go into the state."""
 
     q0: int
@@ -60,10 +60,10 @@ class _Chunk:
     k2: int
 
 
-def _chunks(length: int, lead: int, window: int, size: int) -> Iterator[_Chunk]:
+def _chunks(length: int, lead: int, window: int, size: int) -> Iterator[Chunk]:
     for q0 in range(0, length, size):
         q1 = min(q0 + size, length)
-        yield _Chunk(q0, q1, max(0, q0 + lead - window), q1 + lead, max(0, q1 + lead - window))
+        yield Chunk(q0, q1, max(0, q0 + lead - window), q1 + lead, max(0, q1 + lead - window))
 
 
 def _columns(rows: Rows, start: int, stop: int) -> Rows:
@@ -71,7 +71,7 @@ def _columns(rows: Rows, start: int, stop: int) -> Rows:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """Some rows and heads of a call, without what carries gradient: who sees whom, chunk by chunk."""
 
     options: Options
@@ -92,7 +92,7 @@ class _Block:
     def covers_all(self) -> bool:
         return self.keep is not None and self.options.on_drop == "linear_covers_all"
 
-    def chunks(self) -> list[_Chunk]:
+    def chunks(self) -> list[Chunk]:
         return list(_chunks(self.q_rows.position.shape[1], self.lead, self.options.window, self.size))
 
     def first_state(self, p: int) -> State | None:
@@ -100,9 +100,9 @@ class _Block:
         if self.past is None or not self.options.has("linear"):
             return None
         sums = self.past.sums.to(self.dtype)[:, :: self.past.sums.shape[1] // p]
-        return State(sums[..., :-1].contiguous(), sums[..., -1].contiguous())
+        return State(sums[..., :-1], sums[..., -1])
 
-    def sinks(self, chunk: _Chunk) -> tuple[Tensor, Rows] | None:
+    def sinks(self, chunk: Chunk) -> tuple[Tensor, Rows] | None:
         """Indices [B,s] into the keys of the sinks before the span, and their rows; None where there are none."""
         if not self.options.sinks or chunk.k0 == 0:
             return None
@@ -114,7 +114,7 @@ class _Block:
         segment = torch.where(inside, self.k_rows.segment.gather(1, index), -1)
         return index, Rows(self.k_rows.position.gather(1, index), segment)
 
-    def masks(self, chunk: _Chunk, sinks: tuple[Tensor, Rows] | None) -> Masks:
+    def masks(self, chunk: Chunk, sinks: tuple[Tensor, Rows] | None) -> Masks:
         """Columns are the sinks of the state, those before the span, and the span."""
         key = (chunk.q1 - chunk.q0, chunk.k1 - chunk.k0, min(chunk.k0, self.options.sinks))
         if self.plain and self.keep is None and key in self.known:
@@ -125,12 +125,12 @@ class _Block:
         if self.past is not None and self.options.sinks:
             parts.insert(0, self.past.sink_rows)
         k = Rows(*(torch.cat([getattr(p, n) for p in parts], 1) for n in ("position", "segment")))
-        made = self._masks(_columns(self.q_rows, chunk.q0, chunk.q1), k, chunk)
+        made = self.masks_of(_columns(self.q_rows, chunk.q0, chunk.q1), k, chunk)
         if self.plain and self.keep is None:
             self.known[key] = made
         return made
 
-    def _masks(self, q: Rows, k: Rows, chunk: _Chunk) -> Masks:
+    def masks_of(self, q: Rows, k: Rows, chunk: Chunk) -> Masks:
         o = self.options
         near, far_sinks = (m[:, None] for m in softmax_set(o, q, k))
         seen = visible(q, k)[:, None]
@@ -177,23 +177,26 @@ class _Block:
             real=None if whole else (q.segment >= 0)[:, None, :, None].to(self.dtype),
         )
 
-    def inputs(self, whole: Inputs, chunk: _Chunk, sinks: tuple[Tensor, Rows] | None) -> Inputs:
+    def inputs(self, whole: Inputs, chunk: Chunk, sinks: tuple[Tensor, Rows] | None, masks: Masks) -> Inputs:
         """The chunk's own part of a block's tensors."""
-        columns = []
-        past = None if self.past is None or not self.options.sinks else self.past
-        for name in ("k", "v", "fk"):
-            x = getattr(whole, name)
-            parts = [x[:, :, chunk.k0 : chunk.k1]]
-            if sinks is not None:
-                parts.insert(0, x.gather(2, _spread(sinks[0], x)))
-            if past is not None:
-                held = {"k": past.sink_k, "v": past.sink_v, "fk": past.sink_phi}[name]
-                parts.insert(0, held.to(self.dtype))
-            columns.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
+        span = slice(chunk.k0, chunk.k1)
+        past = self.past if self.options.sinks else None
+        k, v = ([x[:, :, span]] for x in (whole.k, whole.v))
+        # Features of the sinks before the span are asked for by `replace` alone.
+        extra = masks.soft.shape[-1] - (chunk.k1 - chunk.k0)
+        fk = [whole.fk[:, :, chunk.k0 : chunk.k0 + masks.stop - extra]]
+        if sinks is not None:
+            k, v = ([x.gather(2, _spread(sinks[0], x)), *p] for x, p in ((whole.k, k), (whole.v, v)))
+            if masks.first == 0:
+                fk.insert(0, whole.fk.gather(2, _spread(sinks[0], whole.fk)))
+        if past is not None:
+            k, v = ([x.to(self.dtype), *p] for x, p in ((past.sink_k, k), (past.sink_v, v)))
+            if masks.first == 0:
+                fk.insert(0, past.sink_phi.to(self.dtype))
         q, fq = (x[:, :, chunk.q0 : chunk.q1] for x in (whole.q, whole.fq))
-        return Inputs(q, columns[0], columns[1], fq, columns[2], whole.mix, whole.log_scale)
+        return Inputs(q, _join(k), _join(v), fq, _join(fk), whole.mix, whole.log_scale)
 
-    def leaving(self, chunk: _Chunk) -> tuple[Tensor | None, Tensor | None]:
+    def leaving(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
         """Which keys of [k0, k2) the next chunk's state counts [B,1 or H,n,1], and which rows' states go on [B,1,1].
 
         None: all.
@@ -213,7 +216,7 @@ class _Block:
         carried = None if self.plain else ((now == then) & (then >= 0)).to(self.dtype)[..., None]
         return counts.to(self.dtype)[..., None], carried
 
-    def advance(self, state: State | None, whole: Inputs, chunk: _Chunk) -> State | None:
+    def advance(self, state: State | None, whole: Inputs, chunk: Chunk) -> State | None:
         """The state before the next chunk."""
         if not self.options.has("linear"):
             return None
@@ -226,14 +229,14 @@ class _Block:
         if counts is not None:
             fk = fk * counts
         mass = fk.sum(2)
-        flat, values = fk.flatten(0, 1).transpose(1, 2), _repeat(v, fk.shape[1])
+        flat, values = fk.flatten(0, 1).transpose(1, 2), repeat(v, fk.shape[1])
         if state is None:
             return State(torch.bmm(flat, values).view(*mass.shape, -1), mass)
         value = torch.baddbmm(state.value.flatten(0, 1), flat, values)
         return State(value.view_as(state.value), state.mass + mass)
 
     def retreat(
-        self, d_state: State, whole: Inputs, grads: dict[str, Tensor], chunk: _Chunk, wants: frozenset[str]
+        self, d_state: State, whole: Inputs, grads: dict[str, Tensor], chunk: Chunk, wants: frozenset[str]
     ) -> State:
         """`advance` backward: adds to the gradients of the keys that left; the gradient of the state before."""
         counts, carried = self.leaving(chunk)
@@ -243,7 +246,7 @@ class _Block:
             value = d_state.value.flatten(0, 1)
             if "fk" in wants:
                 found = torch.baddbmm(
-                    d_state.mass.flatten(0, 1)[:, None], _repeat(v, fk.shape[1]), value.transpose(1, 2)
+                    d_state.mass.flatten(0, 1)[:, None], repeat(v, fk.shape[1]), value.transpose(1, 2)
                 ).view_as(fk)
                 grads["fk"][:, :, part] += found if counts is None else found * counts
             if "v" in wants:
@@ -254,11 +257,15 @@ class _Block:
         return State(d_state.value * carried[..., None], d_state.mass * carried)
 
 
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
 def _spread(index: Tensor, x: Tensor) -> Tensor:
     return index[:, None, :, None].expand(x.shape[0], x.shape[1], -1, x.shape[3])
 
 
-def _repeat(v: Tensor, heads: int) -> Tensor:
+def repeat(v: Tensor, heads: int) -> Tensor:
     """[B,g,n,D] -> [B heads,n,D], each key head repeated for its heads."""
     batch, own, rows, width = v.shape
     if own == heads:
@@ -276,10 +283,10 @@ def _add(total: State | None, more: State | None) -> State | None:
 class _Call:
     """One call: its blocks, each with the slices of the tensors that belong to it."""
 
-    whole: _Block
+    whole: Block
     components: bool
 
-    def blocks(self, x: Inputs) -> Iterator[tuple[_Block, tuple[slice, slice, slice, slice]]]:
+    def blocks(self, x: Inputs) -> Iterator[tuple[Block, tuple[slice, slice, slice, slice]]]:
         """Blocks of rows, or of key heads of one row, and (rows, query heads, key heads, heads of phi_k)."""
         batch, heads, rows, _ = x.q.shape
         key_heads, map_heads = x.k.shape[1], x.fk.shape[1]
@@ -321,8 +328,8 @@ def _forward(call: _Call, x: Inputs) -> list[Tensor]:
         chunks = block.chunks()
         for chunk in chunks:
             sinks = block.sinks(chunk)
-            inputs = block.inputs(part, chunk, sinks)
-            found = forward(inputs, state, block.masks(chunk, sinks), block.options, call.components)
+            masks = block.masks(chunk, sinks)
+            found = forward(block.inputs(part, chunk, sinks, masks), state, masks, block.options, call.components)
             if not outputs:
                 outputs = [t.new_empty(*x.q.shape[:3], *t.shape[3:]) for t in found]
             for out, t in zip(outputs, found, strict=True):
@@ -362,7 +369,7 @@ class _Hybrid(torch.autograd.Function):
 
 
 def _block_backward(
-    block: _Block, x: Inputs, grads: dict[str, Tensor], y: Tensor, dy: Tensor, wants: frozenset[str]
+    block: Block, x: Inputs, grads: dict[str, Tensor], y: Tensor, dy: Tensor, wants: frozenset[str]
 ) -> None:
     """Adds the gradients of one block to `grads`, views of the whole ones."""
     chunks = block.chunks()
@@ -375,8 +382,8 @@ def _block_backward(
         if d_state is not None:
             d_state = block.retreat(d_state, x, grads, chunk, wants)
         sinks = block.sinks(chunk)
-        inputs = block.inputs(x, chunk, sinks)
         masks = block.masks(chunk, sinks)
+        inputs = block.inputs(x, chunk, sinks, masks)
         part = slice(chunk.q0, chunk.q1)
         found = backward(inputs, state, masks, block.options, y[:, :, part], dy[:, :, part], wants)
         _collect(found, grads, chunk, masks, sinks, inputs.k.shape[2])
@@ -386,7 +393,7 @@ def _block_backward(
 def _collect(
     found: Gradients,
     grads: dict[str, Tensor],
-    chunk: _Chunk,
+    chunk: Chunk,
     masks: Masks,
     sinks: tuple[Tensor, Rows] | None,
     columns: int,
@@ -435,7 +442,7 @@ def hybrid_attention_chunked(
         if past is not None:
             past = replace(past, sink_phi=past.sink_phi.repeat_interleave(q.shape[1] // past.sink_phi.shape[1], 1))
     options = replace(options, window=min(options.window, k.shape[2]))
-    whole = _Block(options, q_rows, k_rows, window_keep, past, plain, chunk, dtype, {})
+    whole = Block(options, q_rows, k_rows, window_keep, past, plain, chunk, dtype, {})
     tensors = [None if x is None else x.to(dtype).contiguous() for x in (q, k, v, phi_q, phi_k, mix, log_scale)]
     call = _Call(whole, components)
     # Inside a Function `needs_input_grad` is true under no_grad too: ask here.
@@ -471,6 +478,6 @@ def final_sums(
         cut = slice(start, start + chunk)
         features = (phi_k[:, :, cut] * counted[:, None, cut, None]).to(dtype)
         values = torch.cat((v[:, :, cut], torch.ones_like(v[:, :, cut, :1])), -1).to(dtype)
-        more = torch.bmm(features.flatten(0, 1).transpose(1, 2), _repeat(values, features.shape[1]))
+        more = torch.bmm(features.flatten(0, 1).transpose(1, 2), repeat(values, features.shape[1]))
         sums += more.view(*features.shape[:2], *more.shape[1:]).repeat_interleave(heads // features.shape[1], 1)
     return sums

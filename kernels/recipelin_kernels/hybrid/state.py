@@ -1,0 +1,149 @@
+"""The state of hybrid attention between calls: made, gone on from, and moved on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .chunked import Past, final_sums
+from .rows import Options, Rows
+
+
+@dataclass(frozen=True)
+class HybridState:
+    """What decoding needs of the past; its bytes do not grow.
+
+    sums [B,H,F,D+1]: sum of phi(k) [v, 1] over the keys that have left the window (fp32; fp64 for fp64 inputs).
+    ring_k, ring_v [B,Hkv,window-1,D]: the last keys and values after RoPE, the newest last; unused places are zeros.
+    sink_k, sink_v [B,Hkv,sinks,D]: the first keys of the row. positions [B]: real tokens seen.
+    """
+
+    sums: Tensor
+    ring_k: Tensor
+    ring_v: Tensor
+    sink_k: Tensor
+    sink_v: Tensor
+    positions: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in vars(self).values())
+
+    def select(self, index: Tensor) -> "HybridState":
+        """The rows of a batch that `index` names (beam search)."""
+        return HybridState(**{n: x.index_select(0, index) for n, x in vars(self).items()})
+
+
+def empty_state(
+    batch: int, heads: int, key_heads: int, width: int, features: int, *, window: int, sinks: int, like: Tensor
+) -> HybridState:
+    """The state before the first token, on the device and in the dtype of `like`."""
+    exact = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return HybridState(
+        sums=like.new_zeros(batch, heads, features, width + 1, dtype=exact),
+        ring_k=like.new_zeros(batch, key_heads, max(window - 1, 0), width),
+        ring_v=like.new_zeros(batch, key_heads, max(window - 1, 0), width),
+        sink_k=like.new_zeros(batch, key_heads, sinks, width),
+        sink_v=like.new_zeros(batch, key_heads, sinks, width),
+        positions=torch.zeros(batch, dtype=torch.long, device=like.device),
+    )
+
+
+def check_state(state: HybridState, own: Rows, window: int, sinks: int) -> None:
+    """Raises ValueError for a state of other options, and for padding on the left of a row that has begun."""
+    lead = state.ring_k.shape[2]
+    if lead != max(window - 1, 0) or state.sink_k.shape[2] != sinks:
+        raise ValueError(
+            f"state: made with window {lead + 1} and {state.sink_k.shape[2]} sinks, "
+            f"called with window {window} and {sinks}"
+        )
+    padded_front = (own.segment[:, 0] < 0) & (own.segment >= 0).any(1)
+    if bool((padded_front & (state.positions > 0)).any()):
+        raise ValueError("state: a row that has begun cannot be padded on its left")
+
+
+def state_rows(state: HybridState, own: Rows) -> tuple[Rows, Rows, Rows]:
+    """Positions that go on from a state: of a call's queries, of ring and call's keys, of the sinks before the ring."""
+    seen, lead, device = state.positions[:, None], state.ring_k.shape[2], state.positions.device
+    own = Rows(own.position + seen, own.segment)
+    ring = seen - lead + torch.arange(lead, device=device)
+    # A row that begins behind padding in this call has nothing in the ring.
+    k_rows = Rows(torch.cat((ring, own.position), 1), torch.cat((torch.where(ring >= 0, 0, -1), own.segment), 1))
+    sink = torch.arange(state.sink_k.shape[2], device=device).expand(seen.shape[0], -1)
+    return own, k_rows, Rows(sink, torch.where(sink < seen - lead, 0, -1))
+
+
+def continued(
+    state: HybridState,
+    own: Rows,
+    k: Tensor,
+    v: Tensor,
+    phi_k: Tensor,
+    phi_k_fn: Callable[[Tensor], Tensor],
+) -> tuple[Rows, Rows, Tensor, Tensor, Tensor, Past]:
+    """The ring in front of the call's keys, positions that go on, and the state's sinks as extra columns."""
+    lead = state.ring_k.shape[2]
+    own, k_rows, sink_rows = state_rows(state, own)
+    past = Past(
+        sums=state.sums,
+        sink_k=state.sink_k.to(k.dtype),
+        sink_v=state.sink_v.to(v.dtype),
+        sink_phi=phi_k_fn(state.sink_k.to(k.dtype)) if state.sink_k.shape[2] else phi_k[:, :, :0],
+        sink_rows=sink_rows,
+        lead=lead,
+    )
+    if lead:
+        phi_k = torch.cat((phi_k_fn(state.ring_k.to(k.dtype)), phi_k), 2)
+        k, v = torch.cat((state.ring_k.to(k.dtype), k), 2), torch.cat((state.ring_v.to(v.dtype), v), 2)
+    return own, k_rows, k, v, phi_k, past
+
+
+def next_state(
+    k: Tensor,
+    v: Tensor,
+    phi_k: Tensor,
+    options: Options,
+    k_rows: Rows,
+    past: Past | None,
+    state: HybridState | None,
+    heads: int,
+) -> HybridState:
+    batch, key_heads, length, width = k.shape
+    k_rows = Rows(k_rows.position.expand(batch, -1), k_rows.segment.expand(batch, -1))
+    # The last real token of a row; a row of padding alone has none, and keeps an empty state.
+    real = k_rows.segment >= 0
+    end = torch.where(real, torch.arange(length, device=k.device), -1).amax(1, keepdim=True)
+    begun = end >= 0
+    alive = torch.where(begun, k_rows.segment.gather(1, end.clamp(min=0)), -2)
+    last = torch.where(begun, k_rows.position.gather(1, end.clamp(min=0)), -1)
+    keep = max(options.window - 1, 0)
+    sums = final_sums(v, phi_k, options, k_rows, past, heads, keep, alive, last)
+
+    def take(x: Tensor, index: Tensor, real: Tensor) -> Tensor:
+        picked = x.gather(2, index.clamp(0, length - 1)[:, None, :, None].expand(-1, key_heads, -1, width))
+        return torch.where(real[:, None, :, None], picked, 0)
+
+    ring = end + torch.arange(1 - keep, 1, device=k.device)
+    ring_real = (ring >= 0) & (k_rows.segment.gather(1, ring.clamp(min=0)) == alive)
+    sink_position = torch.arange(options.sinks, device=k.device).expand(batch, options.sinks)
+    sink_index = end - last + sink_position
+    sink_here = (sink_index >= 0) & (sink_position <= last)
+    sink_k, sink_v = (take(x, sink_index, sink_here) for x in (k, v))
+    if state is not None:
+        known = (sink_position < state.positions[:, None])[:, None, :, None]
+        sink_k, sink_v = (
+            torch.where(known, state.sink_k.to(k.dtype), sink_k),
+            torch.where(known, state.sink_v.to(v.dtype), sink_v),
+        )
+    positions = last[:, 0] + 1
+    if state is not None:
+        positions = torch.where(begun[:, 0], positions, state.positions)  # nothing new, and no ring to count from
+    return HybridState(
+        sums=sums,
+        ring_k=take(k, ring, ring_real),
+        ring_v=take(v, ring, ring_real),
+        sink_k=sink_k,
+        sink_v=sink_v,
+        positions=positions,
+    )
