@@ -263,7 +263,7 @@ def _scatter_pairs(
     """
     length = len(tokens)
     keys, values = words
-    slots = max(2, length // 10)
+    slots = max(2, length // source.spacing)
     offset = int(draw.integers(0, 3))
     places = (
         np.sort(draw.choice((length - offset) // 3, min(slots, (length - offset) // 3), replace=False)) * 3 + offset

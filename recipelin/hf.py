@@ -1,4 +1,4 @@
-"""Students as Hugging Face models: config and model classes, export and loading. Importing this registers the Auto classes."""
+"""Students as Hugging Face models: classes, export and loading. Importing this registers the Auto classes."""
 
 import json
 import shutil
@@ -20,11 +20,12 @@ from transformers import (
 )
 
 from . import families, lookup
-from .cache import HybridLayer, cache_for
+from .cache import cache_for
 from .families import Architecture
+from .masks import segments_of
 from .states import State
 from .steps import Swap
-from .swap import forms, swap, switch
+from .swap import forms, mark_merged, swap, switch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VERSION = 1  # of the layout of `config.recipelin`
@@ -36,21 +37,21 @@ from recipelin.hf import {config}, {model}  # noqa: F401
 
 
 class _Student:
-    """What the inner and the outer class of a student share: start values, and a cache and positions of their own."""
+    """What the inner and the outer class of a student share: start values of parameters that no checkpoint holds."""
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)  # type: ignore[misc]
         if hasattr(module, "start_values"):
             for name, value in module.start_values().items():
                 # transformers' own: leaves what came from the checkpoint alone.
                 initialization.copy_(getattr(module, name), value)
 
-    def _own_cache(self) -> Any:
+    def own_cache(self) -> Any:
         return cache_for(self.config, list(self.config.recipelin["layers"]))  # type: ignore[attr-defined]
 
 
 class RecipelinLlamaConfig(LlamaConfig):
-    """A converted Llama. `recipelin` holds {version, form, config, layers, state}: everything a swap and a switch need."""
+    """A converted Llama. `recipelin` holds {version, form, config, layers, state}: all that swap and switch need."""
 
     model_type = f"{families.PREFIX}llama"
 
@@ -60,7 +61,7 @@ class RecipelinLlamaConfig(LlamaConfig):
 
 
 class RecipelinLlamaModel(_Student, LlamaModel):
-    """The inner model; makes its own cache, and positions from the padding where none are given."""
+    """The inner model: positions come from the padding where none are given; packed rows and training use no cache."""
 
     config_class = RecipelinLlamaConfig
 
@@ -74,24 +75,22 @@ class RecipelinLlamaModel(_Student, LlamaModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        wants = self.config.use_cache if use_cache is None else use_cache
-        if self.training or any(f.state.window == "full" for f in forms(self)):
-            wants = False
-        if wants and past_key_values is None:
-            past_key_values = self._own_cache()
-        if past_key_values is not None and not wants and use_cache is None and self.training:
-            raise ValueError("a student in training mode takes no cache; call eval() first")
-        if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and position_ids is None:
             # Feature maps act after RoPE: unlike softmax, the linear branch moves with the positions.
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        if use_cache is None and past_key_values is None:
+            packed = kwargs.get("segment_ids") is not None or (
+                attention_mask is None and segments_of(position_ids, None) is not None
+            )
+            use_cache = self.config.use_cache and not self.training and not packed
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=wants,
+            use_cache=use_cache,
             **kwargs,
         )
 
@@ -100,7 +99,7 @@ class RecipelinLlamaForCausalLM(_Student, LlamaForCausalLM):
     """A converted Llama with its language-model head; loads with AutoModelForCausalLM after `import recipelin.hf`."""
 
     config_class = RecipelinLlamaConfig
-    _keep_in_fp32_modules_strict = ("feature_map_q", "feature_map_k", "mix", "log_scale")
+    _keep_in_fp32_modules_strict = ["feature_map_q", "feature_map_k", "mix", "log_scale"]  # noqa: RUF012
 
     def __init__(self, config: RecipelinLlamaConfig) -> None:
         layout = config.recipelin
@@ -118,6 +117,7 @@ class RecipelinLlamaForCausalLM(_Student, LlamaForCausalLM):
         structure = form.Config.model_validate_json(json.dumps(layout["config"]))
         swap(self, Swap(form=layout["form"], config=structure, layers=tuple(layout["layers"])), seed=0)
         switch(self, State.model_validate_json(json.dumps(layout["state"])))
+        mark_merged(self)  # what is loaded are the student's projections: there is no teacher to restore
         self.post_init()
 
     def _prepare_cache_for_generation(
@@ -128,10 +128,9 @@ class RecipelinLlamaForCausalLM(_Student, LlamaForCausalLM):
             raise ValueError(
                 f"cache_implementation={asked!r}: a recipelin student generates with its own cache of constant size"
             )
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self._own_cache()
-            return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args, **kwargs
+        )
 
 
 AutoConfig.register(RecipelinLlamaConfig.model_type, RecipelinLlamaConfig)
@@ -140,7 +139,7 @@ AutoModelForCausalLM.register(RecipelinLlamaConfig, RecipelinLlamaForCausalLM)
 _STUDENTS = {"llama": (RecipelinLlamaConfig, RecipelinLlamaForCausalLM)}
 
 
-def export(model: nn.Module, tokenizer: Any, folder: Path, *, hybrid: State | None) -> None:
+def export(model: Any, tokenizer: Any, folder: Path, *, hybrid: State | None) -> None:
     """Write a student (or, where no layer is swapped, a plain model) as a folder that from_pretrained loads.
 
     Made beside `folder` and renamed, so that no reader meets half of it. `hybrid`: the state that it generates in.
@@ -162,7 +161,7 @@ def export(model: nn.Module, tokenizer: Any, folder: Path, *, hybrid: State | No
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _layout(folder: Path, model: nn.Module, found: list[Any], hybrid: State) -> None:
+def _layout(folder: Path, model: Any, found: list[Any], hybrid: State) -> None:
     """Turn a saved config.json into the student's."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -170,6 +169,7 @@ def _layout(folder: Path, model: nn.Module, found: list[Any], hybrid: State) -> 
     config_class, model_class = _STUDENTS[base]
     file = "modeling_recipelin"
     config |= {
+        "use_cache": True,
         "model_type": config_class.model_type,
         "architectures": [model_class.__name__],
         "auto_map": {
@@ -202,9 +202,10 @@ def load_teacher(source: str | Path, *, revision: str | None = None, dtype: str,
 
 
 def _load(source: str | Path, *, dtype: str, device: str, revision: str | None = None) -> tuple[Any, Any]:
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, revision=revision, dtype=DTYPES[dtype], output_loading_info=True
     )
+    model, report = loaded
     wrong = sorted([*report["missing_keys"], *report["unexpected_keys"]])
     if wrong:
         raise ValueError(f"{source}: the weights do not fit the model, first {wrong[0]!r} ({len(wrong)} in all)")
@@ -212,7 +213,7 @@ def _load(source: str | Path, *, dtype: str, device: str, revision: str | None =
     return model.to(device).eval(), tokenizer
 
 
-def new_model(architecture: Architecture, tokenizer: Any, *, seed: int) -> Any:
+def new_model(architecture: Architecture, tokenizer: Any, *, embedding_std: float, seed: int) -> Any:
     """A model from nothing, a pure function of the seed; the generator of the caller is left as it was."""
     known = architecture.model_dump(exclude={"model_type", "rope_theta", "sliding_window"})
     config = LlamaConfig(
@@ -226,11 +227,12 @@ def new_model(architecture: Architecture, tokenizer: Any, *, seed: int) -> Any:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {architecture.vocab_size}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(config).eval()
+        nn.init.normal_(model.model.embed_tokens.weight, std=embedding_std)
+        return model
 
 
 __all__ = [
-    "HybridLayer",
     "RecipelinLlamaConfig",
     "RecipelinLlamaForCausalLM",
     "export",

@@ -83,17 +83,19 @@ class _Reader:
     def wrong(self, node: yaml.Node, text: str) -> None:
         self.mistakes.append(self.at(node, text))
 
-    def value(self, node: yaml.Node, path: Path_, budget: list[int]) -> Any:
+    def value(self, node: yaml.Node, path: Path_, budget: list[int], above: tuple[yaml.Node, ...] = ()) -> Any:
         budget[0] -= 1
         if budget[0] < 0:
             raise RecipeError([self.at(node, f"aliases expand to more than {MOST_NODES:,} values; write them out")])
+        if node in above:
+            raise RecipeError([self.at(node, "an alias contains itself")])
         if len(path) > DEEPEST:
             raise RecipeError([self.at(node, f"nested more than {DEEPEST} levels deep")])
         self.places[path] = self.at(node)
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
         if isinstance(node, yaml.SequenceNode):
-            return tuple(self.value(item, (*path, i), budget) for i, item in enumerate(node.value))
+            return tuple(self.value(item, (*path, i), budget, (*above, node)) for i, item in enumerate(node.value))
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
@@ -105,7 +107,7 @@ class _Reader:
                 self.wrong(key_node, f"the key {key!r} is given twice, first in line {first.line}")
                 continue
             self.places[(*path, key, "key")] = self.at(key_node)
-            found[key] = self.value(value_node, (*path, key), budget)
+            found[key] = self.value(value_node, (*path, key), budget, (*above, node))
             self.places[(*path, key, "key")] = self.at(key_node)
         return found
 
@@ -158,10 +160,7 @@ def read_yaml(path: Path, shown: str | None = None) -> tuple[dict[str, Any], dic
     if not isinstance(node, yaml.MappingNode):
         kind = "a list" if isinstance(node, yaml.SequenceNode) else f"the text {node.value[:40]!r}"
         raise RecipeError([reader.at(node, f"found {kind}; expected a map of fields, `name: …` first")])
-    try:
-        values = reader.value(node, (), [MOST_NODES])
-    except RecursionError:
-        raise RecipeError([Mistake(file, 1, 1, "an alias contains itself")]) from None
+    values = reader.value(node, (), [MOST_NODES])
     if reader.mistakes:
         raise RecipeError(reader.mistakes)
     return values, reader.places, text
@@ -310,19 +309,18 @@ def _build(raw: Mapping[str, Any], places: Mapping[Path_, Mistake], path: Path, 
     """Validate a recipe's values block by block, so that every mistake is found at once."""
     mistakes: list[Mistake] = []
     found = dict(raw)
-    method = _method(found.get("method"), places, mistakes, allow_code)
-    if method is not None:
-        found["method"], stages = method
-        found["schedule"] = _schedule(found.get("schedule"), stages, places, mistakes)
+    # What is wrong in a block is told by the block; an empty one stands in for it, so that the rest is still checked.
+    method, stages = _method(found.get("method"), places, mistakes, allow_code)
+    if "method" in found:
+        found["method"] = method or Config()
+    found["schedule"] = {} if stages is None else _schedule(found.get("schedule"), stages, places, mistakes)
     _architecture(found, places, path, mistakes)
     _suites(found, places, path, mistakes)
     _state_names(found, places, mistakes)
     try:
         recipe = Recipe.model_validate(found)
     except ValidationError as error:
-        # A block that already has its own mistakes is not blamed a second time for what replaced it.
-        done = {m.line for m in mistakes}
-        mistakes += [m for m in _located(error, (), Recipe, places) if m.line not in done or not mistakes]
+        mistakes += _located(error, (), Recipe, places)
     if mistakes:
         raise RecipeError(mistakes)
     return recipe
@@ -330,26 +328,26 @@ def _build(raw: Mapping[str, Any], places: Mapping[Path_, Mistake], path: Path, 
 
 def _method(
     given: Any, places: Mapping[Path_, Mistake], mistakes: list[Mistake], allow_code: Sequence[str]
-) -> tuple[Config, Mapping[str, Schedule | None]] | None:
+) -> tuple[Config | None, Mapping[str, Schedule | None] | None]:
     if not isinstance(given, Mapping):
         if given is not None:
             mistakes.append(_at(places, ("method",), f"found {_describe(given)}; expected a map with a name"))
-        return None
+        return None, None
     name = given.get("name")
     if not isinstance(name, str):
         known = ", ".join(lookup.names("methods"))
         mistakes.append(_at(places, ("method", "name"), f"method: a name is missing; expected one of {known}"))
-        return None
+        return None, None
     try:
         module = lookup.lookup("methods", name, allow_code=tuple(allow_code))
     except lookup.LookupFailed as error:
         mistakes.append(_at(places, ("method", "name"), str(error)))
-        return None
+        return None, None
     try:
         return module.Config.model_validate(given), module.STAGES
     except ValidationError as error:
         mistakes += _located(error, ("method",), module.Config, places)
-        return None
+        return None, module.STAGES
 
 
 def _schedule(
@@ -421,7 +419,7 @@ def _architecture(found: dict[str, Any], places: Mapping[Path_, Mistake], path: 
         mistakes.append(_at(places, where, f"no such file {file}{hint}"))
     except (OSError, UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
         mistakes.append(_at(places, where, f"{file}: {error}"))
-    if mistakes and isinstance(found["model"].get("architecture"), str):
+    if isinstance(found["model"]["architecture"], str):
         found["model"] = {k: v for k, v in model.items() if k != "architecture"}
 
 
@@ -480,7 +478,9 @@ def _suites(found: dict[str, Any], places: Mapping[Path_, Mistake], path: Path, 
                     mistakes.append(_at(places, at, f"no suite {name!r}{_near(name, known)}; there are {_list(known)}"))
                 else:
                     mistakes += error.mistakes
-    found["eval"] = {**evaluation, "suites": tuple(suites) or evaluation["suites"]}
+    if not suites and evaluation["suites"]:
+        suites.append(Suite(name="stand-in", evals=(Config(),)))
+    found["eval"] = {**evaluation, "suites": tuple(suites)}
 
 
 def _state_names(found: Mapping[str, Any], places: Mapping[Path_, Mistake], mistakes: list[Mistake]) -> None:

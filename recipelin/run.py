@@ -166,7 +166,11 @@ class _Walk:
         recipe = self.loaded.recipe
         if recipe.model.scratch:
             tokenizer = self._tokenizer()
-            return hf.new_model(recipe.model.scratch.architecture, tokenizer, seed=recipe.seed), tokenizer
+            scratch = recipe.model.scratch
+            model = hf.new_model(
+                scratch.architecture, tokenizer, embedding_std=scratch.embedding_std, seed=recipe.seed
+            )
+            return model.to(self.device), tokenizer
         return self._teacher()
 
     def _teacher(self) -> tuple[Any, Any]:

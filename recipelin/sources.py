@@ -49,6 +49,7 @@ class Recall(Config):
     keys: Annotated[int, Field(ge=2)] = Field(64, description="distinct keys (facts/pocket.md §A)")
     values: Annotated[int, Field(ge=2)] = Field(64, description="distinct values (facts/pocket.md §A)")
     pairs: Annotated[int, Field(ge=1)] = Field(8, description="pairs alive in a row of 256 tokens (facts/pocket.md §A)")
+    spacing: Annotated[int, Field(ge=3)] = Field(10, description="tokens of a row for each slot of three")
     text: Stdlib | LocalFile = Field(Stdlib(source="python-stdlib"), description="the text between the slots")
     loss: Literal["values", "all"] = Field("values", description="tokens that carry loss: recalled values only, or all")
 

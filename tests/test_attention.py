@@ -1,0 +1,270 @@
+"""The laws of DESIGN §5, for every form of recipelin/attention, and what belongs to the hybrid alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import recipelin.hf as hf
+from recipelin import families, lookup
+from recipelin.attention.hybrid.config import Config, FeatureMap
+from recipelin.cache import cache_for, state_bytes
+from recipelin.states import NAMES, State, resolve
+from recipelin.steps import Swap
+from recipelin.swap import architecture_of, forms, mark_merged, recording, restore, swap, switch
+
+FORMS = lookup.names("attention")
+JOINS = ("shared", "absolute", "replace")
+GROUPS = ((2, 2), (6, 2), (4, 1))
+
+
+def test_the_folder_is_covered():
+    assert FORMS == ("hybrid",), "a new form: extend these laws to it"
+
+
+def swapped(model, state: State, *, seed: int = 0, **config):
+    swap(model, Swap(form="hybrid", config=Config(**config)), seed=seed)
+    switch(model, state)
+    for form in forms(model):
+        torch.nn.init.normal_(form.log_scale.c, std=0.3)
+    return model
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 131, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, ids, **arguments):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False, **arguments).logits
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), GROUPS)
+@pytest.mark.parametrize("join", JOINS)
+def test_a_covering_window_is_the_teacher(tiny, heads, key_heads, join):
+    model = tiny(heads, key_heads)
+    ids = tokens(2, 37)
+    teacher = logits(model, ids)
+    swapped(model, State(window=37, join=join))
+    assert (logits(model, ids) - teacher).abs().max() < 1e-5
+    switch(model, State(window=36, join=join))
+    assert (logits(model, ids) - teacher).abs().max() > 1e-5  # one key outside is seen
+
+
+@pytest.mark.parametrize("key_heads", ["query", "key"])
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("join", JOINS)
+def test_causal_and_prefix_invariant(tiny, join, sinks, key_heads):
+    branches = ("window", "linear", "sinks") if sinks else ("window", "linear")
+    state = State(branches=branches, window=5, sinks=sinks, join=join)
+    model = swapped(tiny(dtype=torch.float64), state, feature_map=FeatureMap(width=2, key_heads=key_heads))
+    ids = tokens(2, 71)
+    whole = logits(model, ids)
+    for length in (1, 4, 23, 70):
+        assert (logits(model, ids[:, :length]) - whole[:, :length]).abs().max() < 1e-10
+    other = ids.clone()
+    other[:, 40:] = tokens(2, 31, seed=2)
+    assert torch.equal(logits(model, other)[:, :40], whole[:, :40]) or (
+        (logits(model, other)[:, :40] - whole[:, :40]).abs().max() < 1e-12
+    )
+
+
+@pytest.mark.parametrize("cover", ["outside", "all"])
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("window", [1, 6])
+def test_prefill_and_decoding_are_the_parallel_form(tiny, window, join, sinks, cover):
+    branches = ("window", "linear", "sinks") if sinks else ("window", "linear")
+    state = State(branches=branches, window=window, sinks=sinks, join=join, cover=cover)
+    model = swapped(tiny(dtype=torch.float64), state, feature_map=FeatureMap(width=2))
+    ids = tokens(2, 33)
+    whole = logits(model, ids)
+    cache, found, sizes = cache_for(model.config, [0, 1]), [], []
+    with torch.no_grad():
+        for start, stop in ((0, 3), (3, 17), (17, 25), *((t, t + 1) for t in range(25, 33))):
+            found.append(model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits)
+            sizes.append(state_bytes(cache))
+    assert (torch.cat(found, 1) - whole).abs().max() < 1e-10
+    assert len(set(sizes)) == 1, "the cache's bytes must not grow"
+
+
+@pytest.mark.parametrize("given", ["mask", "mask and positions"])
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_a_left_padded_row_is_the_row_alone(tiny, tmp_path, sinks, given):
+    branches = ("window", "linear", "sinks") if sinks else ("window", "linear")
+    model = student(tiny(), State(branches=branches, window=6, sinks=sinks), tmp_path)
+    ids = tokens(3, 29)
+    padded, mask = torch.full((3, 29), 7), torch.zeros(3, 29, dtype=torch.long)
+    lengths = (29, 11, 4)
+    for row, length in enumerate(lengths):
+        padded[row, 29 - length :] = ids[row, :length]
+        mask[row, 29 - length :] = 1
+    extra = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if "positions" in given else {}
+    together = logits(model, padded, attention_mask=mask, **extra)
+    for row, length in enumerate(lengths):
+        alone = logits(model, ids[row : row + 1, :length])
+        assert (together[row, 29 - length :] - alone[0]).abs().max() < 1e-5
+
+
+def student(model, state: State, folder: Path, **config):
+    tokenizer = small_tokenizer()
+    hf.export(swapped(model, state, **config), tokenizer, folder / "model", hybrid=state)
+    return hf.load_student(folder / "model", dtype="float32", device="cpu")[0]
+
+
+def small_tokenizer():
+    from recipelin.data import train_tokenizer
+
+    return train_tokenizer(["a small text"] * 3, 264)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), GROUPS[1:])
+def test_grouped_heads_are_repeated_heads(tiny, heads, key_heads):
+    """Keys and values repeated for every query head, in a model without groups, give the same."""
+    grouped = swapped(tiny(heads, key_heads, dtype=torch.float64), State(window=5))
+    plain = tiny(heads, heads, dtype=torch.float64)
+    for small, large in zip(grouped.model.layers, plain.model.layers, strict=True):
+        large.load_state_dict({k: v for k, v in small.state_dict().items() if "self_attn" not in k}, strict=False)
+        for name in ("q_proj", "o_proj"):
+            getattr(large.self_attn, name).weight.data.copy_(getattr(small.self_attn, name).weight)
+        for name in ("k_proj", "v_proj"):
+            weight = getattr(small.self_attn, name).weight.view(key_heads, 8, -1)
+            repeated = weight.repeat_interleave(heads // key_heads, 0).flatten(0, 1)
+            getattr(large.self_attn, name).weight.data.copy_(repeated)
+    plain.model.embed_tokens.load_state_dict(grouped.model.embed_tokens.state_dict())
+    swapped(plain, State(window=5))
+    for one, other in zip(forms(grouped), forms(plain), strict=True):
+        other.load_state_dict(
+            {k: v for k, v in one.state_dict().items() if "proj" not in k} | {
+                k: v for k, v in other.state_dict().items() if "proj" in k
+            }
+        )
+    ids = tokens(2, 31)
+    assert (logits(grouped, ids) - logits(plain, ids)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_every_branch_gets_gradient(tiny, join):
+    model = swapped(tiny(), State(window=4, join=join), feature_map=FeatureMap(width=2))
+    model(input_ids=tokens(2, 19), use_cache=False).logits.square().mean().backward()
+    for form in forms(model):
+        groups = form.groups()
+        named = {"shared": "mix", "absolute": "log_scale", "replace": None}[join]
+        for name in ("feature_maps", *([named] if named else [])):
+            for parameter in groups[name]:
+                assert parameter.grad is not None and parameter.grad.abs().sum() > 0, (name, form.layer_index)
+        for projection in (form.q_proj, form.k_proj, form.v_proj):
+            assert projection.weight.grad.abs().sum() > 0
+
+
+def test_every_named_state_runs_and_none_gives_zeros(tiny):
+    hybrid = State(branches=("window", "linear", "sinks"), window=5, sinks=2)
+    model = swapped(tiny(), hybrid)
+    seen = {}
+    for name in NAMES:
+        if name == "teacher":
+            continue
+        switch(model, resolve(name, hybrid).state)
+        seen[name] = logits(model, tokens(1, 23))
+        assert torch.isfinite(seen[name]).all()
+    with torch.no_grad(), recording_none(model) as outputs:
+        switch(model, resolve("none", hybrid).state)
+        model(input_ids=tokens(1, 23), use_cache=False)
+    assert all(float(y.abs().sum()) == 0.0 for y in outputs)
+    distinct = {tuple(v.flatten()[-5:].tolist()) for v in seen.values()}
+    assert len(distinct) == len(seen), "two states give the same"
+
+
+def recording_none(model):
+    from contextlib import contextmanager
+
+    from recipelin.swap import observing
+
+    @contextmanager
+    def seen():
+        outputs: list[torch.Tensor] = []
+        with observing(model, lambda _, captured: outputs.append(captured.y)):
+            yield outputs
+
+    return seen()
+
+
+def test_the_softmax_state_is_the_teacher_and_restore_gives_it_back(tiny):
+    model = tiny()
+    ids = tokens(2, 41)
+    teacher = logits(model, ids)
+    hybrid = State(window=5)
+    swapped(model, hybrid)
+    switch(model, resolve("softmax", hybrid).state)
+    assert (logits(model, ids) - teacher).abs().max() < 1e-5
+    switch(model, hybrid)
+    captured = []
+    with torch.no_grad(), recording(model, lambda i, c: captured.append((i, c))):
+        passed_on = logits(model, ids)
+    assert (passed_on - teacher).abs().max() < 1e-5
+    assert [i for i, _ in captured] == [0, 1]
+    restore(model)
+    assert torch.equal(logits(model, ids), teacher)
+    swapped(model, hybrid)
+    mark_merged(model)
+    with pytest.raises(RuntimeError, match="load the teacher anew"):
+        restore(model)
+
+
+@pytest.mark.parametrize("rope", [None, {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                                         "high_freq_factor": 4.0, "original_max_position_embeddings": 64}])
+def test_rope_scaling_is_the_teachers(tiny, rope):
+    model = tiny(**({"rope_parameters": rope} if rope else {}))
+    ids = tokens(1, 53)
+    teacher = logits(model, ids)
+    swapped(model, State(window=53))
+    assert (logits(model, ids) - teacher).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("width", [1, 2, 8])
+@pytest.mark.parametrize("key_heads", ["query", "key"])
+@pytest.mark.parametrize(("heads", "groups"), GROUPS)
+def test_counts_without_torch_are_the_built_modules(tiny, heads, groups, key_heads, width):
+    model = tiny(heads, groups)
+    architecture = architecture_of(model)
+    plain = sum(p.numel() for p in model.parameters())
+    assert families.parameters(architecture)["total"] == plain
+    config = Config(feature_map=FeatureMap(width=width, key_heads=key_heads))
+    report = swap(model, Swap(form="hybrid", config=config), seed=0)
+    counted = config.parameters(architecture)
+    for form in forms(model):
+        assert {name: sum(p.numel() for p in ps) for name, ps in form.groups().items()} == counted
+    assert report.new_parameters == 2 * sum(counted.values())
+    assert sum(p.numel() for p in model.parameters()) == plain + report.new_parameters
+
+
+@pytest.mark.parametrize("activation", ["softmax", "exp", "relu", "elu", "none"])
+def test_feature_maps(tiny, activation):
+    model = swapped(tiny(), State(window=5), feature_map=FeatureMap(activation=activation, width=2, init="random"))
+    form = forms(model)[0]
+    x = torch.randn(2, 4, 7, 8)
+    phi = form.feature_map_q(x)
+    assert phi.shape == (2, 4, 7, 16)
+    u = torch.einsum("bhtd,hdf->bhtf", x, form.feature_map_q.weight)
+    expected = {
+        "softmax": lambda: torch.cat((u.softmax(-1), (-u).softmax(-1)), -1),
+        "exp": lambda: torch.cat(((u - u.amax(-1, True)).exp(), (u.amin(-1, True) - u).exp()), -1),
+        "relu": lambda: torch.cat((u.relu(), (-u).relu()), -1).clamp(min=1e-12),
+        "elu": lambda: torch.cat((torch.nn.functional.elu(u) + 1, torch.nn.functional.elu(-u) + 1), -1),
+        "none": lambda: torch.cat((u, -u), -1),
+    }[activation]()
+    assert (phi - expected).abs().max() < 1e-5
+    assert torch.isfinite(logits(model, tokens(1, 19))).all()
+
+
+def test_packed_documents_are_alone(tiny):
+    """Positions that begin anew, or segment_ids beside running positions, isolate documents."""
+    model = swapped(tiny(), State(branches=("window", "linear", "sinks"), window=4, sinks=2))
+    ids = tokens(1, 40)
+    positions = torch.cat((torch.arange(23), torch.arange(17)))[None]
+    together = logits(model, ids, position_ids=positions)
+    assert (together[:, 23:] - logits(model, ids[:, 23:])).abs().max() < 1e-5
+    assert (together[:, :23] - logits(model, ids[:, :23])).abs().max() < 1e-5
+    segments = (positions[:, :, None] < -1).any(-1).long()
+    segments[:, 23:] = 1
+    assert (logits(model, ids, position_ids=positions, segment_ids=segments) - together).abs().max() < 1e-6

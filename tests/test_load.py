@@ -1,0 +1,199 @@
+"""Reading recipes: every kind of mistake is one clean line with file:line:column, and nothing but RecipeError comes out."""
+
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recipelin.cli import main
+from recipelin.commands import checked
+from recipelin.load import RECIPES, RecipeError, expand, load
+from recipelin.plan import plan
+
+ROOT = Path(__file__).parent.parent
+ALL = sorted((ROOT / RECIPES).rglob("*.yaml"))
+
+GOOD = """\
+name: mine
+model: {teacher: pocket}
+method:
+  name: lolcats
+  window: 16
+schedule:
+  transfer: {steps: 3, batch: 2, accumulation: 1, length: 64, optimizer: {lr: 1e-2}}
+  tune: null
+eval:
+  suites: [pocket]
+"""
+
+
+def write(folder: Path, text: str, name: str = "r.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def mistakes(path: Path) -> list[str]:
+    with pytest.raises(RecipeError) as found:
+        expand(load(path))
+    return [f"{m.line}:{m.column}: {m.text}" for m in found.value.mistakes]
+
+
+def test_every_recipe_and_suite_of_the_repository_is_right():
+    assert len(ALL) >= 8
+    for path in ALL:
+        assert checked(path)
+
+
+def test_a_good_recipe_is_complete(tmp_path):
+    recipe = load(write(tmp_path, GOOD)).recipe
+    assert recipe.schedule["tune"] is None
+    transfer = recipe.schedule["transfer"]
+    assert (transfer.steps, transfer.epochs, transfer.optimizer.lr) == (3, None, 0.01)
+    assert transfer.decay.name == "constant"  # the method's default stays where the recipe is silent
+    assert recipe.eval.states[0] == "teacher"
+
+
+CASES = {
+    "unknown key": ("window: 16", "windw: 16", "5:3: method.windw: unknown key; did you mean 'window'?"),
+    "unknown top key": ("eval:", "evall: {}\neval:", "9:1: evall: unknown key; did you mean 'eval'?"),
+    "duplicate key": ("  window: 16", "  window: 16\n  window: 8", "6:3: the key 'window' is given twice, first in line 5"),
+    "text for a number": ("window: 16", "window: sixteen", "5:11: method.window: found the text 'sixteen'; expected a valid integer"),
+    "float for an integer": ("window: 16", "window: 16.5", "5:11: method.window: found 16.5; expected a valid integer"),
+    "yes is no boolean": ("eval:", "data: {separate: yes}\neval:", "9:18: data.separate: found the text 'yes'; expected true or false"),
+    "unknown method": ("name: lolcats", "name: lolcat", "4:9: no method 'lolcat'; did you mean 'lolcats'?"),
+    "unknown stage": ("  tune: null", "  tun: null", "8:3: unknown stage 'tun'; did you mean 'tune'?; the method has transfer, tune"),
+    "unknown suite": ("[pocket]", "[pockets]", "10:12: no suite 'pockets'; did you mean 'pocket'?; there are"),
+    "unknown state": ("[pocket]", "[pocket]\n  states: [teacher, hybird]", "11:21: unknown state 'hybird'; did you mean 'hybrid'?"),
+    "a list for a map": ("model: {teacher: pocket}", "model: [pocket]", "2:8: model: found a list; expected a map of fields"),
+    "two durations": ("steps: 3,", "steps: 3, epochs: 1.0,", "give exactly one of steps, tokens, epochs; found steps, epochs"),
+    "unknown choice": ("window: 16", "window: 16\n  cover: outsid", "6:10: method.cover: found the text 'outsid'; expected 'outside' or 'all'; did you mean 'outside'?"),
+    "unknown source": ("eval:", "data: {mix: [{source: python-stdlibs}]}\neval:", "found 'python-stdlibs'; expected one of python-stdlib, jsonl"),
+    "no such file": ("eval:", "extends: nothing.yaml\neval:", "9:10: extends: nothing.yaml: no such file"),
+    "itself": ("eval:", "extends: r.yaml\neval:", "9:10: extends: the recipe extends itself"),
+    "negative": ("window: 16", "window: 0", "5:11: method.window: found 0; expected greater than or equal to 1"),
+    "not finite": ("1e-2", ".inf", "found .inf; expected a finite number"),
+    "tab": ("  window: 16", "\twindow: 16", "found a tab; indent with spaces"),
+    "tag": ("window: 16", "window: !!python/object/apply:os.system [ls]", "5:11: found the tag tag:yaml.org,2002:python/object/apply:os.system"),
+    "foreign code": ("name: lolcats", "name: mylab.methods.foo", "4:9: 'mylab.methods.foo' is code outside recipelin and was not imported; it needs --allow-code mylab"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_named_with_its_place(tmp_path, case):
+    old, new, expected = CASES[case]
+    assert GOOD.count(old) == 1 or old == "eval:"
+    found = mistakes(write(tmp_path, GOOD.replace(old, new, 1)))
+    assert any(expected in text for text in found), found
+    assert len(found) == 1, found
+
+
+def test_all_mistakes_of_a_file_at_once(tmp_path):
+    text = GOOD.replace("window: 16", "windw: 16").replace("tune: null", "tun: null").replace("[pocket]", "[pockets]")
+    assert [t.split(":")[0] for t in mistakes(write(tmp_path, text))] == ["5", "8", "10"]
+
+
+def test_numbers_are_numbers(tmp_path):
+    text = GOOD.replace("lr: 1e-2", "lr: 1E-2")
+    assert load(write(tmp_path, text)).recipe.schedule["transfer"].optimizer.lr == 0.01
+    quoted = GOOD.replace("lr: 1e-2", "lr: '1e-2'")
+    assert "found the text '1e-2'; expected a valid number" in mistakes(write(tmp_path, quoted))[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "1:1: the file is empty"),
+        (b"# only a comment\n", "1:1: the file is empty"),
+        (b"- a\n- b\n", "1:1: found a list; expected a map"),
+        (b"just text\n", "1:1: found the text 'just text'; expected a map"),
+        (b"name: a\nabout: {claim: \xff}\n", "2:16: not UTF-8: byte 0xff"),
+        (b"a: [1, 2\n", "expected ',' or ']'"),
+        (b"a: &x [*x]\n", "contains itself"),
+        (b"a: " + b"[" * 60 + b"]" * 60, "levels deep"),
+    ],
+)
+def test_what_is_no_recipe(tmp_path, content, expected):
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    assert expected in mistakes(path)[0]
+
+
+def test_large_files_and_bombs_are_refused_at_once(tmp_path):
+    large = tmp_path / "large.yaml"
+    with large.open("wb") as file:
+        file.truncate(50 << 20)
+    started = time.process_time()
+    assert "has 52,428,800 bytes" in mistakes(large)[0]
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{c}: &{c} [{', '.join([f'*{chr(ord(c) - 1)}'] * 10)}]\n" for c in "bcdefghi"
+    )
+    assert "aliases expand to more than" in mistakes(write(tmp_path, bomb))[0]
+    assert time.process_time() - started < 2.0
+
+
+def test_extends_one_level(tmp_path):
+    write(tmp_path, GOOD, "base.yaml")
+    child = write(tmp_path, "name: child\nextends: base.yaml\nmethod: {window: 8}\nschedule: {transfer: {steps: 9}}\n")
+    recipe = load(child).recipe
+    assert (recipe.name, recipe.method.window, recipe.schedule["transfer"].steps) == ("child", 8, 9)
+    assert recipe.schedule["transfer"].batch == 2
+    grandchild = write(tmp_path, "name: g\nextends: r.yaml\n", "g.yaml")
+    assert "itself extends another (" in mistakes(grandchild)[0]
+    broken = write(tmp_path, GOOD.replace("window: 16", "windw: 16"), "broken.yaml")
+    heir = write(tmp_path, "name: heir\nextends: broken.yaml\n", "heir.yaml")
+    with pytest.raises(RecipeError) as found:
+        load(heir)
+    assert found.value.mistakes[0].file == str(broken) and found.value.mistakes[0].line == 5
+
+
+def test_a_grid_is_many_recipes(tmp_path):
+    text = GOOD + "grid:\n  method.window: [8, 16]\n  seed: [0, 1]\n"
+    points = expand(load(write(tmp_path, text)))
+    assert [p.recipe.name for p in points] == [f"mine/window={w},seed={s}" for w in (8, 16) for s in (0, 1)]
+    assert [(p.recipe.method.window, p.recipe.seed) for p in points] == [(8, 0), (8, 1), (16, 0), (16, 1)]
+    assert len({plan(p).hash for p in points}) == 4
+    bad = write(tmp_path, GOOD + "grid:\n  method.windw: [8]\n")
+    assert "12:3: 'method.windw' is no field: method has no 'windw'; did you mean 'window'?" in mistakes(bad)[0]
+    worse = write(tmp_path, GOOD + "grid:\n  method.window: [8, 0]\n")
+    assert "12:22: method.window: found 0" in mistakes(worse)[0]
+
+
+def test_names_are_found(tmp_path, monkeypatch):
+    assert load("pocket/lolcats").recipe.name == "pocket/lolcats"
+    monkeypatch.chdir(tmp_path)
+    assert load("pocket/lolcats").origin in ("checkout", "installed")
+    with pytest.raises(RecipeError, match="did you mean pocket/lolcats"):
+        load("pocket/lolcat")
+
+
+def test_the_command_line_says_it_and_exits_2(tmp_path, capsys):
+    path = write(tmp_path, GOOD.replace("window: 16", "windw: 16"))
+    for command in (["check", str(path)], ["plan", str(path)], ["run", str(path)]):
+        assert main(command) == 2
+        text = capsys.readouterr().err
+        assert "r.yaml:5:3: method.windw: unknown key; did you mean 'window'?" in text and "Traceback" not in text
+    assert main(["check", str(ROOT / "recipes")]) == 0
+    assert main(["check", str(tmp_path / "nothing.yaml")]) == 2
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(alphabet="abe:{}[]-&*!'\"\n\t #|>%@,x01.~", max_size=60))
+def test_arbitrary_text_never_breaks_the_reader(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("fuzz") / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError):
+        load(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, len(GOOD) - 1), st.sampled_from(":{}[]-&*!'\"\n\t x0"))
+def test_a_damaged_recipe_never_breaks_the_reader(tmp_path_factory, place, letter):
+    path = tmp_path_factory.mktemp("fuzz") / "r.yaml"
+    path.write_text(GOOD[:place] + letter + GOOD[place + 1 :], encoding="utf-8")
+    try:
+        expand(load(path))
+    except RecipeError as error:
+        assert all(m.line >= 1 and m.column >= 1 and m.text for m in error.mistakes)
