@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from recipelin_kernels import HybridState
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from recipelin_kernels import HybridState
 
 
 class HybridLayer(CacheLayerMixin):
@@ -71,11 +72,27 @@ class HybridLayer(CacheLayerMixin):
         """Never offloaded, so always there."""
 
 
+def hybrid_entry(cache: Any, index: int) -> HybridLayer:
+    """The entry of a swapped layer; takes the place of a stock one that grows, as long as that holds nothing.
+
+    Raises ValueError for an entry of another kind (static, quantised, begun in state `softmax`).
+    """
+    while isinstance(cache, DynamicCache) and len(cache.layers) <= index:
+        cache.layers.append(DynamicLayer())
+    entry = cache.layers[index]
+    if type(entry) in (DynamicLayer, DynamicSlidingWindowLayer) and not entry.is_initialized:
+        entry = cache.layers[index] = HybridLayer()
+    if not isinstance(entry, HybridLayer):
+        raise ValueError(
+            f"layer {index} is a hybrid attention, and the cache holds a {type(entry).__name__} for it: "
+            "pass a new DynamicCache, or none at all"
+        )
+    return entry
+
+
 def cache_for(config: Any, layers: list[int]) -> DynamicCache:
     """A DynamicCache of the model whose entries for `layers` are hybrid."""
     cache = DynamicCache(config=config)
-    while len(cache.layers) < config.num_hidden_layers:
-        cache.append_new_layers(len(cache.layers))
     for index in layers:
         cache.layers[index] = HybridLayer()
     return cache

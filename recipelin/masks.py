@@ -1,7 +1,7 @@
 """Padding and packing as a swapped layer must see them: transformers hands a layer 4-D masks, never the 2-D padding.
 
-A mask function of ours returns a `Padding` in its place, which carries the 2-D mask; kept softmax layers build the full mask
-from it when they are reached, so that a model whose layers are all swapped never holds a T x T mask.
+A mask function of ours returns a `Padding` in its place, which carries the 2-D mask; kept softmax layers build the full
+mask from it when they are reached, so that a model whose layers are all swapped never holds a T x T mask.
 """
 
 from collections.abc import Callable
@@ -24,9 +24,9 @@ class Padding(NamedTuple):
     full: Callable[[], Tensor | None]
 
 
-def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Padding:
+def _mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Padding:
     real = None if attention_mask is None else attention_mask.bool()
-    return Padding(real, partial(sdpa_mask, *args, attention_mask=attention_mask, **kwargs))
+    return Padding(real, partial(sdpa_mask, attention_mask=attention_mask, **kwargs))
 
 
 def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
@@ -40,24 +40,19 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, _mask)
 
 
-def key_mask_of(attention_mask: Any, length: int) -> Tensor | None:
-    """Which of the call's `length` tokens are real [B, length], or None for all. Raises ValueError for an unknown mask."""
+def real_tokens(attention_mask: Any) -> Tensor | None:
+    """Which of the tokens so far are real [B, seen], or None for all. Raises ValueError for an unknown mask."""
     if attention_mask is None:
         return None
     if isinstance(attention_mask, Padding):
-        real = attention_mask.real
-    elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        real = attention_mask.bool()
-    else:
-        found = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise ValueError(
-            f"a hybrid layer got the mask {found}, in which padding cannot be told from causality; "
-            f"set the model's attention implementation to {ATTENTION!r} (recipelin.swap and recipelin.hf do)"
-        )
-    if real is None:
-        return None
-    real = real[:, -length:]
-    return None if bool(real.all()) else real
+        return attention_mask.real
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return attention_mask.bool()
+    found = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+    raise ValueError(
+        f"a hybrid layer got the mask {found}, in which padding cannot be told from causality; "
+        f"set the model's attention implementation to {ATTENTION!r} (recipelin.swap and recipelin.hf do)"
+    )
 
 
 def segments_of(position_ids: Tensor | None, key_mask: Tensor | None) -> Tensor | None:

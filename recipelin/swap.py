@@ -1,4 +1,4 @@
-"""Finds the attention modules of one model instance, replaces them, switches them, restores them. Classes stay as they are."""
+"""Finds the attention modules of one model instance, replaces, switches and restores them; classes stay as they are."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,13 +25,13 @@ class SwapReport:
     new_parameters: int
 
 
-def architecture_of(model: nn.Module) -> Architecture:
+def architecture_of(model: Any) -> Architecture:
     """The numbers of a loaded model. Raises ValueError for an unsupported family, naming the supported ones."""
     config = model.config.to_dict()
     return families.architecture({**config, "model_type": families.base_type(config["model_type"])})
 
 
-def swap(model: nn.Module, step: Swap, *, seed: int) -> SwapReport:
+def swap(model: Any, step: Swap, *, seed: int) -> SwapReport:
     """Put the form of `step` into its layers; the projections stay the same parameters.
 
     Raises ValueError for an unsupported family, a layer that is not there, or one that is swapped already.
@@ -57,10 +57,13 @@ def swap(model: nn.Module, step: Swap, *, seed: int) -> SwapReport:
         made.train(layer.self_attn.training)
         layer.self_attn = made
     model.set_attn_implementation(ATTENTION)
+    if not hasattr(model, "own_cache"):
+        # A teacher's class makes a softmax cache, which a swapped layer refuses; the exported student has its own.
+        model.config.use_cache = False
     return SwapReport(tuple(layers), new)
 
 
-def restore(model: nn.Module) -> None:
+def restore(model: Any) -> None:
     """Give the softmax modules back: the teacher, bit for bit. Raises RuntimeError once its weights were changed."""
     if getattr(model, _MERGED, False):
         raise RuntimeError("restore: the student's projections were trained and merged; load the teacher anew")
@@ -70,9 +73,10 @@ def restore(model: nn.Module) -> None:
             layer.self_attn = kept
             object.__delattr__(layer, _KEPT)
     model.set_attn_implementation("sdpa")
+    model.config.use_cache = True
 
 
-def mark_merged(model: nn.Module) -> None:
+def mark_merged(model: Any) -> None:
     """Say that the projections are no longer the teacher's."""
     object.__setattr__(model, _MERGED, True)
 
@@ -81,12 +85,12 @@ def _is_form(module: nn.Module) -> bool:
     return hasattr(module, "groups") and hasattr(module, "recorder")
 
 
-def forms(model: nn.Module) -> list[Any]:
+def forms(model: Any) -> list[Any]:
     """The swapped attention modules in layer order."""
     return [m for m in model.modules() if _is_form(m)]
 
 
-def switch(model: nn.Module, state: State) -> None:
+def switch(model: Any, state: State) -> None:
     """Set what the swapped layers do from here on. Raises ValueError if none is swapped."""
     found = forms(model)
     if not found:
@@ -95,34 +99,34 @@ def switch(model: nn.Module, state: State) -> None:
         form.state = state
 
 
-def state_of(model: nn.Module) -> State | None:
+def state_of(model: Any) -> State | None:
     """The state that the swapped layers are in; None if there are none."""
     found = forms(model)
     return found[0].state if found else None
 
 
-def form_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def form_parameters(model: Any) -> dict[str, nn.Parameter]:
     """The forms' own parameters by their names in the model."""
     own = {id(p) for form in forms(model) for group in form.groups().values() for p in group}
     return {name: p for name, p in model.named_parameters() if id(p) in own}
 
 
 @contextmanager
-def recording(model: nn.Module, recorder: Callable[[int, Captured], None]) -> Iterator[None]:
+def recording(model: Any, recorder: Callable[[int, Captured], None]) -> Iterator[None]:
     """Within: every swapped layer passes on the teacher's softmax output and shows `recorder` what it saw."""
     with _attached(model, "recorder", recorder):
         yield
 
 
 @contextmanager
-def observing(model: nn.Module, observer: Callable[[int, Captured], None]) -> Iterator[None]:
+def observing(model: Any, observer: Callable[[int, Captured], None]) -> Iterator[None]:
     """Within: every swapped layer shows `observer` its q, k, v, and goes on as its state says."""
     with _attached(model, "observer", observer):
         yield
 
 
 @contextmanager
-def _attached(model: nn.Module, name: str, function: Callable[[int, Captured], None]) -> Iterator[None]:
+def _attached(model: Any, name: str, function: Callable[[int, Captured], None]) -> Iterator[None]:
     found = forms(model)
     for form in found:
         setattr(form, name, function)

@@ -9,9 +9,8 @@ from torch import Tensor
 class Captured:
     """q [B,H,T,d], k, v [B,Hkv,T,d] after RoPE; the output y [B,H,T,d] before o_proj.
 
-    While recording, y and the log-sum-exp `lse` [B,H,T] are the teacher's; while observing, y is the layer's own, lse None.
-
-    key_mask [B,T] bool or None; segment_ids [B,T] or None. No gradient passes through any of them.
+    While recording, y and the log-sum-exp `lse` [B,H,T] are the teacher's; while observing, y is the layer's own and
+    lse is None. key_mask [B,T] bool or None; segment_ids [B,T] or None. No gradient passes through any of them.
     """
 
     q: Tensor

@@ -7,11 +7,12 @@ from .config import FeatureMap
 
 
 class HedgehogFeatureMap(nn.Module):
-    """x [B,h,T,d] -> phi [B,H,T,F] for `heads` = H maps, h dividing H (a key head serves H / h maps without being copied).
+    """x [B,h,T,d] -> phi [B,H,T,F] for `heads` = H maps, h dividing H: a key head serves H / h maps and is not copied.
 
-    u = x W, W [H, d, F/2]; softmax: [softmax(u), softmax(-u)] over features; exp: [exp(u - max u), exp(-u + min u)], maximum
-    over the features of one token; relu, elu (1 + ELU), none: [act(u), act(-u)]. Then clamped below (not `none`).
-    Computed in fp32 (fp64 for fp64). Source: LoLCATs' feature_map.py (softmax_dim, exp_dim), arXiv 2510.05901 §3.4.
+    u = x W, W [H, d, F/2]; softmax: [softmax(u), softmax(-u)] over features; exp: [exp(u - max u), exp(-u + min u)],
+    maximum over the features of one token; relu, elu (1 + ELU), none: [act(u), act(-u)]. Then clamped below (not
+    `none`). Computed in fp32 (fp64 for fp64).
+    Source: LoLCATs' feature_map.py (softmax_dim, exp_dim), arXiv 2510.05901 §3.4.
     """
 
     def __init__(self, config: FeatureMap, heads: int, head_dim: int, seed: int) -> None:

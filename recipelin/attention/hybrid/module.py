@@ -1,85 +1,54 @@
 """The `hybrid` form: the module that takes the place of a layer's softmax attention."""
 
-import math
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from recipelin_kernels import (
     Components,
     hybrid_attention,
-    log_scale_closed_form,
     resolve_kernel,
     teacher_attention,
     weight_transfer_loss,
 )
-from torch import Tensor, nn
 
-from ...cache import HybridLayer
+from ...cache import HybridLayer, hybrid_entry
 from ...families import Architecture, family
-from ...masks import key_mask_of, segments_of
+from ...masks import real_tokens, segments_of
 from ...states import State
 from ..captured import Captured
+from .calibration import LogScaleCalibration
 from .config import Config
 from .feature_map import HedgehogFeatureMap
+from .scales import LogScale, Mix
 
 Recorder = Callable[[int, Captured], None]
-
-
-class Mix(nn.Module):
-    """g_h = sigmoid(theta_h) of the `shared` join. A module, since peft overlooks bare parameters."""
-
-    def __init__(self, heads: int, start: float) -> None:
-        super().__init__()
-        self.start = math.log(start / (1 - start))
-        self.theta = nn.Parameter(torch.full((heads,), self.start))
-
-    def start_values(self) -> dict[str, Tensor]:
-        return {"theta": torch.full(self.theta.shape, self.start, device="cpu")}
-
-    def forward(self) -> Tensor:
-        return self.theta.sigmoid()
-
-
-class LogScale(nn.Module):
-    """c_h of the `absolute` join; 0 until it is calibrated or learned."""
-
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.c = nn.Parameter(torch.zeros(heads))
-
-    def start_values(self) -> dict[str, Tensor]:
-        return {"c": torch.zeros(self.c.shape, device="cpu")}
-
-    def forward(self) -> Tensor:
-        return self.c
 
 
 class HybridAttention(nn.Module):
     """Softmax over a window joined with linear attention over the rest, with the projections of the layer it replaces.
 
-    `state` says what takes part in a forward pass. With `recorder` set, the layer computes the teacher's softmax attention,
-    shows it to the recorder and passes the teacher's output on: every layer then sees the teacher's stream.
+    `state` says what takes part in a forward pass. With `recorder` set, the layer computes the teacher's softmax
+    attention, shows it to the recorder and passes the teacher's output on: every layer then sees the teacher's stream.
     """
 
     NAME = "hybrid"
 
     def __init__(
-        self, attention: nn.Module, *, config: Config, architecture: Architecture, layer_index: int, seed: int
+        self, attention: Any, *, config: Config, architecture: Architecture, layer_index: int, seed: int
     ) -> None:
         super().__init__()
-        self.config, self.architecture, self.layer_index, self.layer_idx = (
-            config,
-            architecture,
-            layer_index,
-            layer_index,
-        )
+        self.config, self.architecture = config, architecture
+        self.layer_index = self.layer_idx = layer_index
         self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
         self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
         self.scaling = float(attention.scaling)
         self.head_dim = architecture.head_dim
-        self._rotate = import_module(family(architecture.model_type).modeling).apply_rotary_pos_emb
+        modeling = import_module(family(architecture.model_type).modeling)
+        self._rotate: Callable[..., tuple[Tensor, Tensor]] = modeling.apply_rotary_pos_emb
         key_heads = (
             architecture.num_attention_heads
             if config.feature_map.key_heads == "query"
@@ -102,7 +71,7 @@ class HybridAttention(nn.Module):
 
     @classmethod
     def from_softmax(
-        cls, attention: nn.Module, *, config: Config, architecture: Architecture, layer_index: int, seed: int
+        cls, attention: Any, *, config: Config, architecture: Architecture, layer_index: int, seed: int
     ) -> "HybridAttention":
         """The form in place of a softmax attention; shares its projections."""
         return cls(attention, config=config, architecture=architecture, layer_index=layer_index, seed=seed)
@@ -135,21 +104,27 @@ class HybridAttention(nn.Module):
         if position_embeddings is None:
             raise ValueError("HybridAttention needs position_embeddings (cos, sin)")
         q, k, v = self.project(hidden_states, position_embeddings)
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_index]
-        if layer is not None and not isinstance(layer, HybridLayer):
-            raise ValueError(
-                f"layer {self.layer_index} holds a hybrid attention, and the cache a {type(layer).__name__} for it: "
-                "use the cache that the model makes itself (recipelin.cache.cache_for)"
-            )
-        key_mask = key_mask_of(attention_mask, q.shape[2])
-        if segment_ids is None and layer is None:
+        real = real_tokens(attention_mask)
+        key_mask = None if real is None else real[:, -q.shape[2] :]
+        if key_mask is not None and bool(key_mask.all()):
+            key_mask = None
+        if segment_ids is None:
             segment_ids = segments_of(position_ids, key_mask)
+        if past_key_values is not None and (segment_ids is not None or self.recorder is not None):
+            raise ValueError("packed rows and recording take no cache: pass use_cache=False")
         if self.recorder is not None:
             y = self._record(q, k, v, key_mask, segment_ids)
+        elif self.state.window == "full" and "window" in self.state.branches and "linear" not in self.state.branches:
+            if past_key_values is not None:
+                k, v = past_key_values.update(k, v, self.layer_index)
+            y = self._softmax(q, k, v, real, segment_ids)
         else:
+            if self.state.window == "full" and past_key_values is not None:
+                raise ValueError("window `full` beside a linear branch keeps no cache: pass use_cache=False")
+            layer = None if past_key_values is None else hybrid_entry(past_key_values, self.layer_index)
             y = self.attend(q, k, v, key_mask=key_mask, segment_ids=segment_ids, layer=layer)
-            if self.observer is not None:
-                self.observer(self.layer_index, Captured(q, k, v, y, None, key_mask, segment_ids))
+        if self.observer is not None:
+            self.observer(self.layer_index, Captured(q, k, v, y, None, key_mask, segment_ids))
         y = y.to(hidden_states.dtype).transpose(1, 2).flatten(2)
         return self.o_proj(y), None
 
@@ -174,15 +149,12 @@ class HybridAttention(nn.Module):
         segment_ids: Tensor | None = None,
         layer: HybridLayer | None = None,
     ) -> Tensor:
-        """y [B,H,T,d] before o_proj in `self.state`; with a cache layer, goes on from it and leaves the next state there."""
-        state = self.state
-        if state.window == "full":
-            return self._full(q, k, v, key_mask, segment_ids, layer)
-        if not state.branches:
+        """y [B,H,T,d] before o_proj in `self.state`; goes on from a cache layer, and leaves the next state there."""
+        if not self.state.branches:
             if layer is not None:
                 layer.advance(q.shape[2])
             return torch.zeros_like(q)
-        options = self.options(state)
+        options = self.options(self.state, q.shape[2])
         previous = None if layer is None else layer.state
         result = hybrid_attention(
             q,
@@ -204,17 +176,17 @@ class HybridAttention(nn.Module):
         layer.advance(q.shape[2])
         return y
 
-    def options(self, state: State) -> dict[str, Any]:
-        """A State as arguments of the operator; the one place where the two meet."""
+    def options(self, state: State, length: int) -> dict[str, Any]:
+        """A State as arguments of the operator for rows of `length` tokens; the one place where the two meet."""
         absent = [b for b in ("window", "linear") if b not in state.branches]
         if state.sinks and "sinks" not in state.branches:
             absent.append("sinks")
-        assert isinstance(state.window, int)
+        window = length if state.window == "full" else state.window
         own = self.architecture.sliding_window
         return {
             "mix": self.mix(),
             "log_scale": self.log_scale(),
-            "window": min(state.window, own) if own else state.window,
+            "window": min(window, own) if own else window,
             "shape": state.shape,
             "sinks": state.sinks,
             "cover": state.cover,
@@ -226,32 +198,23 @@ class HybridAttention(nn.Module):
             "signed": self.config.feature_map.activation == "none",
         }
 
-    def _full(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        segment_ids: Tensor | None,
-        layer: HybridLayer | None,
-    ) -> Tensor:
-        """Causal softmax over all keys: the teacher's attention with the student's projections."""
-        if layer is not None:
-            raise ValueError(
-                "state `softmax` needs all keys, which a constant cache does not hold: pass use_cache=False"
-            )
+    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, segment_ids: Tensor | None) -> Tensor:
+        """Causal softmax over all keys: the teacher's attention with the student's projections. real [B, keys]."""
+        queries, keys, own = q.shape[2], k.shape[2], self.architecture.sliding_window
         mask = None
-        if key_mask is not None or segment_ids is not None:
-            length = q.shape[2]
-            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()[None, None]
-            if key_mask is not None:
-                mask = mask & key_mask[:, None, None, :]
+        if real is not None or segment_ids is not None or own or queries != keys:
+            at = torch.arange(keys, device=q.device)
+            behind = at[keys - queries :, None] - at
+            mask = (behind >= 0 if own is None else (behind >= 0) & (behind < own))[None, None]
             if segment_ids is not None:
                 mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+            if real is not None:
+                # A padded query sees itself: a row that sees nothing is NaN, whose gradient no mask takes away.
+                mask = mask & (real[:, None, None, :] | (behind == 0))
         y = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return y if key_mask is None else torch.where(key_mask[:, None, :, None], y, 0)
+        return y if real is None else torch.where(real[:, None, -queries:, None], y, 0)
 
     # --- learning from the teacher ------------------------------------------------------------------------------------
 
@@ -270,13 +233,15 @@ class HybridAttention(nn.Module):
         `hybrid_*` in `self.state`; the others of the pure linear form over all keys.
         """
         q, k = captured.q.detach(), captured.k.detach()
-        where = {"key_mask": captured.key_mask, "segment_ids": captured.segment_ids}
+        where: dict[str, Any] = {"key_mask": captured.key_mask, "segment_ids": captured.segment_ids}
         found = {}
         for name in objective:
             if name.endswith("weights"):
+                if captured.lse is None:
+                    raise ValueError(f"{name}: needs the teacher's log-sum-exp, which only a recorder gets")
                 extra: dict[str, Any] = {"target": "linear"}
                 if name == "hybrid_weights":
-                    options = self.options(self.state)
+                    options = self.options(self.state, q.shape[2])
                     extra = {
                         "target": "hybrid",
                         **{n: options[n] for n in ("window", "sinks", "cover", "join", "mix", "log_scale")},
@@ -296,7 +261,7 @@ class HybridAttention(nn.Module):
                 state = self.state
                 if name == "outputs":
                     state = State(**{**state.model_dump(), "branches": ("linear",), "cover": "all"})
-                options = self.options(state)
+                options = self.options(state, q.shape[2])
                 y = hybrid_attention(
                     q, k, captured.v.detach(), self.feature_map_q(q), self.feature_map_k(k), **options, **where
                 )
@@ -322,50 +287,12 @@ class HybridAttention(nn.Module):
             captured.v,
             self.feature_map_q(captured.q),
             self.feature_map_k(captured.k),
-            **self.options(self.state),
+            **self.options(self.state, captured.q.shape[2]),
             key_mask=captured.key_mask,
             segment_ids=captured.segment_ids,
             components=True,
         )
         return found  # type: ignore[no-any-return]
-
-
-class LogScaleCalibration:
-    """c_h = mean over rows of (teacher's log-mass outside the window - the linear log-mass there) (facts/pocket.md §F)."""
-
-    def __init__(self, form: HybridAttention) -> None:
-        self.form = form
-        self.total = torch.zeros(form.architecture.num_attention_heads, dtype=torch.float64)
-        self.rows = 0.0
-
-    @torch.no_grad()
-    def add(self, captured: Captured) -> None:
-        """Take in one batch."""
-        options = self.form.options(self.form.state)
-        total, rows = log_scale_closed_form(
-            captured.q,
-            captured.k,
-            self.form.feature_map_q(captured.q),
-            self.form.feature_map_k(captured.k),
-            captured.lse,
-            window=options["window"],
-            sinks=options["sinks"],
-            cover=options["cover"],
-            scale=self.form.scaling,
-            key_mask=captured.key_mask,
-            segment_ids=captured.segment_ids,
-        )
-        self.total += total.double().cpu()
-        self.rows += float(torch.as_tensor(rows).double().max())
-
-    @torch.no_grad()
-    def finish(self) -> dict[str, Any]:
-        """Set c_h. Raises ValueError if no row had a key outside the window."""
-        if not self.rows:
-            raise ValueError("log_scale: no row has a key outside the window; calibrate on longer rows")
-        c = self.total / self.rows
-        self.form.log_scale.c.copy_(c.to(self.form.log_scale.c))
-        return {"c": [round(x, 4) for x in c.tolist()], "rows": int(self.rows)}
 
 
 FORM = HybridAttention
