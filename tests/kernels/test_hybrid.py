@@ -559,6 +559,29 @@ def test_what_is_returned():
     assert isinstance(state, HybridState) and isinstance(parts, Components)
     assert (y - attend(x)).abs().max() < EXACT
     assert resolve_kernel("auto", "cpu") == "chunked"
+    assert resolve_kernel("auto", "cpu", covered=True) == "sdpa"
+    assert resolve_kernel("chunked", "cpu", covered=True) == "chunked"
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_what_auto_chooses_is_never_seen_in_the_result(join):
+    """Whatever else is asked for, a window over everything gives under `auto` what the definition gives."""
+    x = Inputs(length=17)
+    keep = torch.arange(12).view(2, 6) % 3 > 0
+    asked = [{}, {"cover": "all"}, {"window_keep": keep}, {"ablate": {"window": "mass"}}, {"sinks": 3}, {"scale": 0.7}]
+    asked += [{"ablate": {"linear": "output"}}, padding("left", 2, 17), padding("segments", 2, 17), {"signed": True}]
+    for window, options in itertools.product([16, 17, 18], asked):
+        auto = attend(x, window=window, join=join, **options)
+        definition = attend(x, window=window, join=join, kernel="reference", **options)
+        assert (auto - definition).abs().max() < EXACT, (window, options)
+        gradients = [
+            with_gradients(x, window=window, join=join, kernel=n, **options)[4:] for n in ("auto", "reference")
+        ]
+        for a, b in zip(*gradients, strict=True):
+            assert (a - b).abs().max() < EXACT
+    leaves = [t.clone().requires_grad_() for t in x.tensors()]
+    hybrid_attention(*leaves[:6], log_scale=leaves[6], window=17, join=join).sum().backward()
+    assert leaves[3].grad is not None and leaves[3].grad.abs().max() < EXACT  # features that learn nothing here: zeros
 
 
 @pytest.mark.parametrize("options", STATE_OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))

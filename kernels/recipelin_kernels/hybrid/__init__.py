@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked import CHUNK, hybrid_attention_chunked
@@ -25,14 +26,19 @@ class Components:
     linear_share: Tensor
 
 
-def resolve_kernel(kernel: str, device: torch.device | str) -> str:
-    """The implementation that a call takes: what `auto` means here. Raises for one that is not in this build."""
+def resolve_kernel(kernel: str, device: torch.device | str, *, covered: bool = False) -> str:
+    """The implementation that a call takes: what `auto` means here. Raises for one that is not in this build.
+
+    covered: the window covers the sequence and nothing else is asked for: y is causal softmax, and `auto` is `sdpa`.
+    """
     one_of("kernel", kernel, KERNELS)
     if kernel == "gpu":
         raise RuntimeError(
             "kernel='gpu': this build has no Triton kernel of hybrid_attention; use 'chunked', which runs on CUDA too"
         )
-    return "chunked" if kernel == "auto" else kernel
+    if kernel == "auto":
+        return "sdpa" if covered else "chunked"
+    return kernel
 
 
 def hybrid_attention(
@@ -90,7 +96,6 @@ def hybrid_attention(
     Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that is not in this
     build.
     """
-    ran = resolve_kernel(kernel, q.device)
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)
     one_of("join", join, JOINS)
@@ -117,6 +122,11 @@ def hybrid_attention(
     )
     batch, _, length, _ = q.shape
     plain = key_mask is None and segment_ids is None and state is None
+    # Every earlier key is in the window: mix, row maximum and mass cancel (facts/performance.md §2). What learns keeps
+    # its gradients, zeros, which SDPA would not give it.
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (phi_q, phi_k, mix, log_scale))
+    asked = cover == "all" or ablate or window_keep is not None or signed or components
+    ran = resolve_kernel(kernel, q.device, covered=plain and not asked and not learns and length <= window)
     own = rows(1 if plain else batch, length, q.device, key_mask, segment_ids)
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
     if key_mask is not None:
@@ -132,7 +142,7 @@ def hybrid_attention(
             raise ValueError("state: needs phi_k_fn, the keys' feature map, for the keys of the ring")
         check_state(state, own, window, sinks)
         tensors = (q, k, v, phi_q, phi_k, mix, log_scale)
-        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        learns = learns or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
         if kernel == "auto" and length == 1 and output_state and not components and not learns:
             return one_token(*tensors, phi_k_fn, window_keep, options, state, own)
         own, k_rows, k, v, phi_k, past = continued(state, own, k, v, phi_k, phi_k_fn)
@@ -141,6 +151,9 @@ def hybrid_attention(
         if state is not None:
             raise ValueError("kernel='reference' computes whole rows: it takes no state; use 'chunked'")
         parts = list(hybrid_attention_reference(*arguments, own))[: 4 if components else 1]
+    elif ran == "sdpa":
+        gqa = k.shape[1] < q.shape[1]
+        parts = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.scale, enable_gqa=gqa)]
     else:
         parts = hybrid_attention_chunked(
             *arguments, own, k_rows, past=past, plain=plain, components=components, chunk=chunk or CHUNK
