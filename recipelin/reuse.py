@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base import Config
+from pydantic import TypeAdapter
+
 from .files import write_atomically
 from .load import Loaded
 from .plan import Plan, Planned, digest, teacher_folder
-from .sources import fingerprint
+from .sources import LocalFile, Recall, Source, Stdlib, fingerprint
 from .steps import Calibrate, Evaluate, Step, Swap, Switch, Transfer, Tune
 
 PACKAGE = Path(__file__).parent
@@ -78,15 +79,25 @@ def digests(loaded: Loaded, planned: Plan) -> dict[str, str]:
         found["tokenizer"] = digest_folder(folder, ("tokenizer*",))
     else:
         found["teacher"] = digest(model.model_dump(mode="json", exclude={"dtype"}))
-    sources: list[Any] = []
+    found["data"] = digest({s.model_dump_json(): fingerprint(s, loaded.path.parent) for s in sources(planned)})
+    return found
+
+
+def sources(planned: Plan) -> list[Stdlib | LocalFile | Recall]:
+    """Every source that a plan reads, in training and in evaluation."""
+    found: list[Stdlib | LocalFile | Recall] = []
     for step in (p.step for p in planned.steps):
         if isinstance(step, (Calibrate, Transfer, Tune)):
-            sources += step.data.mix
+            found += step.data.mix
         if isinstance(step, Evaluate):
-            sources += [text for suite in step.suites for text in _texts(suite.model_dump(mode="python"))]
-    unique = {s.model_dump_json() if isinstance(s, Config) else json.dumps(s, sort_keys=True): s for s in sources}
-    found["data"] = digest({name: fingerprint(s, loaded.path.parent) for name, s in unique.items()})
+            found += [TypeAdapter(Source).validate_python(text) for suite in step.suites for text in _texts(suite.model_dump())]
     return found
+
+
+def local_sources(planned: Plan) -> list[LocalFile]:
+    """The local files among them."""
+    texts = [s.text if isinstance(s, Recall) else s for s in sources(planned)]
+    return [t for t in texts if isinstance(t, LocalFile)]
 
 
 def _texts(value: object) -> Iterator[dict[str, Any]]:

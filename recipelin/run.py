@@ -21,7 +21,7 @@ from .load import Loaded, load_suite
 from .plan import Plan, Planned, digest, plan, teacher_folder
 from .records import Record, Result, Row, StepTime
 from .reuse import Store, Surroundings
-from .sources import Data, Part
+from .sources import Data, Part, local_path
 from .states import NamedState, State, resolve
 from .steps import Calibrate, Evaluate, Swap, Switch, Transfer, Tune
 
@@ -41,10 +41,12 @@ def run(
     """Carry out one recipe (a point of its grid) and return its folder.
 
     The folder holds record.json, items.jsonl.gz, table.md, model/, tasks/ and logs/. Finished steps of earlier runs are
-    reused; an interrupted step goes on from its last checkpoint. Raises RunError, stages.StageError, PlanError.
+    reused; an interrupted step goes on from its last checkpoint. Raises RunError, stages.StageError, PlanError, SourceError.
     """
     planned = plan(loaded, allow_code=allow_code)
     place = choose_device(device)
+    for source in reuse.local_sources(planned):
+        local_path(source, loaded.path.parent)
     folder = (out or reuse.home() / default_folder(planned)).resolve()
     _refuse_other_run(folder, planned)
     walk = _Walk(loaded, planned, folder, place, fresh)
@@ -316,6 +318,7 @@ class _Walk:
                 seed=seed,
                 exposed_from=exposed_from(self.plan.hybrid),
                 folder=self.folder / tasks,
+                base=self.loaded.path.parent,
                 device=self.device,
             )
             return results

@@ -34,6 +34,7 @@ def run(
     seed: int,
     exposed_from: int | None,
     folder: Path,
+    base: Path,
     device: str,
 ) -> tuple[Result, ...]:
     """A Result for each task; an item is a document, scored by the task's metric.
@@ -52,7 +53,7 @@ def run(
     with _quiet():
         for task in config.tasks:
             if task.next_line is not None:
-                write_task(task, tokenizer, folder=folder, seed=seed)
+                write_task(task, tokenizer, folder=folder, base=base, seed=seed)
         include = str(folder) if len(stock) < len(config.tasks) else None
         # The index of all stock tasks takes seconds: only where one of them is named.
         manager = TaskManager(include_path=include, include_defaults=bool(stock))
@@ -88,7 +89,7 @@ def task_name(task: Task, seed: int) -> str:
     return task.task if task.next_line is None or seed == 0 else f"{task.task}_seed{seed}"
 
 
-def write_task(task: Task, tokenizer: Any, *, folder: Path, seed: int) -> Path:
+def write_task(task: Task, tokenizer: Any, *, folder: Path, base: Path, seed: int) -> Path:
     """Write a next-line task as lm-eval reads it: `<name>.yaml` and `<name>.jsonl`; what is there already is kept."""
     settings = task.next_line
     assert settings is not None
@@ -116,7 +117,7 @@ def write_task(task: Task, tokenizer: Any, *, folder: Path, seed: int) -> Path:
     if items_path.is_file() and path.is_file() and path.read_text(encoding="utf-8") == text:
         return path
     items = data.next_line_items(
-        data.documents(settings.text, settings.part, folder),
+        data.documents(settings.text, settings.part, base),
         tokenizer,
         items=settings.items,
         seed=seed,

@@ -23,13 +23,14 @@ def run(
     seed: int,
     exposed_from: int | None,
     folder: Path,
+    base: Path,
     device: str,
 ) -> tuple[Result, ...]:
     """One Result: nats a token over all rows; an item is a row, its score the row's mean.
 
     Rows are spread evenly over the part, from an offset that the seed gives. Raises SourceError if it is too short.
     """
-    rows = held_out_rows(config, tokenizer, folder=folder, seed=seed)
+    rows = held_out_rows(config, tokenizer, base=base, seed=seed)
     items = []
     for start in range(0, len(rows), config.batch):
         ids = torch.from_numpy(rows[start : start + config.batch]).to(device)
@@ -59,9 +60,9 @@ def run(
     )
 
 
-def held_out_rows(config: Any, tokenizer: Any, *, folder: Path, seed: int) -> np.ndarray:
+def held_out_rows(config: Any, tokenizer: Any, *, base: Path, seed: int) -> np.ndarray:
     """[rows, length] token ids of a part, evenly spread."""
-    tokens = data.stream(config.text, tokenizer, part=config.part, folder=folder, cache=None).tokens
+    tokens = data.stream(config.text, tokenizer, part=config.part, folder=base, cache=None).tokens
     count = len(tokens) // config.length
     if count < config.rows:
         raise data.SourceError(

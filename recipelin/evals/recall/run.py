@@ -23,10 +23,11 @@ def run(
     seed: int,
     exposed_from: int | None,
     folder: Path,
+    base: Path,
     device: str,
 ) -> tuple[Result, ...]:
     """A Result for each distance; an item is a question, its score 1 or 0; chance is the in-context guess 1 / pairs."""
-    tokens = data.stream(config.text, tokenizer, part=config.part, folder=folder, cache=None).tokens
+    tokens = data.stream(config.text, tokenizer, part=config.part, folder=base, cache=None).tokens
     questions = data.recall_items(
         tokenizer,
         tokens,

@@ -23,6 +23,7 @@ def run(
     seed: int,
     exposed_from: int | None,
     folder: Path,
+    base: Path,
     device: str,
 ) -> tuple[Result, ...]:
     """A Result for each layer and head: mean share over queries with a non-empty linear set, on the student's own stream.
@@ -35,7 +36,7 @@ def run(
         return ()
     if found[0].config.feature_map.activation == "none" or exposed_from is None:
         return ()
-    rows = held_out_rows(config, tokenizer, folder=folder, seed=seed)
+    rows = held_out_rows(config, tokenizer, base=base, seed=seed)
     sums: dict[int, torch.Tensor] = {}
     count = 0
 

@@ -1,0 +1,230 @@
+"""The interpreter end to end on a small model: reuse, resuming after SIGKILL, and what a run refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import recipelin.hf as hf
+from recipelin import data, reuse
+from recipelin.cli import main
+from recipelin.load import load
+from recipelin.plan import plan
+from recipelin.records import read_items, read_record
+from recipelin.run import RunError, run
+from recipelin.sources import Stdlib
+
+RECIPE = """\
+name: test/small
+model: {teacher: teacher}
+method:
+  name: lolcats
+  window: 8
+  form: {feature_map: {width: 2}}
+  tune_form: [mix]
+data: {mix: [{source: text, path: corpus.txt, documents: paragraph}]}
+schedule:
+  transfer: {steps: 12, batch: 2, accumulation: 2, length: 48, checkpoint_every: 3, optimizer: {lr: 3e-2}}
+  tune: {steps: 10, batch: 2, accumulation: 1, length: 48, checkpoint_every: 3, optimizer: {lr: 1e-2}}
+eval:
+  suites: [suite.yaml]
+  states: [teacher, softmax, hybrid, window, linear, none]
+"""
+SUITE = """\
+name: small
+evals:
+  - {eval: perplexity, rows: 8, length: 48, batch: 4, text: {source: text, path: corpus.txt}}
+  - {eval: usage, rows: 4, length: 48, text: {source: text, path: corpus.txt}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A recipe, its suite, its corpus and a random teacher that stand alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("recipe")
+    texts = [t for _, t in list(data.documents(Stdlib(source="python-stdlib"), "training", folder))[:12]]
+    corpus = "\n\n".join(texts)
+    (folder / "corpus.txt").write_text(corpus, encoding="utf-8")
+    tokenizer = data.train_tokenizer([corpus], 300)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=8,
+            vocab_size=300,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+        )
+    )
+    hf.export(model, tokenizer, folder / "teacher", hybrid=None)
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    (folder / "suite.yaml").write_text(SUITE, encoding="utf-8")
+    return folder
+
+
+def go(folder: Path, home: Path, out: Path, **arguments) -> Path:
+    return run(load(folder / "recipe.yaml"), out=out, device="cpu", **arguments)
+
+
+def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_folder / "model" / "model.safetensors")
+
+
+def test_a_run_is_whole_and_the_second_reuses_it(folder, home, tmp_path, capfd):
+    one = go(folder, home, tmp_path / "one")
+    record, items = read_record(one), read_items(one)
+    assert record.status == "finished" and record.kernels["hybrid_attention"] == "chunked"
+    assert [t.step for t in record.steps] == ["swap", "switch", "transfer", "tune", "evaluate"]
+    assert {r.state for r in record.rows} == {"teacher", "softmax", "hybrid", "window", "linear", "linear_outside", "none"}
+    assert len(items) == 7 and all(len(found) == 8 for found in items.values())
+    exposed = {i.exposed for found in items.values() for i in found}
+    assert exposed == {(47 - 8) / 47}
+    assert (one / "logs" / "transfer").is_dir() and record.steps[2].report["trained_parameters"] > 0
+    capfd.readouterr()
+    two = go(folder, home, tmp_path / "two")
+    text = capfd.readouterr().err
+    assert text.count("reused") >= 3
+    again = read_record(two)
+    assert [t.reused for t in again.steps][2:4] == [True, True]
+    assert again.rows == record.rows and read_items(two) == items
+    assert all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(two).values(), strict=True))
+
+
+def test_the_window_shows_in_the_numbers(folder, home, tmp_path):
+    """States differ as they must: softmax is not the hybrid, and `none` is worse than everything."""
+    rows = {r.state: r.value for r in read_record(go(folder, home, tmp_path / "run")).rows if r.task == "perplexity"}
+    assert len(set(rows.values())) == len(rows)
+
+
+KILLS = ("transfer", "tune", "evaluate")
+
+
+def command(folder: Path, out: Path) -> list[str]:
+    return [sys.executable, "-m", "recipelin", "run", str(folder / "recipe.yaml"), "--out", str(out), "--device", "cpu"]
+
+
+def test_sigkill_at_any_moment_changes_nothing(folder, tmp_path):
+    """Killed in transfer, in tune, in evaluate and between: the run that resumes ends bit-equal."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    whole = {**environment, "RECIPELIN_HOME": str(tmp_path / "whole")}
+    subprocess.run(command(folder, tmp_path / "a"), env=whole, check=True, capture_output=True, timeout=120)
+    broken = {**environment, "RECIPELIN_HOME": str(tmp_path / "broken")}
+    killed = []
+    for sign in KILLS:
+        process = subprocess.Popen(
+            command(folder, tmp_path / "b"), env=broken, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        deadline = time.monotonic() + 90
+        while process.poll() is None and time.monotonic() < deadline:
+            if _reached(tmp_path / "broken", tmp_path / "b", sign):
+                process.send_signal(signal.SIGKILL)
+                killed.append(sign)
+                break
+            time.sleep(0.005)
+        process.wait(timeout=60)
+        process.stderr.close()
+    assert len(killed) >= 2, f"too fast to be killed: {killed}"
+    last = subprocess.run(command(folder, tmp_path / "b"), env=broken, check=True, capture_output=True, timeout=120, text=True)
+    assert "goes on from step" in last.stderr or "reused" in last.stderr
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    assert read_record(tmp_path / "a").rows == read_record(tmp_path / "b").rows
+    assert read_items(tmp_path / "a") == read_items(tmp_path / "b")
+
+
+def _reached(home: Path, out: Path, sign: str) -> bool:
+    steps = home / "steps"
+    if not steps.is_dir():
+        return False
+    done = [p for p in steps.iterdir() if not p.name.endswith(".working")]
+    under_way = any(p.glob("checkpoint.safetensors") for p in steps.glob("*.working"))
+    half = any(True for p in steps.glob("*.working/checkpoint.safetensors"))
+    if sign == "transfer":
+        return len(done) == 0 and under_way and half
+    if sign == "tune":
+        return len(done) == 1 and half
+    return (home / "evaluations").is_dir() and len(list((home / "evaluations").glob("*.json"))) >= 3
+
+
+def test_another_plan_never_overwrites_a_run(folder, home, tmp_path):
+    go(folder, home, tmp_path / "run")
+    (folder / "other.yaml").write_text(RECIPE.replace("window: 8", "window: 6"), encoding="utf-8")
+    with pytest.raises(RunError, match="holds the run of another plan"):
+        run(load(folder / "other.yaml"), out=tmp_path / "run", device="cpu")
+
+
+def test_what_is_asked_for_and_not_there(folder, home, tmp_path, capsys):
+    if not torch.cuda.is_available():
+        assert main(["run", str(folder / "recipe.yaml"), "--out", str(tmp_path / "x"), "--device", "cuda"]) == 1
+        assert "torch sees no GPU here" in capsys.readouterr().err
+    with pytest.raises(RunError, match="expected auto, cpu or cuda"):
+        run(load(folder / "recipe.yaml"), out=tmp_path / "y", device="gpu")
+    assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
+
+
+def test_a_diverging_stage_stops_with_its_step(folder, home, tmp_path, capsys):
+    text = RECIPE.replace("optimizer: {lr: 1e-2}", "optimizer: {lr: 1e38}")
+    (folder / "diverges.yaml").write_text(text, encoding="utf-8")
+    assert main(["run", str(folder / "diverges.yaml"), "--out", str(tmp_path / "x"), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert "tune: the loss is" in error and "at step" in error and "Traceback" not in error
+    assert read_record(tmp_path / "x").status == "failed"
+
+
+def test_a_missing_corpus_is_said_before_any_work(folder, home, tmp_path, capsys):
+    (folder / "lost.yaml").write_text(RECIPE.replace("path: corpus.txt, doc", "path: corpsu.txt, doc"), encoding="utf-8")
+    assert main(["run", str(folder / "lost.yaml"), "--out", str(tmp_path / "x"), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "corpsu.txt is not there; did you mean corpus.txt?" in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_plan_knows_what_is_finished(folder, home, tmp_path, capsys):
+    go(folder, home, tmp_path / "run")
+    assert main(["plan", str(folder / "recipe.yaml"), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("finished, would be reused") == 2
+    assert main(["list", "--runs"]) == 0
+    assert "2 finished steps" in capsys.readouterr().out
+
+
+def test_a_shared_prefix_is_shared(folder, home, tmp_path):
+    """A weights transfer in the linear state serves every window: its key does not know the window."""
+    text = RECIPE.replace("name: lolcats", "name: absolute").replace("  tune_form: [mix]\n", "").replace(
+        "  tune: {steps: 10, batch: 2, accumulation: 1, length: 48, checkpoint_every: 3, optimizer: {lr: 1e-2}}\n", ""
+    )
+    hashes = []
+    for window in (4, 8):
+        (folder / "w.yaml").write_text(text.replace("window: 8", f"window: {window}"), encoding="utf-8")
+        hashes.append([p.hash for p in plan(load(folder / "w.yaml")).steps])
+    assert hashes[0][:2] == hashes[1][:2] and hashes[0][2] != hashes[1][2]
+
+
+def test_source_changes_change_the_key(folder, monkeypatch):
+    step = plan(load(folder / "recipe.yaml")).steps[2].step
+    before = reuse.source_digest(step)
+    real = reuse.digest_file
+    monkeypatch.setattr(reuse, "digest_file", lambda p: "other" if p.name == "stages.py" else real(p))
+    assert reuse.source_digest(step) != before
+
+
+def test_the_exported_student_generates_with_its_own_classes(folder, home, tmp_path):
+    out = go(folder, home, tmp_path / "run")
+    model, tokenizer = hf.load_student(out / "model", dtype="float32", device="cpu")
+    ids = torch.randint(4, 300, (1, 20))
+    made = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    assert made.shape[1] <= 32
+    config = json.loads((out / "model" / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "recipelin_llama" and config["recipelin"]["state"]["window"] == 8
