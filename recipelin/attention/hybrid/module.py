@@ -209,8 +209,7 @@ class HybridAttention(nn.Module):
             if segment_ids is not None:
                 mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
             if real is not None:
-                # A padded query sees itself: a row that sees nothing is NaN, whose gradient no mask takes away.
-                mask = mask & (real[:, None, None, :] | (behind == 0))
+                mask = mask & real[:, None, None, :]
         y = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
