@@ -136,7 +136,7 @@ def tune(
         own = [p for p in model.parameters() if id(p) not in apart] + [p for ps in groups.values() for p in ps]
     schedule = step.schedule
     if schedule.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
 
     def losses(batch: Batch, share: float | None) -> tuple[float, dict[str, float]]:
         with _autocast(schedule, device), torch.enable_grad() if share is not None else torch.no_grad():
@@ -170,7 +170,7 @@ def tune(
     finally:
         model.eval()
         if schedule.gradient_checkpointing:
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
+            model.activation_checkpointing_disable()  # type: ignore[operator]
     if adapters is not None:
         _merge(model)
     if found:
@@ -220,10 +220,14 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     hidden, labels = hidden[scored], labels[scored]
     head = model.get_output_embeddings()  # type: ignore[operator]
     parts = [
-        F.cross_entropy(head(h).float(), y, reduction="sum")
+        F.cross_entropy(_exact(head(h)), y, reduction="sum")
         for h, y in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
     ]
     return torch.stack(parts).sum() / count
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _autocast(schedule: Schedule, device: str) -> Any:

@@ -176,7 +176,7 @@ def test_what_is_asked_for_and_not_there(folder, home, tmp_path, capsys):
 
 
 def test_a_diverging_stage_stops_with_its_step(folder, home, tmp_path, capsys):
-    text = RECIPE.replace("optimizer: {lr: 1e-2}", "optimizer: {lr: 1e38}")
+    text = RECIPE.replace("optimizer: {lr: 1e-2}", "optimizer: {lr: 1e25}")
     (folder / "diverges.yaml").write_text(text, encoding="utf-8")
     assert main(["run", str(folder / "diverges.yaml"), "--out", str(tmp_path / "x"), "--device", "cpu"]) == 1
     error = capsys.readouterr().err

@@ -46,7 +46,9 @@ def log_weights(
         joint = torch.where(soft, log_a, log_b)
         if options.cover == "all":
             both = soft & linear & (pairs > 0)
-            joint = torch.where(both, torch.logaddexp(torch.where(both, log_a, 0.0), torch.where(both, log_b, 0.0)), joint)
+            joint = torch.where(
+                both, torch.logaddexp(torch.where(both, log_a, 0.0), torch.where(both, log_b, 0.0)), joint
+            )
         known = ~torch.isinf(joint)
         return torch.where(known, torch.where(known, joint, 0.0) - total, floor).clamp(min=floor)
     if options.join == "shared":

@@ -1,0 +1,191 @@
+"""Every kind of evaluation against numbers made by hand, and the stock lm_eval command against ours."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import recipelin.hf as hf
+from recipelin import data, lookup
+from recipelin.attention.hybrid.config import Config as Hybrid
+from recipelin.evals.lm_eval.config import Config as LmEval
+from recipelin.evals.perplexity.config import Config as Perplexity
+from recipelin.evals.recall.config import Config as Recall
+from recipelin.evals.usage.config import Config as Usage
+from recipelin.exposure import exposed_share
+from recipelin.sources import Stdlib
+from recipelin.states import State, resolve
+from recipelin.steps import Swap
+from recipelin.swap import swap, switch
+
+HYBRID = State(window=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [t for _, t in list(data.documents(Stdlib(source="python-stdlib"), "training", Path()))[:40]]
+    return data.train_tokenizer(texts, 900)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    made = LlamaForCausalLM(
+        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
+                    head_dim=8, vocab_size=900, max_position_embeddings=256, initializer_range=0.2)
+    ).eval()  # fmt: skip
+    swap(made, Swap(form="hybrid", config=Hybrid()), seed=0)
+    switch(made, HYBRID)
+    return made
+
+
+def run(config, model, tokenizer, folder, *, name="hybrid", seed=0, exposed_from=8):
+    return lookup.implementation("evals", config.eval).run(
+        config,
+        model=model,
+        tokenizer=tokenizer,
+        state=resolve(name, HYBRID),
+        seed=seed,
+        exposed_from=exposed_from,
+        folder=folder,
+        base=folder,
+        device="cpu",
+    )
+
+
+def test_the_folder_is_covered():
+    assert lookup.names("evals") == ("lm_eval", "perplexity", "recall", "usage"), "a new evaluation: test it here"
+
+
+def test_exposure_by_hand():
+    assert exposed_share(range(1, 9), 8) == 0.0  # queries 0 .. 7 see at most 8 keys
+    assert exposed_share(range(1, 10), 8) == 1 / 9  # query 8 has left one key behind
+    assert exposed_share([5], None) == 0.0
+
+
+def test_perplexity_is_the_mean_log_loss(model, tokenizer, tmp_path):
+    config = Perplexity(rows=5, length=40, batch=2)
+    (result,) = run(config, model, tokenizer, tmp_path)
+    (other,) = run(Perplexity(rows=5, length=40, batch=5), model, tokenizer, tmp_path)
+    assert abs(result.value - other.value) < 1e-5, "the batch must not matter"
+    from recipelin.evals.perplexity.run import held_out_rows
+
+    rows = torch.from_numpy(held_out_rows(config, tokenizer, base=tmp_path, seed=0))
+    with torch.no_grad():
+        logs = model(input_ids=rows, use_cache=False).logits.double().log_softmax(-1)
+    expected = -np.mean([[float(logs[r, t, rows[r, t + 1]]) for t in range(39)] for r in range(5)])
+    assert abs(result.value - expected) < 1e-5
+    assert result.items[0].exposed == 31 / 39 and not result.higher_is_better
+
+
+class Oracle:
+    """Knows the answer of every question, or guesses among the values in context."""
+
+    def __init__(self, tokenizer, right: bool) -> None:
+        self.tokenizer, self.right = tokenizer, right
+
+    def __call__(self, input_ids, **_):
+        marker = data.marker_id(self.tokenizer)
+        logits = torch.zeros(*input_ids.shape[:1], 1, 900)
+        for row, ids in enumerate(input_ids.tolist()):
+            places = [i for i, t in enumerate(ids) if t == marker and i + 2 < len(ids)]
+            match = [ids[i + 2] for i in places if ids[i + 1] == ids[-1]]
+            other = [ids[i + 2] for i in places if ids[i + 1] != ids[-1]]
+            logits[row, 0, (match if self.right else other)[0]] = 9.0
+        return SimpleNamespace(logits=logits)
+
+
+def test_recall_of_an_oracle_and_of_its_opposite(tokenizer, tmp_path):
+    config = Recall(distances=(6, 24, 61), items=9, pairs=4, length=96)
+    for right in (True, False):
+        results = run(config, Oracle(tokenizer, right), tokenizer, tmp_path)
+        assert [r.distance for r in results] == [6, 24, 61]
+        assert all(r.value == float(right) and r.n == 9 and r.chance == 0.25 for r in results)
+
+
+def test_recall_questions_are_what_they_say(tokenizer):
+    tokens = data.stream(Stdlib(source="python-stdlib"), tokenizer, part="test", folder=Path(), cache=None).tokens
+    asked = {"distances": [6, 50, 90], "items": 5, "seed": 3, "length": 96, "pairs": 4}
+    items = data.recall_items(tokenizer, tokens, **asked)
+    marker = data.marker_id(tokenizer)
+    for item in items:
+        ids = item.ids.tolist()
+        here = [i for i in range(len(ids) - 2) if ids[i] == marker and ids[i + 1] == ids[-1]]
+        assert len(here) == 1 and ids[-2] == marker
+        assert len(ids) - 1 - (here[0] + 1) == item.distance and ids[here[0] + 2] == item.answer
+        assert len(set(item.values)) == 4
+    again = data.recall_items(tokenizer, tokens, **asked)
+    assert all(np.array_equal(a.ids, b.ids) for a, b in zip(items, again, strict=True))
+    with pytest.raises(data.SourceError, match="does not fit"):
+        data.recall_items(tokenizer, tokens, **{**asked, "distances": [96]})
+
+
+def test_usage_is_the_linear_share(model, tokenizer, tmp_path):
+    results = run(Usage(rows=2, length=40), model, tokenizer, tmp_path)
+    assert len(results) == 2 + 2 * 4 and all(0 < r.value < 1 for r in results)
+    by_task = {r.task: r.value for r in results}
+    heads = [by_task[f"layer_0_head_{h}"] for h in range(4)]
+    assert abs(by_task["layer_0"] - np.mean(heads)) < 1e-12
+    assert run(Usage(rows=2, length=40), model, tokenizer, tmp_path, name="window") == ()
+
+
+TASK = {"task": "next_line_test", "metric": "acc_norm", "chance": 0.25, "next_line": {"items": 12, "context": (30, 60)}}
+
+
+def test_lm_eval_scores_are_the_log_likelihoods_of_the_lines(model, tokenizer, tmp_path):
+    (result,) = run(LmEval.model_validate({"eval": "lm_eval", "tasks": (TASK,), "batch": 5}), model, tokenizer, tmp_path)
+    documents = [json.loads(x) for x in (tmp_path / "next_line_test.jsonl").read_text().splitlines()]
+    assert len(documents) == result.n == 12
+    for document, item in zip(documents, result.items, strict=True):
+        scores = []
+        for choice in document["choices"]:
+            context = document["context"].rstrip()
+            moved = document["context"][len(context) :] + choice
+            whole, start = tokenizer.encode(context + moved), len(tokenizer.encode(context))
+            with torch.no_grad():
+                logs = model(input_ids=torch.tensor([whole[:-1]]), use_cache=False).logits[0].log_softmax(-1)
+            scores.append(sum(float(logs[t - 1, whole[t]]) for t in range(start, len(whole))) / len(choice))
+        assert item.score == float(int(np.argmax(scores)) == document["answer"])
+    assert all(i.exposed > 0.9 for i in result.items)
+    (again,) = run(LmEval.model_validate({"eval": "lm_eval", "tasks": (TASK,), "batch": 1}), model, tokenizer, tmp_path)
+    assert [i.score for i in again.items] == [i.score for i in result.items]
+
+
+def test_distractors_come_from_the_same_file(tokenizer):
+    texts = dict(data.documents(Stdlib(source="python-stdlib"), "test", Path()))
+    items = data.next_line_items(texts.items(), tokenizer, items=20, seed=1, context=(30, 60), answer=(4, 11), options=4)
+    for item in items:
+        name, _, line = item["id"].rpartition(":")
+        lines = texts[name].splitlines()
+        assert lines[int(line) - 1] == item["choices"][item["answer"]]
+        assert len(set(item["choices"])) == 4 and set(item["choices"]) <= set(lines)
+        assert 30 <= item["tokens"] <= 60
+
+
+@pytest.mark.slow
+def test_the_stock_command_gives_the_same_number(model, tokenizer, tmp_path):
+    """`lm_eval` on the exported folder and the local task: exactly the Record's value."""
+    config = LmEval.model_validate({"eval": "lm_eval", "tasks": (TASK,), "batch": 4})
+    (result,) = run(config, model, tokenizer, tmp_path / "tasks")
+    hf.export(model, tokenizer, tmp_path / "model", hybrid=HYBRID)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lm_eval", "--model", "hf", "--tasks", "next_line_test", "--batch_size", "4",
+         "--model_args", f"pretrained={tmp_path / 'model'},trust_remote_code=True,dtype=float32", "--device", "cpu",
+         "--include_path", tmp_path / "tasks", "--output_path", tmp_path / "out"],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+                                                          "HF_HOME": str(tmp_path / "hf")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "out").rglob("results*.json")
+    scores = json.loads(file.read_text())["results"]["next_line_test"]
+    assert scores["acc_norm,none"] == result.value
+    assert re.search(r"acc_norm", done.stdout)

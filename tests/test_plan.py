@@ -1,0 +1,180 @@
+"""Plans: pure hashes, counts that built modules have, and the torch-free half."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipelin import lookup
+from recipelin.load import RECIPES, expand, load
+from recipelin.plan import PlanError, lora_parameters, plan, show
+from recipelin.schedule import Schedule, optimiser_steps
+from recipelin.schema import recipe_schema
+from recipelin.steps import Evaluate, Lora, Step, Transfer, Tune
+
+ROOT = Path(__file__).parent.parent
+ALL = sorted(p for p in (ROOT / RECIPES).rglob("*.yaml") if "suites" not in p.parts)
+FRONT = (
+    "base", "states", "sources", "schedule", "steps", "families", "recipe", "load", "lookup", "plan", "reuse", "records",
+    "statistics", "verdict", "measures", "render", "runtable", "tables", "tablespec", "publish", "commands", "schema",
+    "exposure", "files", "cli",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
+def test_every_recipe_plans(path):
+    for point in expand(load(path)):
+        planned = plan(point)
+        assert isinstance(planned.steps[-1].step, Evaluate)
+        assert planned == plan(point), "a plan is pure"
+        assert len({p.hash for p in planned.steps}) == len(planned.steps)
+        text = show(planned)
+        for number, step in enumerate(planned.steps, 1):
+            assert f"{number}. {step.step.step}" in text
+    assert len(ALL) >= 6
+
+
+def test_every_method_has_a_recipe_and_composes_known_steps():
+    kinds = set(Step.__args__)
+    used = {load(path).recipe.method.name for path in ALL}
+    assert used == set(lookup.names("methods"))
+    for path in ALL:
+        loaded = load(path)
+        for point in expand(loaded):
+            module = lookup.lookup("methods", loaded.recipe.method.name)
+            assert {type(s) for s in module.steps(point.recipe)} <= kinds
+
+
+def test_an_8b_teacher_without_torch_or_download():
+    """Counts of Llama-3-8B: 8.03 B parameters, LoRA rank 8 on q, k, v, o 6.8 M, feature maps 16.8 M (peers.md A.2)."""
+    planned = plan(load(ROOT / "recipes/untangling/llama3-8b-lolcats.yaml"))
+    assert planned.parameters == 8_030_261_248
+    swap, _, transfer, tune, _ = planned.steps
+    assert "16,779,264 new parameters" in swap.what
+    assert transfer.trains == 2 * 32 * 32 * 128 * 64 + 32 * 32
+    assert tune.trains == 6_815_744
+    assert isinstance(transfer.step, Transfer) and transfer.step.schedule.accumulation == 8
+    assert tune.cost.memory["cuda"] > 16e9
+    assert transfer.optimiser_steps is None, "alpaca is not here: its length is not known"
+
+
+def test_lora_counts_are_pefts(tiny):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from recipelin.swap import architecture_of
+
+    model = tiny(6, 2)
+    lora = Lora(rank=3, targets=("q_proj", "v_proj", "down_proj"))
+    counted = lora_parameters(lora, architecture_of(model))
+    inject_adapter_in_model(LoraConfig(r=3, target_modules=list(lora.targets)), model)
+    assert counted == sum(p.numel() for n, p in model.named_parameters() if ".lora_" in n)
+
+
+def test_durations():
+    shared = {"batch": 4, "accumulation": 2, "length": 100}
+    assert optimiser_steps(Schedule(steps=7, **shared), None) == 7
+    assert optimiser_steps(Schedule(tokens=1601, **shared), None) == 3
+    assert optimiser_steps(Schedule(epochs=1.5, **shared), 33) == 7
+    assert optimiser_steps(Schedule(epochs=1.5, **shared), None) is None
+
+
+def test_what_cannot_change_a_result_is_not_in_the_hash(tmp_path):
+    text = (ROOT / "recipes/pocket/lolcats.yaml").read_text()
+    hashes = []
+    for name, change in (("a", ""), ("b", ", log_every: 3, checkpoint_every: 7"), ("c", ", clip: 0.5")):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text.replace("decay: {name: cosine}", "decay: {name: cosine}" + change, 1))
+        hashes.append(plan(load(path)).hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_states_that_need_a_swap_are_refused(tmp_path):
+    text = (ROOT / "recipes/pocket/teacher.yaml").read_text()
+    for state, words in (("hybrid", "this method swaps none"), ("teacher", "has no teacher")):
+        path = tmp_path / f"{state}.yaml"
+        path.write_text(text.replace("states: [softmax]", f"states: [{state}]"))
+        with pytest.raises(PlanError, match=words):
+            plan(load(path))
+
+
+def test_a_tune_is_described_with_its_share():
+    planned = plan(load("pocket/lolcats"))
+    tune = next(p for p in planned.steps if isinstance(p.step, Tune))
+    assert tune.trains > 0 and abs(tune.share - tune.trains / planned.parameters) < 1e-12
+    assert "% of the model" in show(planned)
+
+
+def run_front(code: str) -> tuple[str, float]:
+    """(stdout, CPU seconds) of a fresh process in which torch cannot be imported."""
+    guard = "import sys\nfor name in ('torch', 'transformers', 'peft', 'lm_eval'):\n    sys.modules[name] = None\n"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", guard + code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        cwd=ROOT,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_the_front_half_never_imports_torch():
+    names = ", ".join(f"recipelin.{n}" for n in FRONT)
+    out, _ = run_front(
+        f"import {names}\n"
+        "from recipelin.load import load, expand\nfrom recipelin.plan import plan\nfrom pathlib import Path\n"
+        "paths = [p for p in sorted(Path('recipes').rglob('*.yaml')) if 'suites' not in p.parts]\n"
+        "print(sum(len([plan(x) for x in expand(load(p))]) for p in paths), len(paths))"
+    )
+    plans, recipes = map(int, out.split())
+    assert recipes == len(ALL) and plans >= recipes
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["check", "recipes/pocket/lolcats.yaml"], ["plan", "pocket/lolcats"], ["list"], ["schema"], ["table", "results/tables"]],
+    ids=lambda a: a[0],
+)
+def test_a_front_command_is_quick(arguments):
+    """Under 0.6 s of CPU a command; the best of three, since these machines are shared."""
+    code = f"import sys\nfrom recipelin.cli import main\nsys.exit(main({arguments!r}))"
+    assert min(run_front(code)[1] for _ in range(3)) < 0.6
+
+
+def test_imports_go_one_way():
+    """base <- states, sources <- schedule <- steps <- recipe <- load <- plan <- reuse; nothing of it reads what comes later."""
+    order = ["base", "states", "sources", "families", "schedule", "steps", "recipe", "lookup", "load", "plan", "reuse"]
+    for index, name in enumerate(order):
+        text = (ROOT / "recipelin" / f"{name}.py").read_text()
+        for later in order[index + 1 :]:
+            assert f"from .{later} import" not in text, f"{name} imports {later}"
+    for path in (ROOT / "kernels" / "recipelin_kernels").rglob("*.py"):
+        assert "import recipelin\n" not in path.read_text() and "from recipelin." not in path.read_text(), path
+    for folder in ("kernels", "recipes", "results", "tests"):
+        assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_the_schema_knows_every_method_and_is_json():
+    schema = json.loads(json.dumps(recipe_schema()))
+    names = {m["$ref"].rpartition("method_")[2] for m in schema["properties"]["method"]["oneOf"]}
+    assert names == set(lookup.names("methods"))
+    references = {r for r in _references(schema)}
+    assert {r.rpartition("/")[2] for r in references} <= set(schema["$defs"])
+
+
+def _references(value):
+    if isinstance(value, dict):
+        if isinstance(value.get("$ref"), str):
+            yield value["$ref"]
+        for inner in value.values():
+            yield from _references(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _references(inner)
