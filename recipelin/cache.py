@@ -90,14 +90,6 @@ def hybrid_entry(cache: Any, index: int) -> HybridLayer:
     return entry
 
 
-def cache_for(config: Any, layers: list[int]) -> DynamicCache:
-    """A DynamicCache of the model whose entries for `layers` are hybrid."""
-    cache = DynamicCache(config=config)
-    for index in layers:
-        cache.layers[index] = HybridLayer()
-    return cache
-
-
 def state_bytes(cache: DynamicCache) -> int:
     """Bytes that the hybrid entries of a cache hold."""
     return sum(x.state.bytes for x in cache.layers if isinstance(x, HybridLayer) and x.state is not None)

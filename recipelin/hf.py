@@ -20,7 +20,6 @@ from transformers import (
 )
 
 from . import families, lookup
-from .cache import cache_for
 from .families import Architecture
 from .masks import segments_of
 from .states import State
@@ -45,9 +44,6 @@ class _Student:
             for name, value in module.start_values().items():
                 # transformers' own: leaves what came from the checkpoint alone.
                 initialization.copy_(getattr(module, name), value)
-
-    def own_cache(self) -> Any:
-        return cache_for(self.config, list(self.config.recipelin["layers"]))  # type: ignore[attr-defined]
 
 
 class RecipelinLlamaConfig(LlamaConfig):
@@ -169,7 +165,6 @@ def _layout(folder: Path, model: Any, found: list[Any], hybrid: State) -> None:
     config_class, model_class = _STUDENTS[base]
     file = "modeling_recipelin"
     config |= {
-        "use_cache": True,
         "model_type": config_class.model_type,
         "architectures": [model_class.__name__],
         "auto_map": {

@@ -57,9 +57,6 @@ def swap(model: Any, step: Swap, *, seed: int) -> SwapReport:
         made.train(layer.self_attn.training)
         layer.self_attn = made
     model.set_attn_implementation(ATTENTION)
-    if not hasattr(model, "own_cache"):
-        # A teacher's class makes a softmax cache, which a swapped layer refuses; the exported student has its own.
-        model.config.use_cache = False
     return SwapReport(tuple(layers), new)
 
 
@@ -73,7 +70,6 @@ def restore(model: Any) -> None:
             layer.self_attn = kept
             object.__delattr__(layer, _KEPT)
     model.set_attn_implementation("sdpa")
-    model.config.use_cache = True
 
 
 def mark_merged(model: Any) -> None:

@@ -65,6 +65,18 @@ def test_what_cannot_be_swapped_is_refused(tiny):
         swap(other, STEP, seed=0)
 
 
+def test_a_swapped_instance_of_a_stock_class_makes_and_takes_stock_caches(tiny):
+    model = tiny(layers=3)
+    swap(model, STEP.model_copy(update={"layers": (0, 2)}), seed=0)
+    switch(model, HYBRID)
+    ids = tokens(2, 21)
+    with torch.no_grad():
+        found = model(ids[:, :13])
+        rest = model(ids[:, 13:], past_key_values=found.past_key_values)
+    assert (torch.cat((found.logits, rest.logits), 1) - logits(model, ids)).abs().max() < 1e-5
+    assert [type(x).__name__ for x in rest.past_key_values.layers] == ["HybridLayer", "DynamicLayer", "HybridLayer"]
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_restore_gives_the_teacher_back_bit_for_bit_until_a_merge(tiny, padded):
     model = tiny(layers=3)
