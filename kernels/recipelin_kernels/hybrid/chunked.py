@@ -19,7 +19,6 @@ from .rows import Options, Rows, softmax_set, visible
 
 CHUNK = 64  # measured best with window 64 (facts/performance.md §2)
 BLOCK = 8 * 64 * 128  # weights of a block's chunk: stays in a core's cache with its inputs (facts/performance.md §1)
-_dot = dot  # the name by which weight_transfer knows it
 
 
 @dataclass(frozen=True)

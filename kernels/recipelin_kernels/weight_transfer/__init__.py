@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..hybrid.chunk import dot
 from ..hybrid.rows import COVERS, JOINS, Options, one_of, rows
-from .chunked import BLOCK, _dot, _Loss, masks
+from .chunked import BLOCK, _Loss, masks
 from .reference import weight_transfer_loss_reference
 
 TARGETS = ("linear", "hybrid")
@@ -61,7 +62,7 @@ def teacher_attention(
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
         seen, _, _ = masks(options, own, start, stop, window)
-        scores = torch.where(seen, _dot(q[:, :, start:stop].to(dtype), k[:, :, :stop].to(dtype)) * scale, -torch.inf)
+        scores = torch.where(seen, dot(q[:, :, start:stop].to(dtype), k[:, :, :stop].to(dtype)) * scale, -torch.inf)
         total = scores.logsumexp(-1)
         real = ~torch.isinf(total)
         total = torch.where(real, total, 0.0)
@@ -173,9 +174,9 @@ def log_scale_closed_form(
         real = outside.any(-1)
         if not bool(real.any()):
             continue
-        scores = _dot(q[:, :, start:stop].to(dtype), k[:, :, :stop].to(dtype)) * options.scale
+        scores = dot(q[:, :, start:stop].to(dtype), k[:, :, :stop].to(dtype)) * options.scale
         teacher = torch.where(outside, scores, -torch.inf).logsumexp(-1)
-        pairs = _dot(phi_q[:, :, start:stop].to(dtype), phi_k[:, :, :stop].to(dtype))
+        pairs = dot(phi_q[:, :, start:stop].to(dtype), phi_k[:, :, :stop].to(dtype))
         linear = torch.where(seen if cover == "all" else outside, pairs, 0.0).sum(-1).clamp(min=tiny).log()
         total += torch.where(real, torch.where(real, teacher, 0.0) - linear, 0.0).sum((0, 2))
         count += int(real.sum()) * (batch if real.shape[0] == 1 else 1)

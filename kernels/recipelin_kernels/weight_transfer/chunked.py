@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hybrid.chunked import _dot
+from ..hybrid.chunk import dot
 from ..hybrid.rows import Options, Rows, softmax_set, visible
 from .reference import log_weights
 
@@ -58,7 +58,7 @@ class _Loss(torch.autograd.Function):
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
             seen, near, sinks = masks(options, rows, start, stop, teacher_window)
-            scores = _dot(q[:, :, start:stop].to(dtype), k[:, :, :stop].to(dtype)) * options.scale
+            scores = dot(q[:, :, start:stop].to(dtype), k[:, :, :stop].to(dtype)) * options.scale
             above = torch.where(seen, scores - lse[:, :, start:stop, None].to(dtype), 0.0)
             p = torch.where(seen, above.clamp(min=-85.0).exp(), 0.0)
             parts = {
@@ -69,7 +69,7 @@ class _Loss(torch.autograd.Function):
             }
             leaves = {n: None if x is None else x.detach().requires_grad_(n in grads) for n, x in parts.items()}
             with torch.enable_grad() if grads else torch.no_grad():
-                pairs = _dot(leaves["phi_q"], leaves["phi_k"])  # type: ignore[arg-type]
+                pairs = dot(leaves["phi_q"], leaves["phi_k"])  # type: ignore[arg-type]
                 logs = log_weights(
                     scores, pairs, seen, near, sinks, leaves["mix"], leaves["log_scale"], target, options
                 )

@@ -1,0 +1,216 @@
+"""The cross-entropy between attention weights: the blocked form against the definition, in float64."""
+
+import itertools
+
+import pytest
+import torch
+from recipelin_kernels import log_scale_closed_form, teacher_attention, weight_transfer_loss
+from torch import Tensor
+
+GROUPS = ((2, 2), (6, 2), (4, 1))
+
+
+def inputs(heads: int, key_heads: int, length: int, *, per_key_head: bool = False, seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    double = {"dtype": torch.float64}
+    found = {
+        "q": torch.randn(2, heads, length, 8, **double),
+        "k": torch.randn(2, key_heads, length, 8, **double),
+        "v": torch.randn(2, key_heads, length, 8, **double),
+        "phi_q": torch.rand(2, heads, length, 6, **double) + 0.01,
+        "phi_k": torch.rand(2, key_heads if per_key_head else heads, length, 6, **double) + 0.01,
+        "mix": torch.rand(heads, **double) * 0.8 + 0.1,
+        "log_scale": torch.randn(heads, **double),
+    }
+    for name in ("phi_q", "phi_k", "mix", "log_scale"):
+        found[name].requires_grad_()
+    return found
+
+
+def masks(kind: str, length: int) -> dict[str, Tensor]:
+    if kind == "plain":
+        return {}
+    if kind == "segments":
+        return {"segment_ids": torch.stack((torch.arange(length) // 13, torch.arange(length) // 29))}
+    real = torch.ones(2, length, dtype=torch.bool)
+    cut = min(7, length - 1)
+    real[0, :cut] = kind != "left"
+    if kind == "right" and cut:
+        real[1, -cut:] = False
+    return {"key_mask": real}
+
+
+def loss_and_gradients(x: dict[str, Tensor], kernel: str, **options) -> list[Tensor]:
+    where = {n: options[n] for n in ("key_mask", "segment_ids") if n in options}
+    _, lse = teacher_attention(x["q"], x["k"], x["v"], **where)
+    loss = weight_transfer_loss(
+        x["q"], x["k"], x["phi_q"], x["phi_k"], lse, mix=x["mix"], log_scale=x["log_scale"], kernel=kernel, **options
+    )
+    learned = [x[n] for n in ("phi_q", "phi_k", "mix", "log_scale")]
+    grads = torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True)
+    return [loss.detach(), *grads]
+
+
+@pytest.mark.parametrize("kind", ["plain", "left", "right", "segments"])
+@pytest.mark.parametrize(("heads", "key_heads"), GROUPS)
+@pytest.mark.parametrize("target", ["linear", "hybrid"])
+def test_blocked_is_the_definition(target, heads, key_heads, kind):
+    compared = 0
+    joins = ("shared", "absolute", "replace") if target == "hybrid" else ("shared",)
+    for length, window, sinks, join, cover in itertools.product((3, 149, 301), (1, 9, 400), (0, 4), joins, ("outside", "all")):
+        if (length + window + sinks + len(join) + len(cover)) % 3:
+            continue  # a third of the product, spread over every axis
+        x = inputs(heads, key_heads, length, per_key_head=bool(sinks), seed=length)
+        options = {"target": target, "window": window, "sinks": sinks, "join": join, "cover": cover, **masks(kind, length)}
+        expected, found = (loss_and_gradients(x, kernel, **options) for kernel in ("reference", "chunked"))
+        scale = max(float(g.abs().max()) for g in expected[1:])
+        for one, other in zip(expected, found, strict=True):
+            assert float((one - other).abs().max()) <= 1e-10 * max(scale, float(one.abs().max()), 1e-3), options
+        compared += 1
+    assert compared >= 4
+
+
+def test_it_is_torchs_cross_entropy():
+    x = inputs(4, 2, 53)
+    _, lse = teacher_attention(x["q"], x["k"], x["v"])
+    k, phi_k = x["k"].repeat_interleave(2, 1), x["phi_k"]
+    causal = torch.ones(53, 53, dtype=torch.bool).tril()
+    p = (x["q"] @ k.transpose(-1, -2) * 8**-0.5).masked_fill(~causal, -torch.inf).softmax(-1)
+    a = (x["phi_q"] @ phi_k.transpose(-1, -2)).masked_fill(~causal, 0)
+    a = (a / a.sum(-1, keepdim=True)).clamp(min=1e-12)
+    expected = -(p * a.log()).sum(-1).mean()
+    found = weight_transfer_loss(x["q"], x["k"], x["phi_q"], phi_k, lse)
+    assert abs(float((found - expected).detach())) < 1e-12
+    per_head = weight_transfer_loss(x["q"], x["k"], x["phi_q"], phi_k, lse, per_head=True)
+    assert per_head.shape == (4,) and abs(float((per_head.mean() - expected).detach())) < 1e-12
+
+
+@pytest.mark.parametrize("join", ["shared", "absolute", "replace"])
+def test_a_covering_window_reaches_the_teachers_entropy(join):
+    """The hybrid then has the teacher's own weights: the loss is the entropy, its least value."""
+    x = inputs(4, 1, 41)
+    _, lse = teacher_attention(x["q"], x["k"], x["v"])
+    scores = (x["q"] @ x["k"].repeat_interleave(4, 1).transpose(-1, -2)) * 8**-0.5
+    causal = torch.ones(41, 41, dtype=torch.bool).tril()
+    p = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+    entropy = -(p * p.clamp(min=1e-300).log()).sum(-1).mean()
+    found = weight_transfer_loss(
+        x["q"], x["k"], x["phi_q"], x["phi_k"], lse, target="hybrid", window=41, join=join, mix=x["mix"], log_scale=x["log_scale"]
+    )  # fmt: skip
+    assert abs(float((found - entropy).detach())) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["plain", "left", "segments"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("heads", "key_heads"), GROUPS)
+def test_the_teacher_is_softmax(heads, key_heads, dtype, kind):
+    x = {n: t.detach().to(dtype) for n, t in inputs(heads, key_heads, 205).items()}
+    where = masks(kind, 205)
+    y, lse = teacher_attention(x["q"], x["k"], x["v"], **where)
+    k, v = (x[n].double().repeat_interleave(heads // key_heads, 1) for n in ("k", "v"))
+    allowed = torch.ones(205, 205, dtype=torch.bool).tril()[None]
+    if "key_mask" in where:
+        allowed = allowed & where["key_mask"][:, None, :]
+    if "segment_ids" in where:
+        allowed = allowed & (where["segment_ids"][:, :, None] == where["segment_ids"][:, None, :])
+    scores = (x["q"].double() @ k.transpose(-1, -2) * 8**-0.5).masked_fill(~allowed[:, None], -torch.inf)
+    real = where.get("key_mask", torch.ones(2, 205, dtype=torch.bool))[:, None, :, None]
+    expected = torch.where(real, scores.softmax(-1).nan_to_num() @ v, 0)
+    bound = 1e-12 if dtype == torch.float64 else 1e-5
+    assert float((torch.where(real, y.double(), 0) - expected).abs().max()) < bound
+    total = torch.where(real[..., 0], scores.logsumexp(-1), 0)
+    assert float((torch.where(real[..., 0], lse.double(), 0) - total).abs().max()) < bound
+
+
+def test_a_teachers_own_window():
+    x = inputs(4, 2, 90)
+    y, lse = teacher_attention(x["q"], x["k"], x["v"], window=11)
+    far = torch.arange(90)[:, None] - torch.arange(90)[None]
+    scores = (x["q"] @ x["k"].repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5).masked_fill((far < 0) | (far >= 11), -torch.inf)
+    assert float((y - scores.softmax(-1) @ x["v"].repeat_interleave(2, 1)).abs().max()) < 1e-12
+    assert float((lse - scores.logsumexp(-1)).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("cover", ["outside", "all"])
+def test_the_closed_form_of_c(cover):
+    x = {n: t.detach() for n, t in inputs(4, 2, 149).items()}
+    _, lse = teacher_attention(x["q"], x["k"], x["v"])
+    total, rows = log_scale_closed_form(x["q"], x["k"], x["phi_q"], x["phi_k"], lse, window=9, sinks=2, cover=cover)
+    index = torch.arange(149)
+    causal = index[:, None] >= index[None]
+    outside = causal & (index[:, None] - index[None] >= 9) & (index[None] >= 2)
+    scores = x["q"] @ x["k"].repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5
+    pairs = x["phi_q"] @ x["phi_k"].transpose(-1, -2)
+    kept = outside.any(-1)
+    teacher = scores.masked_fill(~outside, -torch.inf).logsumexp(-1)[:, :, kept]
+    linear = pairs.masked_fill(~(causal if cover == "all" else outside), 0).sum(-1).log()[:, :, kept]
+    assert rows == 2 * int(kept.sum())
+    assert float((total - (teacher - linear).sum((0, 2))).abs().max()) < 1e-8
+
+
+def test_padding_may_hold_anything():
+    x = inputs(4, 2, 61)
+    where = masks("left", 61)
+    clean = loss_and_gradients(x, "chunked", target="hybrid", window=5, **where)
+    dirty = {n: t.detach().clone() for n, t in x.items()}
+    for name in ("q", "k", "v", "phi_q", "phi_k"):
+        dirty[name][0, :, :7] = torch.nan
+    for name in ("phi_q", "phi_k", "mix", "log_scale"):
+        dirty[name].requires_grad_()
+    found = loss_and_gradients(dirty, "chunked", target="hybrid", window=5, **where)
+    assert all(torch.isfinite(t).all() for t in found)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(clean, found, strict=True))
+
+
+def test_no_gradients_are_made_under_no_grad(monkeypatch):
+    x = inputs(4, 2, 61)
+    _, lse = teacher_attention(x["q"], x["k"], x["v"])
+
+    def refuse(*_, **__):
+        raise AssertionError("gradients were computed")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    with torch.no_grad():
+        assert not weight_transfer_loss(x["q"], x["k"], x["phi_q"], x["phi_k"], lse).requires_grad
+    with pytest.raises(ValueError, match="get no gradient"):
+        weight_transfer_loss(x["q"].requires_grad_(), x["k"], x["phi_q"], x["phi_k"], lse)
+
+
+def test_memory_is_linear():
+    """The largest tensor that autograd or forward holds grows with T, not T x T."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, Tensor):
+                    self.size = max(self.size, t.numel())
+            return out
+
+    sizes = []
+    for length in (512, 1024):
+        x = inputs(2, 1, length)
+        _, lse = teacher_attention(x["q"], x["k"], x["v"])
+        with Largest() as largest:
+            weight_transfer_loss(x["q"], x["k"], x["phi_q"], x["phi_k"], lse).backward()
+        sizes.append(largest.size)
+    assert sizes[1] <= 2.1 * sizes[0] and sizes[1] < 2 * 2 * 1024 * 1024 / 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target": "lineer"}, "did you mean 'linear'"),
+        ({"join": "shard"}, "did you mean 'shared'"),
+        ({"kernel": "gpu"}, "expected one of auto, reference, chunked"),
+        ({"target": "hybrid", "join": "absolute", "log_scale": None}, "needs log_scale"),
+    ],
+)
+def test_bad_options_are_named(change, words):
+    x = inputs(2, 1, 9)
+    _, lse = teacher_attention(x["q"], x["k"], x["v"])
+    with pytest.raises(ValueError, match=words):
+        weight_transfer_loss(x["q"], x["k"], x["phi_q"], x["phi_k"], lse, mix=x["mix"], **change)
