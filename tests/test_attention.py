@@ -136,9 +136,8 @@ def test_grouped_heads_are_repeated_heads(tiny, heads, key_heads):
     swapped(plain, State(window=5))
     for one, other in zip(forms(grouped), forms(plain), strict=True):
         other.load_state_dict(
-            {k: v for k, v in one.state_dict().items() if "proj" not in k} | {
-                k: v for k, v in other.state_dict().items() if "proj" in k
-            }
+            {k: v for k, v in one.state_dict().items() if "proj" not in k}
+            | {k: v for k, v in other.state_dict().items() if "proj" in k}
         )
     ids = tokens(2, 31)
     assert (logits(grouped, ids) - logits(plain, ids)).abs().max() < 1e-10
@@ -212,8 +211,20 @@ def test_the_softmax_state_is_the_teacher_and_restore_gives_it_back(tiny):
         restore(model)
 
 
-@pytest.mark.parametrize("rope", [None, {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
-                                         "high_freq_factor": 4.0, "original_max_position_embeddings": 64}])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        None,
+        {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+)
 def test_rope_scaling_is_the_teachers(tiny, rope):
     model = tiny(**({"rope_parameters": rope} if rope else {}))
     ids = tokens(1, 53)
