@@ -167,8 +167,7 @@ def _states(
                 raise PlanError(
                     f"eval.states: {name!r} needs a swapped layer, and this method swaps none; use [softmax]"
                 )
-            weights = "teacher" if name == "teacher" else "student"
-            found.append(NamedState(name=name, weights=weights, state=None))
+            found.append(NamedState(name=name, weights="teacher" if name == "teacher" else "student", state=None))
             continue
         if name not in NAMES:
             raise PlanError(f"eval.states: {name!r} is not a state; states are {', '.join(NAMES)}")
@@ -302,7 +301,7 @@ class _Counting:
         elif isinstance(step, Calibrate):
             tokens = step.batch * step.length
         else:
-            tokens = max((e.batch * getattr(e, "length", 512) for s in _suites(step) for e in s.evals), default=0)  # type: ignore[attr-defined]
+            tokens = max((e.batch * getattr(e, "length", 512) for s in suites_of(step) for e in s.evals), default=0)  # type: ignore[attr-defined]
         swap = self._swap()
         features = swap.config.features(arch) if swap else 0  # type: ignore[attr-defined]
         heads = arch.num_attention_heads
@@ -324,7 +323,7 @@ class _Counting:
         return {"cpu": peak, "cuda": peak, "host": weights}
 
     def _evaluation(self, step: Evaluate) -> dict[str, Any]:
-        suites = _suites(step)
+        suites = suites_of(step)
         counts = [e.tokens() for s in suites for e in s.evals]  # type: ignore[attr-defined]
         tokens = None if any(c is None for c in counts) else sum(counts) * len(step.states) * len(step.seeds)
         names = ", ".join(s.name for s in suites)
@@ -340,7 +339,8 @@ class _Counting:
         }
 
 
-def _suites(step: Evaluate) -> tuple[Suite, ...]:
+def suites_of(step: Evaluate) -> tuple[Suite, ...]:
+    """The step's suites; steps know them as plain Configs, since the recipe's schema comes after the steps'."""
     return tuple(s for s in step.suites if isinstance(s, Suite))
 
 

@@ -30,7 +30,8 @@ class Scratch(Config):
     architecture: Architecture
     tokenizer: Tokenizer = Tokenizer()
     embedding_std: Annotated[float, Field(gt=0)] = Field(
-        0.02, description="start of the input embeddings; wide ones keep rare tokens apart while the rest is still moving"
+        0.02,
+        description="start of the input embeddings; wide ones keep rare tokens apart while the rest is still moving",
     )
 
 

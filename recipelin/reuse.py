@@ -90,7 +90,11 @@ def sources(planned: Plan) -> list[Stdlib | LocalFile | Recall]:
         if isinstance(step, (Calibrate, Transfer, Tune)):
             found += step.data.mix
         if isinstance(step, Evaluate):
-            found += [TypeAdapter(Source).validate_python(text) for suite in step.suites for text in _texts(suite.model_dump())]
+            found += [
+                TypeAdapter(Source).validate_python(text)
+                for suite in step.suites
+                for text in _texts(suite.model_dump())
+            ]
     return found
 
 

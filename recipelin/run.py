@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from . import data, hf, lookup, records, reuse, stages, swap
 from .files import write_atomically
 from .load import Loaded, load_suite
-from .plan import Plan, Planned, digest, plan, teacher_folder
+from .plan import Plan, Planned, digest, plan, suites_of, teacher_folder
 from .records import Record, Result, Row, StepTime
 from .reuse import Store, Surroundings
 from .sources import Data, Part, local_path
@@ -150,7 +150,7 @@ class _Walk:
         _say(
             f"{self.plan.name}: plan {self.plan.hash[:8]}, {self.device}, {self.around.threads} threads -> {self.folder}"
         )
-        status = "failed"
+        status: Literal["finished", "failed", "interrupted"] = "failed"
         try:
             self.model, self.tokenizer = self._begin()
             for index, planned in enumerate(self.plan.steps):
@@ -169,15 +169,14 @@ class _Walk:
         if recipe.model.scratch:
             tokenizer = self._tokenizer()
             scratch = recipe.model.scratch
-            model = hf.new_model(
-                scratch.architecture, tokenizer, embedding_std=scratch.embedding_std, seed=recipe.seed
-            )
+            model = hf.new_model(scratch.architecture, tokenizer, embedding_std=scratch.embedding_std, seed=recipe.seed)
             return model.to(self.device), tokenizer
         return self._teacher()
 
     def _teacher(self) -> tuple[Any, Any]:
         model = self.loaded.recipe.model
         source = teacher_folder(self.loaded) or model.teacher
+        assert source is not None, "a recipe has a teacher or makes a model from nothing"
         return hf.load_teacher(source, revision=model.revision, dtype=model.dtype, device=self.device)
 
     def _tokenizer(self) -> Any:
@@ -269,7 +268,7 @@ class _Walk:
         sizes: dict[str, Any] = {"length": schedule.length, "batch": schedule.batch, "stage": step.stage}
         batches = self._batches(step.data, part="training", accumulation=schedule.accumulation, **sizes)
         validation = self._batches(step.data, part="selection", **sizes) if schedule.validation else None
-        arguments = {
+        arguments: dict[str, Any] = {
             "device": self.device,
             "folder": working,
             "seed": int(digest({"seed": self.plan.seed, "stage": step.stage})[:8], 16),
@@ -366,7 +365,7 @@ class _Walk:
         units = [
             (named, suite, config, seed)
             for named in sorted(step.states, key=lambda s: s.weights != "teacher")
-            for suite in step.suites
+            for suite in suites_of(step)
             for seed in step.seeds
             for config in suite.evals
         ]
@@ -420,7 +419,9 @@ class _Walk:
                 if result.items:
                     self.items.append((row, result))
 
-    def _write(self, status: str, started: datetime.datetime, seconds: float) -> None:
+    def _write(
+        self, status: Literal["finished", "failed", "interrupted"], started: datetime.datetime, seconds: float
+    ) -> None:
         loaded, planned = self.loaded, self.plan
         state = planned.hybrid
         provenance = records.provenance(reuse.PACKAGE.parent)

@@ -142,7 +142,9 @@ TASK = {"task": "next_line_test", "metric": "acc_norm", "chance": 0.25, "next_li
 
 
 def test_lm_eval_scores_are_the_log_likelihoods_of_the_lines(model, tokenizer, tmp_path):
-    (result,) = run(LmEval.model_validate({"eval": "lm_eval", "tasks": (TASK,), "batch": 5}), model, tokenizer, tmp_path)
+    (result,) = run(
+        LmEval.model_validate({"eval": "lm_eval", "tasks": (TASK,), "batch": 5}), model, tokenizer, tmp_path
+    )
     documents = [json.loads(x) for x in (tmp_path / "next_line_test.jsonl").read_text().splitlines()]
     assert len(documents) == result.n == 12
     for document, item in zip(documents, result.items, strict=True):
@@ -162,7 +164,9 @@ def test_lm_eval_scores_are_the_log_likelihoods_of_the_lines(model, tokenizer, t
 
 def test_distractors_come_from_the_same_file(tokenizer):
     texts = dict(data.documents(Stdlib(source="python-stdlib"), "test", Path()))
-    items = data.next_line_items(texts.items(), tokenizer, items=20, seed=1, context=(30, 60), answer=(4, 11), options=4)
+    items = data.next_line_items(
+        texts.items(), tokenizer, items=20, seed=1, context=(30, 60), answer=(4, 11), options=4
+    )
     for item in items:
         name, _, line = item["id"].rpartition(":")
         lines = texts[name].splitlines()

@@ -139,7 +139,13 @@ def test_the_front_half_never_imports_torch():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["check", "recipes/pocket/lolcats.yaml"], ["plan", "pocket/lolcats"], ["list"], ["schema"], ["table", "results/tables"]],
+    [
+        ["check", "recipes/pocket/lolcats.yaml"],
+        ["plan", "pocket/lolcats"],
+        ["list"],
+        ["schema"],
+        ["table", "results/tables"],
+    ],
     ids=lambda a: a[0],
 )
 def test_a_front_command_is_quick(arguments):

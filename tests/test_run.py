@@ -88,7 +88,15 @@ def test_a_run_is_whole_and_the_second_reuses_it(folder, home, tmp_path, capfd):
     record, items = read_record(one), read_items(one)
     assert record.status == "finished" and record.kernels["hybrid_attention"] == "chunked"
     assert [t.step for t in record.steps] == ["swap", "switch", "transfer", "tune", "evaluate"]
-    assert {r.state for r in record.rows} == {"teacher", "softmax", "hybrid", "window", "linear", "linear_outside", "none"}
+    assert {r.state for r in record.rows} == {
+        "teacher",
+        "softmax",
+        "hybrid",
+        "window",
+        "linear",
+        "linear_outside",
+        "none",
+    }
     assert len(items) == 7 and all(len(found) == 8 for found in items.values())
     exposed = {i.exposed for found in items.values() for i in found}
     assert exposed == {(47 - 8) / 47}
@@ -137,7 +145,9 @@ def test_sigkill_at_any_moment_changes_nothing(folder, tmp_path):
         process.wait(timeout=60)
         process.stderr.close()
     assert len(killed) >= 2, f"too fast to be killed: {killed}"
-    last = subprocess.run(command(folder, tmp_path / "b"), env=broken, check=True, capture_output=True, timeout=120, text=True)
+    last = subprocess.run(
+        command(folder, tmp_path / "b"), env=broken, check=True, capture_output=True, timeout=120, text=True
+    )
     assert "goes on from step" in last.stderr or "reused" in last.stderr
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
@@ -185,7 +195,9 @@ def test_a_diverging_stage_stops_with_its_step(folder, home, tmp_path, capsys):
 
 
 def test_a_missing_corpus_is_said_before_any_work(folder, home, tmp_path, capsys):
-    (folder / "lost.yaml").write_text(RECIPE.replace("path: corpus.txt, doc", "path: corpsu.txt, doc"), encoding="utf-8")
+    (folder / "lost.yaml").write_text(
+        RECIPE.replace("path: corpus.txt, doc", "path: corpsu.txt, doc"), encoding="utf-8"
+    )
     assert main(["run", str(folder / "lost.yaml"), "--out", str(tmp_path / "x"), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert "corpsu.txt is not there; did you mean corpus.txt?" in error
@@ -202,8 +214,13 @@ def test_plan_knows_what_is_finished(folder, home, tmp_path, capsys):
 
 def test_a_shared_prefix_is_shared(folder, home, tmp_path):
     """A weights transfer in the linear state serves every window: its key does not know the window."""
-    text = RECIPE.replace("name: lolcats", "name: absolute").replace("  tune_form: [mix]\n", "").replace(
-        "  tune: {steps: 10, batch: 2, accumulation: 1, length: 48, checkpoint_every: 3, optimizer: {lr: 1e-2}}\n", ""
+    text = (
+        RECIPE.replace("name: lolcats", "name: absolute")
+        .replace("  tune_form: [mix]\n", "")
+        .replace(
+            "  tune: {steps: 10, batch: 2, accumulation: 1, length: 48, checkpoint_every: 3, optimizer: {lr: 1e-2}}\n",
+            "",
+        )
     )
     hashes = []
     for window in (4, 8):

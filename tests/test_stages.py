@@ -199,7 +199,9 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("recipelin.checkpoint.save_file", full)
-    with pytest.raises(stages.StageError, match="No space left on device; the checkpoint of step 3 is whole. Make room"):
+    with pytest.raises(
+        stages.StageError, match="No space left on device; the checkpoint of step 3 is whole. Make room"
+    ):
         go(stages.transfer, hybrid(tiny), transfer_step(), tmp_path)
     assert read_checkpoint(tmp_path / "work", "k").step == 3
     assert [p.name for p in (tmp_path / "work").iterdir()] == [FILE]
@@ -209,14 +211,20 @@ def test_a_nan_names_step_and_layer(tiny, tmp_path):
     model = hybrid(tiny)
     with torch.no_grad():
         forms(model)[1].feature_map_q.weight.fill_(math.nan)
-    with pytest.raises(stages.StageError, match=r"transfer: the loss is nan at step 1 in layer1; there is no checkpoint yet"):
+    with pytest.raises(
+        stages.StageError, match=r"transfer: the loss is nan at step 1 in layer1; there is no checkpoint yet"
+    ):
         go(stages.transfer, model, transfer_step(), tmp_path)
 
 
 def test_rates_by_hand():
     cosine = Decay(name="cosine", warmup=2, final=0.1)
     assert [rate(cosine, s, 10) for s in (0, 1)] == [0.5, 1.0]
-    assert rate(cosine, 2, 10) == 1.0 and abs(rate(cosine, 6, 10) - 0.55) < 1e-12 and abs(rate(cosine, 10, 10) - 0.1) < 1e-12
+    assert (
+        rate(cosine, 2, 10) == 1.0
+        and abs(rate(cosine, 6, 10) - 0.55) < 1e-12
+        and abs(rate(cosine, 10, 10) - 0.1) < 1e-12
+    )
     linear = Decay(name="linear", final=0.2)
     assert abs(rate(linear, 5, 10) - 0.6) < 1e-12
     assert rate(Decay(), 7, 10) == 1.0
@@ -250,7 +258,9 @@ def test_validation_sees_the_state_it_names(tiny, tmp_path):
 
 def test_the_closed_form_of_c_restores_the_mass_outside(tiny, tmp_path):
     model = hybrid(tiny, join="absolute")
-    report = stages.calibrate(model, Calibrate(what="log_scale", data=Data(), batches=3, batch=2, length=24), Rows(2), device="cpu")
+    report = stages.calibrate(
+        model, Calibrate(what="log_scale", data=Data(), batches=3, batch=2, length=24), Rows(2), device="cpu"
+    )
     assert set(report["layers"]) == {"0", "1"}
     assert all(float(f.log_scale.c.detach().abs().sum()) > 0 for f in forms(model))
     with pytest.raises(ValueError, match="log_scale"):

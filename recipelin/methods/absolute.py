@@ -8,8 +8,8 @@ from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
 from ..recipe import Recipe
 from ..schedule import Optimizer, Schedule
-from ..states import State
-from ..steps import Calibrate, Lora, Step, Swap, Switch, Trained, Transfer, Tune
+from ..states import Branch, State
+from ..steps import Calibrate, Lora, Objective, Step, Swap, Switch, Trained, Transfer, Tune
 
 
 class Config(Base):
@@ -44,7 +44,7 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     """Swap, transfer the linear weights, switch to the absolute join, calibrate c_h, then what the schedule adds."""
     method = recipe.method
     assert isinstance(method, Config)
-    branches = ("window", "linear", "sinks") if method.sinks else ("window", "linear")
+    branches: tuple[Branch, ...] = ("window", "linear", "sinks") if method.sinks else ("window", "linear")
     state = State(branches=branches, window=method.window, sinks=method.sinks, cover=method.cover, join="absolute")
     found: list[Step] = [Swap(form="hybrid", config=method.form)]
     transfer = recipe.schedule["transfer"]
@@ -71,7 +71,7 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
         )
     )
     if schedule := recipe.schedule["refine"]:
-        objective: dict = {"hybrid_weights": 1.0}
+        objective: dict[Objective, float] = {"hybrid_weights": 1.0}
         if method.linear_share:
             objective["weights"] = method.linear_share
         found.append(

@@ -8,7 +8,7 @@ from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
 from ..recipe import Recipe
 from ..schedule import Decay, Optimizer, Schedule
-from ..states import State
+from ..states import Branch, State
 from ..steps import Lora, Objective, Step, Swap, Switch, Trained, Transfer, Tune
 
 
@@ -34,10 +34,10 @@ class Config(Base):
 
 # LoLCATs configs/experiment: AdamW, lr 1e-2 and 1e-4, plateau x 0.1 (patience 10), batch 1 x 8, 2 epochs, 1024 tokens.
 # The published plateau follows a validation on what it also tests; here the rate is constant unless a recipe says more.
-_SHARED = {"epochs": 2.0, "batch": 1, "accumulation": 8, "length": 1024, "decay": Decay(name="constant")}
+_SHARED = Schedule(epochs=2.0, batch=1, accumulation=8, length=1024, decay=Decay(name="constant"))
 STAGES = {
-    "transfer": Schedule(**_SHARED, optimizer=Optimizer(lr=1e-2)),
-    "tune": Schedule(**_SHARED, optimizer=Optimizer(lr=1e-4)),
+    "transfer": _SHARED.model_copy(update={"optimizer": Optimizer(lr=1e-2)}),
+    "tune": _SHARED.model_copy(update={"optimizer": Optimizer(lr=1e-4)}),
 }
 
 
@@ -45,7 +45,7 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     """Swap, switch to the hybrid, transfer, tune."""
     method = recipe.method
     assert isinstance(method, Config)
-    branches = ("window", "linear", "sinks") if method.sinks else ("window", "linear")
+    branches: tuple[Branch, ...] = ("window", "linear", "sinks") if method.sinks else ("window", "linear")
     state = State(
         branches=branches,
         window=method.window,

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from recipelin_kernels import log_scale_closed_form, teacher_attention, weight_transfer_loss
 from torch import Tensor
+
+from recipelin_kernels import log_scale_closed_form, teacher_attention, weight_transfer_loss
 
 GROUPS = ((2, 2), (6, 2), (4, 1))
 
@@ -57,11 +58,20 @@ def loss_and_gradients(x: dict[str, Tensor], kernel: str, **options) -> list[Ten
 def test_blocked_is_the_definition(target, heads, key_heads, kind):
     compared = 0
     joins = ("shared", "absolute", "replace") if target == "hybrid" else ("shared",)
-    for length, window, sinks, join, cover in itertools.product((3, 149, 301), (1, 9, 400), (0, 4), joins, ("outside", "all")):
+    for length, window, sinks, join, cover in itertools.product(
+        (3, 149, 301), (1, 9, 400), (0, 4), joins, ("outside", "all")
+    ):
         if (length + window + sinks + len(join) + len(cover)) % 3:
             continue  # a third of the product, spread over every axis
         x = inputs(heads, key_heads, length, per_key_head=bool(sinks), seed=length)
-        options = {"target": target, "window": window, "sinks": sinks, "join": join, "cover": cover, **masks(kind, length)}
+        options = {
+            "target": target,
+            "window": window,
+            "sinks": sinks,
+            "join": join,
+            "cover": cover,
+            **masks(kind, length),
+        }
         expected, found = (loss_and_gradients(x, kernel, **options) for kernel in ("reference", "chunked"))
         scale = max(float(g.abs().max()) for g in expected[1:])
         for one, other in zip(expected, found, strict=True):
@@ -126,7 +136,9 @@ def test_a_teachers_own_window():
     x = inputs(4, 2, 90)
     y, lse = teacher_attention(x["q"], x["k"], x["v"], window=11)
     far = torch.arange(90)[:, None] - torch.arange(90)[None]
-    scores = (x["q"] @ x["k"].repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5).masked_fill((far < 0) | (far >= 11), -torch.inf)
+    scores = (x["q"] @ x["k"].repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5).masked_fill(
+        (far < 0) | (far >= 11), -torch.inf
+    )
     assert float((y - scores.softmax(-1) @ x["v"].repeat_interleave(2, 1)).abs().max()) < 1e-12
     assert float((lse - scores.logsumexp(-1)).abs().max()) < 1e-12
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunk import HIDDEN, Gradients, Inputs, Masks, State, backward, dot, forward
+from .chunk import HIDDEN, Gradients, Inputs, Masks, State, backward, forward
 from .rows import Options, Rows, softmax_set, visible
 
 CHUNK = 64  # measured best with window 64 (facts/performance.md §2)
