@@ -41,7 +41,8 @@ class Batch:
     attention_mask: torch.Tensor | None = None
 
     def to(self, device: str) -> "Batch":
-        return Batch(**{k: None if v is None else v.to(device) for k, v in vars(self).items()})
+        moved: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in vars(self).items()}
+        return Batch(**moved)
 
 
 def documents(source: Stdlib | LocalFile, part: Part, folder: Path) -> Iterator[tuple[str, str]]:
@@ -353,9 +354,10 @@ def next_line_items(
 ) -> list[dict[str, Any]]:
     """Questions 'which line comes next?' as {id, context, choices, answer, tokens}.
 
-    The context is whole consecutive lines of a file, `context` (least, most) tokens long, and ends in a newline; right is the true next line of
-    `answer` tokens; the distractors are lines of the same file outside the context, nearest to it in length: lines of other files would be told
-    apart by their topic (facts/pocket.md §A). Raises SourceError if the texts do not give `items` questions.
+    The context is whole consecutive lines of a file, `context` (least, most) tokens long, and ends in a newline; right is
+    the true next line, of `answer` tokens; the distractors are lines of the same file outside the context, nearest to it in
+    length: lines of other files would be told apart by their topic (facts/pocket.md §A). Raises SourceError if the texts do
+    not give `items` questions.
     """
     draw = np.random.default_rng([seed, context[0], context[1], 3])
     files = []

@@ -500,7 +500,8 @@ def _state_names(found: Mapping[str, Any], places: Mapping[Path_, Mistake], mist
             for index, watch in enumerate(value.validation.watch):
                 at_watch = ("schedule", stage, "validation", "watch", index, "state")
                 if watch.state not in (*NAMES, "transfer") or watch.state == "teacher":
-                    text = f"cannot watch the state {watch.state!r}{_near(watch.state, NAMES)}; states are transfer, {_list(NAMES[1:])}"
+                    hint = _near(watch.state, NAMES)
+                    text = f"cannot watch the state {watch.state!r}{hint}; states are transfer, {_list(NAMES[1:])}"
                     mistakes.append(_at(places, at_watch, text))
 
 

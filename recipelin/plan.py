@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import SerializeAsAny
+from pydantic import Field, SerializeAsAny
 
 from . import families, lookup
 from .base import Config
@@ -33,7 +33,7 @@ class Cost(Config):
 
     tokens: int | None = None
     flops: float | None = None
-    memory: dict[str, int] = {}
+    memory: dict[str, int] = Field({}, description="bytes at the peak by place")
 
 
 class Planned(Config):
@@ -409,7 +409,8 @@ def show(planned: Plan, *, header: Sequence[str] = (), reused: Sequence[str] = (
             memory = p.cost.memory
             lines.append(
                 f"    {'cost':<9} {count(p.cost.tokens)} tokens, {count(p.cost.flops, 'FLOP')}; memory about "
-                f"{count(memory['cpu'], 'B')} on a CPU, or {count(memory['cuda'], 'B')} on a GPU + {count(memory['host'], 'B')} of host"
+                f"{count(memory['cpu'], 'B')} on a CPU, or {count(memory['cuda'], 'B')} on a GPU "
+                f"+ {count(memory['host'], 'B')} of host"
             )
         if i < len(reused) and reused[i]:
             lines.append(f"    {'result':<9} {reused[i]}")

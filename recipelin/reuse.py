@@ -117,15 +117,16 @@ def _texts(value: object) -> Iterator[dict[str, Any]]:
 
 
 # The source files that compute a step: a mended bug must never meet weights of before. Patterns below the package.
-_COMMON = ("swap.py", "families.py", "data.py", "sources.py")
-_TRAINING = (*_COMMON, "stages.py", "checkpoint.py", "optimizer.py", "schedule.py", "attention/**/*.py")
+_MODEL = ("swap.py", "masks.py", "cache.py", "states.py", "families.py", "attention/**/*.py")
+_DATA = ("data.py", "sources.py")
+_TRAINING = (*_MODEL, *_DATA, "hf.py", "stages.py", "checkpoint.py", "optimizer.py", "schedule.py")
 _SOURCES: Mapping[type, tuple[str, ...]] = {
-    Swap: (*_COMMON, "attention/**/*.py"),
+    Swap: _MODEL,
     Switch: ("states.py",),
     Calibrate: _TRAINING,
     Transfer: _TRAINING,
     Tune: _TRAINING,
-    Evaluate: (*_COMMON, "hf.py", "cache.py", "exposure.py", "states.py", "attention/**/*.py", "evals/**/*.py"),
+    Evaluate: (*_MODEL, *_DATA, "hf.py", "exposure.py", "evals/**/*.py"),
 }
 
 

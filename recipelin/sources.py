@@ -88,13 +88,17 @@ _SKIPPED = frozenset(
         "__pycache__",
     }
 )
-_SPLIT = {"training": range(0, 88), "selection": range(88, 94), "test": range(94, 100)}  # shares of 100
+_SPLIT: dict[Part, range] = {
+    "training": range(0, 88),
+    "selection": range(88, 94),
+    "test": range(94, 100),
+}  # shares of 100
 
 
 def part_of(name: str) -> Part:
     """The part that a document belongs to, by the hash of its name: the same on every machine and version."""
     slot = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100
-    return next(part for part, slots in _SPLIT.items() if slot in slots)  # type: ignore[return-value]
+    return next(part for part, slots in _SPLIT.items() if slot in slots)
 
 
 def stdlib_modules() -> dict[str, Path]:

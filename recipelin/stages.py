@@ -64,7 +64,7 @@ def transfer(
     if not found:
         raise StageError("transfer: no layer of the model is swapped")
     own = [p for form in found for name in step.trains for p in form.groups()[name]]
-    groups = {name: [p for form in found for p in form.groups()[name]] for name in step.trains}
+    groups: dict[str, list[nn.Parameter]] = {n: [p for f in found for p in f.groups()[n]] for n in step.trains}
     model.eval()
 
     def losses(batch: Batch, share: float | None) -> tuple[float, dict[str, float]]:
@@ -125,7 +125,7 @@ def tune(
     again. Without, all weights train. `step.trains` names parameters of the forms that train along.
     """
     found = forms(model)
-    groups = {name: [p for form in found for p in form.groups()[name]] for name in step.trains}
+    groups: dict[str, list[nn.Parameter]] = {n: [p for f in found for p in f.groups()[n]] for n in step.trains}
     adapters = None
     if step.lora:
         adapters = _adapt(model, step, seed)
@@ -206,7 +206,7 @@ def _arguments(batch: Batch) -> dict[str, Any]:
 
 def _hidden(model: nn.Module, batch: Batch) -> Tensor:
     """The stream after the last layer, without logits."""
-    return model.model(input_ids=batch.input_ids, **_arguments(batch)).last_hidden_state  # type: ignore[operator, union-attr]
+    return model.model(input_ids=batch.input_ids, **_arguments(batch)).last_hidden_state  # type: ignore[operator]
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -265,14 +265,14 @@ def _merge(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoraLinear):
-                plain = child.get_base_layer()
+                plain: Any = child.get_base_layer()
                 scale = child.scaling["default"]
-                change = child.lora_B["default"].weight.float() @ child.lora_A["default"].weight.float() * scale
+                a, b = (part["default"].get_parameter("weight").float() for part in (child.lora_A, child.lora_B))
+                change = b @ a * scale
                 plain.weight.copy_((plain.weight.float() + change).to(plain.weight.dtype))
                 setattr(parent, name, plain)
-    for attribute in ("peft_config",):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
+    if hasattr(model, "peft_config"):
+        delattr(model, "peft_config")
 
 
 @contextmanager
@@ -386,7 +386,7 @@ class _Loop:
         whole = sum(weights)
         if whole == 0:
             raise StageError(f"{self.name}: step {number + 1}: no token of the batch carries loss")
-        value, layers = 0.0, {}
+        value, layers = 0.0, dict[str, float]()
         for micro, (batch, weight) in enumerate(zip(found, weights, strict=True)):
             # Dropout is a pure function of (seed, step, micro-batch): accumulation and resuming cannot change it.
             torch.manual_seed((self.seed * 1_000_003 + number) * 4096 + micro)

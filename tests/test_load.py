@@ -56,6 +56,7 @@ def test_a_good_recipe_is_complete(tmp_path):
     assert recipe.eval.states[0] == "teacher"
 
 
+# ruff: noqa: E501 (a case a line reads best)
 CASES = {
     "unknown key": ("window: 16", "windw: 16", "5:3: method.windw: unknown key; did you mean 'window'?"),
     "unknown top key": ("eval:", "evall: {}\neval:", "9:1: evall: unknown key; did you mean 'eval'?"),

@@ -200,7 +200,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch)
 
     monkeypatch.setattr("recipelin.checkpoint.save_file", full)
     with pytest.raises(
-        stages.StageError, match="No space left on device; the checkpoint of step 3 is whole. Make room"
+        stages.StageError, match=r"No space left on device; the checkpoint of step 3 is whole\. Make room"
     ):
         go(stages.transfer, hybrid(tiny), transfer_step(), tmp_path)
     assert read_checkpoint(tmp_path / "work", "k").step == 3

@@ -184,7 +184,7 @@ def hybrid_attention_step(
         raise ValueError(
             f"hybrid_attention_step takes one token a row, found {q.shape[2]}; use hybrid_attention with a state"
         )
-    return hybrid_attention(  # type: ignore[no-any-return]
+    return hybrid_attention(
         q, k, v, phi_q, phi_k_fn(k), mix, state=state, output_state=True, phi_k_fn=phi_k_fn, **options
     )
 

@@ -92,7 +92,7 @@ class _Loss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, weight: Tensor) -> Any:
         # Every head enters the sum alike, so that one factor a head scales its gradients.
         found: list[Tensor | None] = []
         for name in ("phi_q", "phi_k", "mix", "log_scale"):

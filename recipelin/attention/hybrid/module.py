@@ -291,7 +291,7 @@ class HybridAttention(nn.Module):
             segment_ids=captured.segment_ids,
             components=True,
         )
-        return found  # type: ignore[no-any-return]
+        return found
 
 
 FORM = HybridAttention

@@ -41,7 +41,7 @@ class Task(Base):
 class Config(Base):
     """Tasks of EleutherAI's lm-evaluation-harness; an item is a document.
 
-    Sample YAML: `{eval: lm_eval, tasks: [{task: next_line_short, metric: acc_norm, chance: 0.25, next_line: {context: [8, 20]}}]}`
+    Sample YAML: `{eval: lm_eval, tasks: [{task: piqa, metric: acc, chance: 0.5}]}`
     """
 
     eval: Literal["lm_eval"] = "lm_eval"

@@ -195,7 +195,7 @@ def _quiet() -> Iterator[None]:
     bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     sys.stderr.flush()
-    kept, own = tempfile.TemporaryFile(), os.dup(2)
+    kept, own = tempfile.TemporaryFile(), os.dup(2)  # noqa: SIM115 (closed below, after stderr has its own file back)
     os.dup2(kept.fileno(), 2)
     try:
         yield
