@@ -31,6 +31,7 @@ class Verdict(Config):
         word: Word
         reason: str
         n: int
+        figure: str = ""
         difference: tuple[float, float, float] | None = None
         lost: tuple[float, float, float] | None = None
         gap: tuple[float, float, float] | None = None
@@ -59,16 +60,25 @@ def judge(found: Sequence[Measure], margin: float) -> Verdict:
         if candidate in words:
             word = candidate
             break
+    harmed = [f"{e.metric} ({e.figure})" for e in each if e.difference and e.difference[2] < -margin]
+    harm = f" It harms {', '.join(harmed)}." if harmed else ""
     if word == "not testable":
         reasons = "; ".join(f"{e.metric}: {e.reason}" for e in each) or "nothing was measured"
-        return Verdict(word=word, metric=None, sentence=f"not testable: {reasons}.", per_metric=each)
+        return Verdict(word=word, metric=None, sentence=f"not testable: {reasons}.{harm}", per_metric=each)
     deciding = max((e for e in each if e.word == word), key=lambda e: e.gap[1] if e.gap else float("-inf"))
-    return Verdict(word=word, metric=deciding.metric, sentence=f"{word}: {_sentence(deciding)}", per_metric=each)
+    others = {other: _with(each, other, deciding) for other in ("used", "undecided", "bypassed")}
+    rest = "; ".join(f"{other} on {', '.join(names)}" for other, names in others.items() if names)
+    sentence = f"{word}: {_sentence(deciding)}" + (f" Elsewhere: {rest}." if rest else "") + harm
+    return Verdict(word=word, metric=deciding.metric, sentence=sentence, per_metric=each)
+
+
+def _with(each: Sequence[Verdict.OfMetric], word: str, but: Verdict.OfMetric) -> list[str]:
+    return [e.metric for e in each if e.word == word and e is not but]
 
 
 MEANING = {
     "carries": "the linear branch brings back at least half of what the window alone loses",
-    "used": "the linear branch helps",
+    "used": "there is a metric that the linear branch helps",
     "bypassed": "dropping the linear branch costs nothing",
     "undecided": "these items cannot tell whether the linear branch helps",
 }
@@ -96,6 +106,7 @@ def _of_metric(measure: Measure, margin: float) -> Verdict.OfMetric:
         word=word,
         reason=reason,
         n=n,
+        figure=_say(difference, measure.kind),
         difference=_triple(difference),
         lost=_triple(lost),
         gap=_triple(part) if part else None,
@@ -105,17 +116,14 @@ def _of_metric(measure: Measure, margin: float) -> Verdict.OfMetric:
 def _word(
     measure: Measure, lost: Interval, difference: Interval, part: Interval | None, margin: float
 ) -> tuple[Word, str]:
-    unit = "nats" if measure.kind == "log_loss" else "points"
-    scale = 1.0 if measure.kind == "log_loss" else 100.0
-    digits = 3 if measure.kind == "log_loss" else 1
-
-    def say(x: Interval) -> str:
-        return f"{x.value * scale:+.{digits}f} {unit} [{x.low * scale:+.{digits}f}, {x.high * scale:+.{digits}f}]"
-
+    unit, scale, digits = _units(measure.kind)
     if part is None or lost.value <= margin:  # part is None where the interval of lost touches 0
-        return "not testable", f"teacher - window = {say(lost)}, n = {lost.n}: nothing for a linear branch to win"
+        return (
+            "not testable",
+            f"teacher - window = {_say(lost, measure.kind)}, n = {lost.n}: nothing for a linear branch to win",
+        )
     figures = (
-        f"hybrid - window = {say(difference)}, n = {difference.n}; "
+        f"hybrid - window = {_say(difference, measure.kind)}, n = {difference.n}; "
         f"gap {part.value:.0%} [{part.low:.0%}, {part.high:.0%}] of the {lost.value * scale:.{digits}f} {unit} lost"
     )
     if difference.high <= margin:
@@ -123,6 +131,16 @@ def _word(
     if compare(difference, margin) == "differs":
         return ("carries" if part.low >= HALF else "used"), figures
     return "undecided", figures
+
+
+def _units(kind: str) -> tuple[str, float, int]:
+    """Unit, factor and digits in which differences of a metric are shown."""
+    return ("nats", 1.0, 3) if kind == "log_loss" else ("points", 100.0, 1)
+
+
+def _say(x: Interval, kind: str) -> str:
+    unit, scale, digits = _units(kind)
+    return f"{x.value * scale:+.{digits}f} {unit} [{x.low * scale:+.{digits}f}, {x.high * scale:+.{digits}f}]"
 
 
 def _triple(x: Interval) -> tuple[float, float, float]:

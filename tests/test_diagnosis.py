@@ -119,6 +119,10 @@ def measured(model, plain, *, distance: int, length: int = 40, join: str = "repl
 
 
 def word(results) -> str:
+    return judged(results).word
+
+
+def judged(results):
     from recipelin.measures import measures
     from recipelin.records import ItemsOf, Record, Row
 
@@ -135,7 +139,7 @@ def word(results) -> str:
         digests={}, device="cpu", threads=1, dtype="float32", seed=0, started="2026-01-01T00:00:00+00:00", seconds=0.0,
         layers=1, window=WINDOW, branches=("window", "linear"), margin=0.01, rows=tuple(rows),
     )  # fmt: skip
-    return judge(measures([record], [items]), record.margin).word
+    return judge(measures([record], [items]), record.margin)
 
 
 def test_the_teacher_answers_at_any_distance():
@@ -184,3 +188,13 @@ def test_short_items_are_not_testable():
     found = measured(student(), teacher(), distance=3, length=WINDOW)
     assert found["hybrid"].exposed == 0.0
     assert word(found) == "not testable"
+
+
+def test_harm_inside_the_window_is_said():
+    """Features that match the wrong keys drown what the window sees: nothing to win there, but something to lose."""
+    model = student()
+    (form,) = forms(model)
+    with torch.no_grad():
+        form.feature_map_k.weight.copy_(form.feature_map_k.weight.roll(1, -1))
+    found = judged(measured(model, teacher(), distance=3))
+    assert found.word == "not testable" and "It harms recall" in found.sentence
