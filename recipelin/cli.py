@@ -11,10 +11,10 @@ from . import __version__
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 failed, 2 the input is wrong, 130 interrupted."""
     arguments = _parser().parse_args(argv)
-    from .load import RecipeError
     from .lookup import LookupFailed
     from .plan import PlanError
     from .sources import SourceError
+    from .strict_yaml import RecipeError
 
     try:
         code: int = arguments.command(arguments)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from . import lookup, reuse
 from .files import write_atomically
-from .load import CHECKOUT, INSTALLED, Loaded, RecipeError, expand, load, read_suite, read_yaml
+from .load import CHECKOUT, INSTALLED, Loaded, expand, load, read_suite
 from .plan import Plan, PlanError, plan, show
 from .steps import Calibrate, Transfer, Tune
+from .strict_yaml import RecipeError, read_yaml
 
 
 def plan_command(arguments: argparse.Namespace) -> int:

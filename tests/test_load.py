@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from recipelin.cli import main
 from recipelin.commands import checked
-from recipelin.load import RECIPES, RecipeError, expand, load
+from recipelin.load import RECIPES, expand, load
 from recipelin.plan import plan
+from recipelin.strict_yaml import RecipeError
 
 ROOT = Path(__file__).parent.parent
 ALL = sorted((ROOT / RECIPES).rglob("*.yaml"))

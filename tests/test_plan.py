@@ -21,7 +21,7 @@ ALL = sorted(p for p in (ROOT / RECIPES).rglob("*.yaml") if "suites" not in p.pa
 FRONT = (
     "base", "states", "sources", "schedule", "steps", "families", "recipe", "load", "lookup", "plan", "reuse", "records",
     "statistics", "verdict", "measures", "render", "runtable", "tables", "tablespec", "publish", "commands", "schema",
-    "exposure", "files", "cli",
+    "exposure", "files", "strict_yaml", "mistakes", "cli",
 )  # fmt: skip
 
 

@@ -1,0 +1,133 @@
+"""From pydantic's errors to sentences: what was found, what was expected, the nearest valid name, and where (no torch)."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from .strict_yaml import Mistake, Where
+
+
+def located(
+    error: ValidationError, prefix: Where, model: type[BaseModel], places: Mapping[Where, Mistake]
+) -> Iterator[Mistake]:
+    """pydantic's errors with their lines; one mistake may come from several branches of a union: the deepest counts."""
+    told: dict[Where, list[str]] = {}
+    for each in error.errors(include_url=False):
+        path = (*prefix, *_real(each["loc"], prefix, places))
+        told.setdefault(path, []).append(_say(each, model))
+    paths = list(told)
+    for path, texts in told.items():
+        if any(p != path and p[: len(path)] == path for p in paths):
+            continue
+        unknown = any(t.startswith("unknown") for t in texts)
+        place = (*path, "key") if unknown and (*path, "key") in places else path
+        field_name = ".".join(str(p) for p in path)
+        text = " or ".join(dict.fromkeys(texts))
+        yield placed(places, place, f"{field_name}: {text}" if field_name else text)
+
+
+def _real(loc: Sequence[str | int], prefix: Where, places: Mapping[Where, Mistake]) -> Where:
+    """The loc without the tags of unions that pydantic puts into it."""
+    found: Where = ()
+    for index, part in enumerate(loc):
+        rest_known = (*prefix, *found, part) in places or (*prefix, *found, part, "key") in places
+        tag = index + 1 < len(loc) or not isinstance(part, str) or not re.fullmatch(r"[a-z_]+|[a-z-]+", part)
+        if rest_known or not tag:
+            found = (*found, part)
+        elif isinstance(part, str) and index + 1 < len(loc):
+            nxt = loc[index + 1]
+            if (
+                (*prefix, *found, nxt) not in places
+                and (*prefix, *found, nxt, "key") not in places
+                and index + 2 < len(loc)
+            ):
+                continue
+    return found
+
+
+def _say(error: Any, model: type[BaseModel]) -> str:
+    kind, given, context = error["type"], error.get("input"), error.get("ctx") or {}
+    name = str(error["loc"][-1]) if error["loc"] else ""
+    if kind == "extra_forbidden":
+        known = _fieldsat(model, error["loc"][:-1])
+        return f"unknown key{nearest(name, known)}; fields here: {listed(known)}" if known else "unknown key"
+    if kind == "missing":
+        return "is missing"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
+        return f"found {describe(given)}; expected {context.get('expected')}{nearest(str(given), choices)}"
+    if kind == "bool_type":
+        return f"found {describe(given)}; expected true or false"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        choices = re.findall(r"'([^']*)'", str(context.get("expected_tags", "")))
+        tag = str(context.get("tag", ""))
+        return (
+            f"found {tag!r}; expected one of {listed(choices)}{nearest(tag, choices)}"
+            if tag
+            else f"needs {context.get('discriminator')}"
+        )
+    if kind == "value_error":
+        return str(error["msg"]).removeprefix("Value error, ")
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"found {describe(given)}; expected a map of fields"
+    if kind == "tuple_type":
+        return f"found {describe(given)}; expected a list"
+    if kind == "too_short":
+        return "found an empty list; expected at least one entry"
+    expected = str(error["msg"]).removeprefix("Input should be ")
+    return f"found {describe(given)}; expected {expected}"
+
+
+def _fieldsat(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
+    """Names of the fields of the model that `loc` leads to from `model`; of all models of a union."""
+    here: list[type[BaseModel]] = [model]
+    for part in loc:
+        following: list[type[BaseModel]] = []
+        for each in here:
+            if isinstance(part, str) and part in each.model_fields:
+                following += _models(each.model_fields[part].annotation)
+        here = following or here
+    return sorted({name for each in here for name in each.model_fields})
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is None:
+        return []
+    return [m for part in get_args(annotation) for m in _models(part)]
+
+
+def placed(places: Mapping[Where, Mistake], path: Where, text: str) -> Mistake:
+    """A mistake at a path, or at the nearest place above it that the file has."""
+    here = path
+    while here not in places and here:
+        here = here[:-1]
+    return replace(places[here], text=text)
+
+
+def nearest(name: str, known: Any) -> str:
+    found = difflib.get_close_matches(name, [str(k) for k in known], 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def listed(names: Any) -> str:
+    return ", ".join(str(n) for n in names)
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, str):
+        return f"the text {value[:60]!r}"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "nothing"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    if isinstance(value, Mapping):
+        return "a map"
+    return str(value)

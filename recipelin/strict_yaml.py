@@ -1,0 +1,176 @@
+"""YAML with nothing surprising: each value with its place, and every mistake as file:line:column (no torch)."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LARGEST = 1 << 20  # bytes of a recipe; the longest of ours has two thousand
+DEEPEST = 40  # levels of nesting
+MOST_NODES = 20_000  # after aliases are followed
+
+Where = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, order=True)
+class Mistake:
+    """One thing that is wrong, and where."""
+
+    file: str
+    line: int
+    column: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}: {self.text}"
+
+
+class RecipeError(ValueError):
+    """All mistakes of a recipe, in the order of its lines."""
+
+    def __init__(self, mistakes: Sequence[Mistake]) -> None:
+        self.mistakes = tuple(sorted(set(mistakes)))
+        super().__init__("\n".join(map(str, self.mistakes)))
+
+
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)?|[-+]?\.\d+([eE][-+]?\d+)?")
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Turns YAML nodes into values and remembers where each one stands."""
+
+    file: str
+    places: dict[Where, Mistake]
+    mistakes: list[Mistake]
+
+    def at(self, node: yaml.Node, text: str = "") -> Mistake:
+        return Mistake(self.file, node.start_mark.line + 1, node.start_mark.column + 1, text)
+
+    def wrong(self, node: yaml.Node, text: str) -> None:
+        self.mistakes.append(self.at(node, text))
+
+    def value(self, node: yaml.Node, path: Where, budget: list[int], above: tuple[yaml.Node, ...] = ()) -> Any:
+        budget[0] -= 1
+        if budget[0] < 0:
+            raise RecipeError([self.at(node, f"aliases expand to more than {MOST_NODES:,} values; write them out")])
+        if node in above:
+            raise RecipeError([self.at(node, "an alias contains itself")])
+        if len(path) > DEEPEST:
+            raise RecipeError([self.at(node, f"nested more than {DEEPEST} levels deep")])
+        self.places[path] = self.at(node)
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node)
+        if isinstance(node, yaml.SequenceNode):
+            return tuple(self.value(item, (*path, i), budget, (*above, node)) for i, item in enumerate(node.value))
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key, str) or key_node.tag != "tag:yaml.org,2002:str":
+                self.wrong(key_node, "found a key that is no plain word; expected a field's name")
+                continue
+            if key in found:
+                first = self.places[(*path, key, "key")]
+                self.wrong(key_node, f"the key {key!r} is given twice, first in line {first.line}")
+                continue
+            self.places[(*path, key, "key")] = self.at(key_node)
+            found[key] = self.value(value_node, (*path, key), budget, (*above, node))
+            self.places[(*path, key, "key")] = self.at(key_node)
+        return found
+
+    def scalar(self, node: yaml.ScalarNode) -> Any:
+        text = node.value
+        if node.style is not None:
+            return text
+        if text in ("", "~", "null"):
+            return None
+        if text in ("true", "false"):
+            return text == "true"
+        if _NUMBER.fullmatch(text):
+            digits = text.replace("_", "")
+            return int(digits) if re.fullmatch(r"[-+]?\d+", digits) else float(digits)
+        if text.lower() in (".inf", "-.inf", "+.inf", ".nan"):
+            self.wrong(node, f"found {text}; expected a finite number")
+        return text
+
+
+class _Loader(yaml.SafeLoader):
+    """Every plain scalar stays text here: `_Reader.scalar` decides what is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+
+
+def read_yaml(path: Path, shown: str | None = None) -> tuple[dict[str, Any], dict[Where, Mistake], str]:
+    """(values, places, text) of a YAML file that holds a map. Raises RecipeError."""
+    file = shown or str(path)
+    text = _text(path, file)
+    reader = _Reader(file, {}, [])
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        _refuse_tags(node, reader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        problem = error.problem or "not YAML"
+        lines = text.splitlines()
+        if "\\t" in problem or (line <= len(lines) and "\t" in lines[line - 1][: column + 1]):
+            problem = "found a tab; indent with spaces"
+        raise RecipeError([Mistake(file, line, column, problem)]) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = getattr(error, "reason", None) or "nested too deeply"
+        raise RecipeError([Mistake(file, 1, 1, f"not YAML: {reason}")]) from error
+    if node is None:
+        raise RecipeError(
+            [Mistake(file, 1, 1, "the file is empty; expected a recipe (recipelin schema shows its fields)")]
+        )
+    if not isinstance(node, yaml.MappingNode):
+        kind = "a list" if isinstance(node, yaml.SequenceNode) else f"the text {node.value[:40]!r}"
+        raise RecipeError([reader.at(node, f"found {kind}; expected a map of fields, `name: …` first")])
+    values = reader.value(node, (), [MOST_NODES])
+    if reader.mistakes:
+        raise RecipeError(reader.mistakes)
+    return values, reader.places, text
+
+
+def _text(path: Path, file: str) -> str:
+    if path.is_dir():
+        raise RecipeError([Mistake(file, 1, 1, "is a folder; expected a YAML file (recipelin check takes folders)")])
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise RecipeError([Mistake(file, 1, 1, f"no such file{hint}")])
+    try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise RecipeError([Mistake(file, 1, 1, f"has {size:,} bytes; a recipe has at most {LARGEST:,}")])
+        content = path.read_bytes()
+    except OSError as error:
+        raise RecipeError([Mistake(file, 1, 1, f"cannot be read: {error.strerror}")]) from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        raise RecipeError([Mistake(file, line, column, f"not UTF-8: byte 0x{content[error.start]:02x}")]) from error
+
+
+def _refuse_tags(node: yaml.Node | None, reader: _Reader) -> None:
+    """No tags: a recipe names values, it does not make objects."""
+    plain = {"tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"}
+    todo, seen = [node] if node is not None else [], set()
+    while todo:
+        here = todo.pop()
+        if id(here) in seen:
+            continue
+        seen.add(id(here))
+        if here.tag not in plain:
+            raise RecipeError([reader.at(here, f"found the tag {here.tag}; a recipe holds plain values")])
+        if isinstance(here, yaml.SequenceNode):
+            todo += here.value
+        elif isinstance(here, yaml.MappingNode):
+            todo += [n for pair in here.value for n in pair]
