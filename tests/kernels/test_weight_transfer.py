@@ -80,6 +80,52 @@ def test_blocked_is_the_definition(target, heads, key_heads, kind):
     assert compared >= 4
 
 
+@pytest.mark.parametrize("join", ["shared", "absolute", "replace"])
+@pytest.mark.parametrize("window", [0, 7])
+def test_blocked_is_the_definition_where_pairs_are_clamped_and_the_teacher_is_windowed(join, window):
+    x = inputs(6, 2, 149, per_key_head=True)
+    with torch.no_grad():
+        x["phi_k"][:, :, 2::3] *= 1e-14  # below the clamp; the first row keeps its only key
+        x["phi_q"][:, :, 5] = 0
+        x["q"] *= 20
+        x["log_scale"] *= 20
+    for target in ("linear", "hybrid"):
+        options = {"target": target, "window": window, "sinks": 2, "join": join, "teacher_window": 31}
+        expected, found = (loss_and_gradients(x, kernel, **options) for kernel in ("reference", "chunked"))
+        for one, other in zip(expected, found, strict=True):
+            assert torch.isfinite(one).all()
+            assert float((one - other).abs().max()) <= 1e-10 * max(float(one.abs().max()), 1e-3), options
+
+
+@pytest.mark.parametrize("join", ["shared", "absolute", "replace"])
+def test_single_precision_stays_finite_and_close_at_large_scores(join):
+    x = inputs(4, 2, 149)
+    with torch.no_grad():
+        x["q"] *= 40  # scores of the future then exceed what exp can hold
+        x["log_scale"] *= 30
+    single = {n: t.detach().float() for n, t in x.items()}
+    for name in ("phi_q", "phi_k", "mix", "log_scale"):
+        single[name].requires_grad_()
+    options = {"target": "hybrid", "window": 9, "join": join}
+    expected, found = loss_and_gradients(x, "reference", **options), loss_and_gradients(single, "chunked", **options)
+    for one, other in zip(expected, found, strict=True):
+        assert float((one - other.double()).norm()) <= 1e-3 * max(float(one.norm()), 1e-3)
+
+
+def test_each_heads_loss_has_its_own_gradient():
+    x = inputs(4, 2, 149)
+    _, lse = teacher_attention(x["q"], x["k"], x["v"])
+    weight = torch.tensor([1.0, 0.0, -2.0, 0.5], dtype=torch.float64)
+    grads = []
+    for kernel in ("reference", "chunked"):
+        each = weight_transfer_loss(
+            x["q"], x["k"], x["phi_q"], x["phi_k"], lse, target="hybrid", window=9, mix=x["mix"], per_head=True, kernel=kernel
+        )  # fmt: skip
+        grads.append(torch.autograd.grad((each * weight).sum(), [x["phi_q"], x["phi_k"], x["mix"]]))
+    for one, other in zip(*grads, strict=True):
+        assert float((one - other).abs().max()) <= 1e-10 * float(one.abs().max())
+
+
 def test_it_is_torchs_cross_entropy():
     x = inputs(4, 2, 53)
     _, lse = teacher_attention(x["q"], x["k"], x["v"])

@@ -114,7 +114,8 @@ def weight_transfer_loss(
     if target == "hybrid" and join == "absolute" and log_scale is None:
         raise ValueError("target='hybrid', join='absolute' needs log_scale [H]")
     batch, heads, length, _ = q.shape
-    own = rows(batch, length, q.device, key_mask, segment_ids)
+    alike = key_mask is None and segment_ids is None  # then one row of masks serves all
+    own = rows(1 if alike else batch, length, q.device, key_mask, segment_ids)
     count = batch * length
     if key_mask is not None:
         real = key_mask[:, None, :, None]

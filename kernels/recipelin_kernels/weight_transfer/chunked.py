@@ -1,7 +1,13 @@
-"""The cross-entropy between attention weights in O(T) memory: blocks of queries, gradients made in the same pass.
+"""The cross-entropy between attention weights in O(T) memory: gradients by hand, in the same pass as the loss.
 
-A block of queries meets all its keys at once; its loss is differentiated as soon as it is known, so backward only has to
-scale what forward has found. Nothing of size T x T is held: a block is BLOCK x T.
+A block of queries meets all its keys, for so few heads at a time that their weights stay in the cache: at most
+max(TILE, group x BLOCK x T) of them exist at once. With X = phi.phi, J the student's unnormalised row (J = X for the
+linear form), N = sum J, A = J / N and u = [A >= 1e-12], the pairs that the clamp leaves alone:
+
+    loss_i = - sum_j P_ij log max(A_ij, 1e-12)        dloss_i / dJ_ij = (sum_j P_ij u_ij - P_ij u_ij / A_ij) / N_i
+
+As A does not change with the scale of J, sum_j J_ij dloss_i / dJ_ij = 0; hence the gradient of log_scale, the sum over
+the linear part, is minus the sum over the softmax part, which has few columns.
 """
 
 from typing import Any
@@ -9,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hybrid.chunk import dot
-from ..hybrid.rows import Options, Rows, softmax_set, visible
-from .reference import log_weights
+from ..hybrid.rows import EXP_FLOOR, Options, Rows, softmax_set, visible
+from .reference import LEAST
 
-BLOCK = 128  # measured best (facts/performance.md §3)
+BLOCK = 128  # 64 to 192 measured within 5 % of each other
+TILE = 1 << 17  # weights of a tile: 512 KiB of fp32, so that the few arrays of a tile share a level-2 cache
+LEARNED = ("phi_q", "phi_k", "mix", "log_scale")
 
 
 def cut(rows: Rows, start: int, stop: int) -> Rows:
@@ -32,8 +39,66 @@ def masks(options: Options, rows: Rows, start: int, stop: int, teacher_window: i
     return seen, near, sinks
 
 
+def columns(mask: Tensor) -> slice:
+    """The shortest run of columns that holds every True of [..., n]; empty if there is none."""
+    found = mask.flatten(0, -2).any(0).nonzero()
+    return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
+
+
+class _Soft:
+    """The softmax part of the rows of a tile: e = exp(s - top) over its few columns, 0 elsewhere."""
+
+    def __init__(self, above: Tensor, parts: list[tuple[slice, Tensor]]) -> None:
+        """above [n,G,C,K]: scores minus the teacher's log-sum-exp; parts: columns and mask of the window and the sinks."""
+        self.parts = parts
+        tops = [above[..., s].masked_fill(~m, -torch.inf).amax(-1, keepdim=True) for s, m in parts]
+        top = torch.stack(tops).amax(0) if tops else torch.full_like(above[..., :1], -torch.inf)
+        self.present = ~torch.isinf(top)
+        self.top = torch.where(self.present, top, 0.0)
+        self.e = [(above[..., s] - self.top).clamp_(EXP_FLOOR, 0.0).exp_().masked_fill_(~m, 0.0) for s, m in parts]
+        self.mass = self.over(self.e, None)
+
+    def over(self, values: list[Tensor], other: Tensor | None) -> Tensor:
+        """Row sums [n,G,C,1] of values, times the columns of `other` if given."""
+        total = torch.zeros_like(self.top)
+        for (s, _), x in zip(self.parts, values, strict=True):
+            total += (x if other is None else x * other[..., s]).sum(-1, keepdim=True)
+        return total
+
+
+def student(
+    x: Tensor, soft: _Soft, mix: Tensor | None, log_scale: Tensor | None, lse: Tensor, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    """Turns X of a tile, 0 at hidden keys, into J in place. Returns (a of a = a e, b of b = b X or None for 1), [n,G,C,1].
+
+    `absolute` is divided by its row's largest part, exp(top) or exp(c) sum X: the scale of J is free.
+    """
+    if options.join == "replace":
+        held = [torch.where(m, x[..., s], 0.0).sum(-1, keepdim=True) for s, m in soft.parts]
+        weight = sum(held, torch.zeros_like(soft.top)) / torch.where(soft.present, soft.mass, 1.0)
+    if options.cover == "outside":
+        for s, m in soft.parts:
+            x[..., s].masked_fill_(m, 0.0)
+    scale = None
+    if options.join == "shared":
+        assert mix is not None
+        weight = mix.expand_as(soft.top)
+    elif options.join == "absolute":
+        assert log_scale is not None
+        mass = x.sum(-1, keepdim=True)
+        unit = log_scale - lse
+        linear = torch.where(mass > 0, unit + mass.clamp(min=torch.finfo(x.dtype).tiny).log(), -torch.inf)
+        most = torch.maximum(torch.where(soft.present, soft.top, -torch.inf), linear)
+        weight = torch.where(soft.present, (soft.top - most).exp(), 0.0)
+        scale = torch.where(mass > 0, (unit - most).exp(), 0.0)
+        x.mul_(scale)
+    for (s, _), e in zip(soft.parts, soft.e, strict=True):
+        x[..., s] += weight * e
+    return weight, scale
+
+
 class _Loss(torch.autograd.Function):
-    """[H] sums over rows of the loss; the gradients of their sum weighted by `weight` [H] are made in forward."""
+    """[H] sums over rows of the loss; the gradients of each head's sum are made in forward, backward scales them."""
 
     @staticmethod
     def forward(
@@ -48,54 +113,96 @@ class _Loss(torch.autograd.Function):
         facts: tuple[str, Options, Rows, int | None, bool],
     ) -> Tensor:
         target, options, rows, teacher_window, wants = facts
-        learn = dict(zip(("phi_q", "phi_k", "mix", "log_scale"), ctx.needs_input_grad[2:6], strict=True))
-        wants = wants and any(learn.values())
-        whole = {"phi_q": phi_q, "phi_k": phi_k, "mix": mix, "log_scale": log_scale}
+        given = dict(zip(LEARNED, (phi_q, phi_k, mix, log_scale), strict=True))
+        learn = {n for n, x, y in zip(LEARNED, given.values(), ctx.needs_input_grad[2:6], strict=True) if wants and y}
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        grads = {n: torch.zeros_like(whole[n], dtype=dtype) for n in whole if wants and learn[n]}  # type: ignore[arg-type]
-        length = q.shape[2]
-        total = torch.zeros(q.shape[1], dtype=dtype, device=q.device)
+        (batch, heads, length, _), key_heads = q.shape, k.shape[1]
+        units, group, each = batch * key_heads, heads // key_heads, phi_k.shape[1] // key_heads
+
+        # A unit is a key head of a row with its group of query heads; `each` of the heads of phi_k belong to it.
+        q, phi_q, lse = (x.to(dtype).reshape(units, group, length, -1) for x in (q, phi_q, lse))
+        k, phi_k = (x.to(dtype).reshape(-1, length, x.shape[-1]) for x in (k, phi_k))
+        mix, log_scale = (
+            None if x is None else x.to(dtype).view(1, key_heads, group, 1, 1).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+            for x in (mix, log_scale)
+        )  # fmt: skip
+        grads = {n: torch.zeros_like(x) for n, x in (("phi_q", phi_q), ("phi_k", phi_k)) if n in learn}
+        grads |= {n: q.new_zeros(units, group) for n in ("mix", "log_scale") if n in learn}
+        total = q.new_zeros(units, group)
+        row = torch.arange(units, device=q.device) // key_heads
+
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
             seen, near, sinks = masks(options, rows, start, stop, teacher_window)
-            scores = dot(q[:, :, start:stop].to(dtype), k[:, :, :stop].to(dtype)) * options.scale
-            above = torch.where(seen, scores - lse[:, :, start:stop, None].to(dtype), 0.0)
-            p = torch.where(seen, above.clamp(min=-85.0).exp(), 0.0)
-            parts = {
-                "phi_q": phi_q[:, :, start:stop].to(dtype),
-                "phi_k": phi_k[:, :, :stop].to(dtype),
-                "mix": None if mix is None else mix.to(dtype),
-                "log_scale": None if log_scale is None else log_scale.to(dtype),
-            }
-            leaves = {n: None if x is None else x.detach().requires_grad_(n in grads) for n, x in parts.items()}
-            with torch.enable_grad() if grads else torch.no_grad():
-                pairs = dot(leaves["phi_q"], leaves["phi_k"])  # type: ignore[arg-type]
-                logs = log_weights(
-                    scores, pairs, seen, near, sinks, leaves["mix"], leaves["log_scale"], target, options
-                )
-                found = -(p * logs).sum((0, 2, 3))
-            total += found.detach()
-            if found.requires_grad:
-                names = [n for n in grads if leaves[n] is not None]
-                ones = torch.ones_like(found)
-                made = torch.autograd.grad(found, [leaves[n] for n in names], ones, allow_unused=True)  # type: ignore[arg-type]
-                for name, grad in zip(names, made, strict=True):
-                    if grad is None:
-                        continue
-                    if name == "phi_q":
-                        grads[name][:, :, start:stop] += grad
-                    elif name == "phi_k":
-                        grads[name][:, :, :stop] += grad
-                    else:
-                        grads[name] += grad
-        ctx.grads, ctx.dtypes = grads, {n: None if x is None else x.dtype for n, x in whole.items()}
-        return total
+            hidden = ~seen
+            shut = columns(hidden)
+            spans = [(s, m[..., s]) for m in (near, sinks) if (s := columns(m)).stop] if target == "hybrid" else []
+            step = max(1, TILE // (group * (stop - start) * stop))
+            for first in range(0, units, step):
+                tile = slice(first, min(first + step, units))
+                here, wide = tile.stop - first, slice(first * each, tile.stop * each)
+                shape = (here, group, stop - start, stop)
+
+                def of(mask: Tensor, tile: slice = tile) -> Tensor:
+                    return mask if mask.shape[0] == 1 else mask[row[tile]]
+
+                closed, parts = of(hidden[..., shut]), [(s, of(m)) for s, m in spans]
+                q_tile = q[tile, :, start:stop].reshape(here, group * (stop - start), -1)
+                fq = phi_q[tile, :, start:stop].reshape(here * each, group // each * (stop - start), -1)
+                fk = phi_k[wide, :stop]
+                lse_tile = lse[tile, :, start:stop]
+                p = torch.baddbmm(-lse_tile.reshape(here, -1, 1), q_tile, k[tile, :stop].mT, alpha=options.scale)
+                p = p.view(shape)
+                a = torch.bmm(fq, fk.mT).view(shape)
+                a[..., shut].masked_fill_(closed, 0.0)
+                scale = None
+                if target == "hybrid":
+                    soft = _Soft(p, parts)
+                    own_mix, own_scale = (None if x is None else x[tile] for x in (mix, log_scale))
+                    weight, scale = student(a, soft, own_mix, own_scale, lse_tile, options)
+                p.clamp_(min=EXP_FLOOR).exp_()
+                p[..., shut].masked_fill_(closed, 0.0)
+                mass = a.sum(-1, keepdim=True)
+                inverse = torch.where(mass > 0, 1.0 / mass, 0.0)
+                a.mul_(inverse)
+                a[..., shut].masked_fill_(closed, 1.0)
+                clamped = a < LEAST if bool(a.amin() < LEAST) else None
+                a.clamp_(min=LEAST)
+                total[tile] -= a.log().mul_(p).sum((-2, -1))
+                if not grads:
+                    continue
+                if clamped is not None:
+                    p.masked_fill_(clamped, 0.0)
+                kept = p.sum(-1, keepdim=True)
+                g = torch.div(p, a, out=a).neg_().add_(kept)  # dloss / dJ times N
+                g[..., shut].masked_fill_(closed, 0.0)
+                if target == "hybrid":
+                    pull = soft.over(soft.e, g)
+                    if "mix" in grads:
+                        grads["mix"][tile] += (pull * inverse).sum((-2, -1))
+                    if "log_scale" in grads:
+                        grads["log_scale"][tile] -= (pull * inverse * weight).sum((-2, -1))
+                    shared = pull / torch.where(soft.present, soft.mass, 1.0) if options.join == "replace" else None
+                    for s, m in parts:
+                        if options.cover == "outside":
+                            g[..., s].masked_fill_(m, 0.0)
+                        if shared is not None:
+                            g[..., s] += torch.where(m, shared, 0.0)
+                g = g.view(here * each, -1, stop)
+                factor = (inverse if scale is None else inverse * scale).reshape(here * each, -1, 1)
+                if "phi_q" in grads:
+                    grads["phi_q"][tile, :, start:stop] = (torch.bmm(g, fk) * factor).view(*shape[:3], -1)
+                if "phi_k" in grads:
+                    grads["phi_k"][wide, :stop].baddbmm_(g.mT, fq * factor)
+        whole = {n: x.view(given[n].shape) if x.ndim > 2 else x.view(batch, heads).sum(0) for n, x in grads.items()}  # type: ignore[union-attr]
+        ctx.grads, ctx.dtypes = whole, {n: None if x is None else x.dtype for n, x in given.items()}
+        return total.view(batch, heads).sum(0)
 
     @staticmethod
     def backward(ctx: Any, weight: Tensor) -> Any:
-        # Every head enters the sum alike, so that one factor a head scales its gradients.
+        # The gradients of each head's own sum: one factor a head scales them.
         found: list[Tensor | None] = []
-        for name in ("phi_q", "phi_k", "mix", "log_scale"):
+        for name in LEARNED:
             grad = ctx.grads.get(name)
             if grad is None:
                 found.append(None)
@@ -105,6 +212,6 @@ class _Loss(torch.autograd.Function):
                 group = weight.shape[0] // grad.shape[1]
                 if group > 1 and bool((weight != weight[0]).any()):
                     raise ValueError("per-head losses with features per key head: weigh the heads alike")
-                factor = weight[::group].to(grad.dtype)[:, None, None]
+                factor = factor[::group, None, None]
             found.append((grad * factor).to(ctx.dtypes[name]))
         return None, None, *found, None, None
