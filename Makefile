@@ -31,6 +31,7 @@ tables: .venv/.run  ## makes every table anew from results/records and compares 
 
 bench: .venv/.dev  ## speed and memory of the operators against their references
 	$(BIN)/python kernels/bench/hybrid.py
+	$(BIN)/python kernels/bench/weight_transfer.py
 
 clean:
 	rm -rf .venv runs
