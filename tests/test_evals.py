@@ -20,7 +20,7 @@ from recipelin.evals.perplexity.config import Config as Perplexity
 from recipelin.evals.recall.config import Config as Recall
 from recipelin.evals.usage.config import Config as Usage
 from recipelin.exposure import exposed_share
-from recipelin.sources import Stdlib
+from recipelin.sources import Stdlib, part_of
 from recipelin.states import State, resolve
 from recipelin.steps import Swap
 from recipelin.swap import swap, switch
@@ -160,6 +160,82 @@ def test_lm_eval_scores_are_the_log_likelihoods_of_the_lines(model, tokenizer, t
     assert all(i.exposed > 0.9 for i in result.items)
     (again,) = run(LmEval.model_validate({"eval": "lm_eval", "tasks": (TASK,), "batch": 1}), model, tokenizer, tmp_path)
     assert [i.score for i in again.items] == [i.score for i in result.items]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"eval": "perplexity", "rows": 5, "length": 40}, {"eval": "recall", "distances": [6, 60], "items": 5, "length": 96},
+     {"eval": "usage", "rows": 5, "length": 40}],
+    ids=lambda c: c["eval"],
+)  # fmt: skip
+def test_neither_the_batch_nor_the_call_matters(config, model, tokenizer, tmp_path):
+    kind = lookup.lookup("evals", config["eval"]).Config
+    one, five = (
+        run(kind.model_validate_json(json.dumps({**config, "batch": n})), model, tokenizer, tmp_path) for n in (1, 5)
+    )
+    assert [(r.task, r.n, [i.id for i in r.items]) for r in one] == [
+        (r.task, r.n, [i.id for i in r.items]) for r in five
+    ]
+    assert all(abs(a.value - b.value) < 1e-5 for a, b in zip(one, five, strict=True))
+    assert one == run(kind.model_validate_json(json.dumps({**config, "batch": 1})), model, tokenizer, tmp_path)
+
+
+def test_usage_of_rows_that_fit_into_the_window_is_nothing(model, tokenizer, tmp_path):
+    assert run(Usage(rows=2, length=8), model, tokenizer, tmp_path) == ()
+    assert run(Usage(rows=2, length=9), model, tokenizer, tmp_path)[0].n == 2
+
+
+def test_short_lines_are_not_exposed(model, tokenizer, tmp_path):
+    """At most 20 tokens of context and 11 of answer: no query looks back further than 30 keys."""
+    task = {"task": "short", "metric": "acc", "next_line": {"items": 6, "context": (8, 20)}}
+    config = LmEval.model_validate({"eval": "lm_eval", "tasks": (task,)})
+    (hidden,) = run(config, model, tokenizer, tmp_path, exposed_from=32)
+    assert hidden.exposed == 0.0
+    line = json.loads((tmp_path / "short.jsonl").read_text().splitlines()[0])
+    context, right = line["context"], line["choices"][line["answer"]]
+    # lm-eval scores the newline that ends the context too.
+    start, stop = len(tokenizer.encode(context.rstrip())), len(tokenizer.encode(context + right))
+    (seen,) = run(config, model, tokenizer, tmp_path, exposed_from=start)
+    assert seen.items[0].exposed == (stop - start - 1) / (stop - start) and seen.items[0].length == stop
+
+
+def test_local_items_follow_their_text(tokenizer, tmp_path):
+    settings = {**TASK["next_line"], "text": {"source": "text", "path": "a.txt", "documents": "file"}, "items": 1}
+    lines = [f"self.name_{i * 37 % 60} = name" for i in range(60)]
+    names = (f"{n}.txt" for n in range(1000))
+    name = next(n for n in names if part_of(f"{n}:0") == "test")
+    settings["text"]["path"] = name
+    task = LmEval.model_validate({"eval": "lm_eval", "tasks": ({**TASK, "next_line": settings},)}).tasks[0]
+    asked = {"folder": tmp_path, "base": tmp_path, "seed": 0}
+    write_task = lookup.implementation("evals", "lm_eval").write_task
+    (tmp_path / name).write_text("\n".join(lines))
+    path = write_task(task, tokenizer, **asked).with_suffix(".jsonl")
+    stamp, text = path.stat().st_mtime_ns, path.read_text()
+    write_task(task, tokenizer, **asked)
+    assert path.stat().st_mtime_ns == stamp, "what is there already is kept"
+    (tmp_path / name).write_text("\n".join(reversed(lines)))
+    write_task(task, tokenizer, **asked)
+    assert path.read_text() != text, "the file has changed, and so have the items"
+
+
+def test_a_group_is_its_own_subtasks_only():
+    leaves = lookup.implementation("evals", "lm_eval")._leaves
+    outcome = {"samples": {"piqa": [], "a": [], "b": [], "c": []},
+               "group_subtasks": {"mmlu": ["stem", "c"], "stem": ["b", "a"]}}  # fmt: skip
+    assert leaves(outcome, "mmlu") == ["c", "a", "b"] and leaves(outcome, "piqa") == ["piqa"]
+    assert leaves(outcome, "absent") == []
+
+
+def test_an_unknown_task_and_a_missing_extra_are_said(model, tokenizer, tmp_path, monkeypatch):
+    evaluation = lookup.implementation("evals", "lm_eval")
+    config = LmEval.model_validate({"eval": "lm_eval", "tasks": ({"task": "piqua"},)})
+    manager = SimpleNamespace(all_tasks=["piqa", "arc_easy"])
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: manager)  # the index of all stock tasks takes seconds
+    with pytest.raises(evaluation.EvalError, match=r"no task 'piqua'; did you mean 'piqa'\?"):
+        run(config, model, tokenizer, tmp_path)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(evaluation.EvalError, match=r"pip install 'recipelin\[eval\]'"):
+        run(config, model, tokenizer, tmp_path)
 
 
 def test_distractors_come_from_the_same_file(tokenizer):

@@ -1,12 +1,13 @@
 """Tasks of EleutherAI's lm-evaluation-harness, stock ones by name and local ones from a folder beside the run."""
 
+import difflib
 import json
 import logging
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ... import data
 from ...exposure import exposed_share
 from ...files import write_atomically
 from ...records import Item, Result
+from ...sources import fingerprint
 from ...states import NamedState
 from .config import Config, Task
 
@@ -57,27 +59,25 @@ def run(
         include = str(folder) if len(stock) < len(config.tasks) else None
         # The index of all stock tasks takes seconds: only where one of them is named.
         manager = TaskManager(include_path=include, include_defaults=bool(stock))
+        _check_names([t.task for t in stock], manager.all_tasks)
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch, device=device)
         outcomes: dict[str, Any] = {}
         # Tasks that are asked alike go in one call: each call costs lm-eval half a second of its own.
         for shots, limit in dict.fromkeys((t.shots, t.limit) for t in config.tasks):
             together = [task_name(t, seed) for t in config.tasks if (t.shots, t.limit) == (shots, limit)]
-            try:
-                outcome = simple_evaluate(
-                    model=wrapped,
-                    tasks=list(together),
-                    task_manager=manager,
-                    num_fewshot=shots,
-                    limit=limit,
-                    log_samples=True,
-                    bootstrap_iters=0,
-                    random_seed=seed,
-                    numpy_random_seed=seed,
-                    torch_random_seed=seed,
-                    fewshot_random_seed=seed,
-                )
-            except KeyError as error:
-                raise EvalError(f"lm-eval has no task {error} among {', '.join(together)}") from error
+            outcome = simple_evaluate(
+                model=wrapped,
+                tasks=list(together),
+                task_manager=manager,
+                num_fewshot=shots,
+                limit=limit,
+                log_samples=True,
+                bootstrap_iters=0,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
             outcomes |= dict.fromkeys(together, outcome)
         names = [(task, task_name(task, seed)) for task in config.tasks]
         found = [_result(task, name, outcomes[name], wrapped, exposed_from) for task, name in names]
@@ -95,7 +95,12 @@ def write_task(task: Task, tokenizer: Any, *, folder: Path, base: Path, seed: in
     assert settings is not None
     name = task_name(task, seed)
     path, items_path = folder / f"{name}.yaml", folder / f"{name}.jsonl"
-    facts = {"settings": settings.model_dump(mode="json"), "seed": seed, "tokenizer": data.tokenizer_digest(tokenizer)}
+    facts = {
+        "settings": settings.model_dump(mode="json"),
+        "seed": seed,
+        "text": fingerprint(settings.text, base),
+        "tokenizer": data.tokenizer_digest(tokenizer),
+    }
     text = yaml.safe_dump(
         {
             "task": name,
@@ -144,7 +149,8 @@ def _result(task: Task, name: str, outcome: Any, wrapped: Any, exposed_from: int
         target = sample["target"]
         index = target if isinstance(target, int) and target < len(sample["arguments"]) else 0
         context, continuation = _texts(sample["arguments"], index)
-        start = len(wrapped.tok_encode(context)) if context else 0
+        # As lm-eval splits a request: white space at the end of the context belongs to what is scored.
+        start = len(wrapped.tok_encode(context.rstrip())) if context.rstrip() else 0
         stop = len(wrapped.tok_encode(context + continuation))
         positions = range(min(start, stop - 1), stop)
         items.append(
@@ -168,9 +174,19 @@ def _result(task: Task, name: str, outcome: Any, wrapped: Any, exposed_from: int
     )
 
 
+def _check_names(asked: Sequence[str], known: Sequence[str]) -> None:
+    for name in asked:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise EvalError(f"lm-eval has no task {name!r}{hint} (a task of ours needs its `next_line` settings)")
+
+
 def _leaves(outcome: Any, name: str) -> list[str]:
-    """A group such as mmlu stands for its subtasks."""
-    return [name] if name in outcome["samples"] else sorted(outcome["samples"])
+    """A group such as mmlu stands for its subtasks, at any depth, and for no other task of the same call."""
+    if name in outcome["samples"]:
+        return [name]
+    return [leaf for child in sorted(outcome["group_subtasks"].get(name, [])) for leaf in _leaves(outcome, child)]
 
 
 def _metrics(sample: dict[str, Any]) -> list[str]:

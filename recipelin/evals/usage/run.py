@@ -28,13 +28,13 @@ def run(
 ) -> tuple[Result, ...]:
     """A Result for each layer and head: mean share over queries with a non-empty linear set, on the student's own stream.
 
-    Nothing in states without both branches, where the share is 0 or 1 by definition, and for signed features, where it is
-    not defined.
+    Nothing in states without both branches, where the share is 0 or 1 by definition, for signed features, where it is not
+    defined, and for rows that fit into the window, where no linear set has a key.
     """
     found = forms(model)
     if not found or state.state is None or not {"window", "linear"} <= set(state.state.branches):
         return ()
-    if found[0].config.feature_map.activation == "none" or exposed_from is None:
+    if found[0].config.feature_map.activation == "none" or exposed_from is None or config.length <= exposed_from:
         return ()
     rows = held_out_rows(config, tokenizer, base=base, seed=seed)
     sums: dict[int, torch.Tensor] = {}
