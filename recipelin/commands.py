@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import lookup, reuse
+from .evals import EvalError
 from .files import write_atomically
 from .load import CHECKOUT, INSTALLED, Loaded, expand, load, read_suite
 from .plan import Plan, PlanError, plan, show
@@ -65,6 +66,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     for point in points:
         plan(point, allow_code=arguments.allow_code)  # all points are refused before the first one costs anything
     try:
+        from .checkpoint import OtherCheckpoint
         from .run import RunError, run
         from .stages import StageError
     except ModuleNotFoundError as error:
@@ -92,8 +94,16 @@ def run_command(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nrecipelin: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except (RunError, StageError, PlanError) as error:
+    except (RunError, StageError, PlanError, EvalError, OtherCheckpoint) as error:
         print(f"recipelin: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"recipelin: {where}{error.strerror or error}; what was finished is kept, and the same command goes on from "
+            "there (RECIPELIN_HOME names another disk)",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

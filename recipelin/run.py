@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -290,8 +291,7 @@ class _Walk:
         named = resolve(state, self.plan.hybrid)
         found: list[float] = []
         for config in load_suite(suite, self.loaded.path).evals:
-            if "part" in type(config).model_fields:
-                config = config.model_copy(update={"part": "selection"})
+            config = type(config).model_validate(_on_selection(config.model_dump()))
             for result in self._run_eval(config, self.model, self.tokenizer, named, seed=0, tasks="selection-tasks"):
                 if metric in (result.metric, result.task):
                     found.append(-result.value if result.higher_is_better else result.value)
@@ -341,8 +341,15 @@ class _Walk:
         state = self.model.state_dict()
         kept = {n: state[n].detach().cpu().contiguous().clone() for n in sorted(self._named(step))}
         temporary = path.with_suffix(".partial")
-        save_file(kept, temporary)
-        temporary.replace(path)
+        try:
+            save_file(kept, temporary)
+            temporary.replace(path)
+        except SafetensorError as error:
+            raise RunError(
+                f"{path} could not be written: {error}; make room, and run the same command again"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _load_weights(self, step: Calibrate | Transfer | Tune, path: Path) -> None:
         weights = load_file(path, device=self.device)
@@ -375,9 +382,15 @@ class _Walk:
         bar = tqdm(units, desc="evaluate", unit="eval", file=sys.stderr, disable=None, mininterval=1.0)
         for named, suite, config, seed in bar:
             bar.set_postfix_str(f"{named.name}: {config.eval}")
+            module = lookup.implementation("evals", config.eval)
+            if hasattr(module, "prepare"):
+                module.prepare(
+                    config, self.tokenizer, seed=seed, folder=self.folder / "tasks", base=self.loaded.path.parent
+                )
             unit = digest(
                 {
                     "weights": digests[named.weights],
+                    "tokenizer": data.tokenizer_digest(self.tokenizer),
                     "surroundings": [
                         self.around.digests["data"],
                         self.around.device,
@@ -466,6 +479,13 @@ def exposed_from(hybrid: State | None) -> int | None:
     if hybrid.window == "full":
         return None
     return hybrid.window + (hybrid.sinks if "sinks" in hybrid.branches else 0)
+
+
+def _on_selection(value: Any) -> Any:
+    """An evaluation's settings with every `part`, however deep, on the selection part: validation never sees test items."""
+    if isinstance(value, dict):
+        return {k: "selection" if k == "part" else _on_selection(v) for k, v in value.items()}
+    return tuple(map(_on_selection, value)) if isinstance(value, tuple) else value
 
 
 def _say(text: str) -> None:

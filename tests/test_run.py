@@ -245,3 +245,28 @@ def test_the_exported_student_generates_with_its_own_classes(folder, home, tmp_p
     assert made.shape[1] <= 32
     config = json.loads((out / "model" / "config.json").read_text(encoding="utf-8"))
     assert config["model_type"] == "recipelin_llama" and config["recipelin"]["state"]["window"] == 8
+
+
+def test_validation_never_sees_test_items():
+    """Every `part` of a suite's settings, however deep, is on the selection part while a stage validates."""
+    from recipelin.load import load_suite
+    from recipelin.run import _on_selection
+
+    for config in load_suite("pocket", Path("x.yaml")).evals:
+        watched = type(config).model_validate(_on_selection(config.model_dump()))
+        text = watched.model_dump_json()
+        assert '"test"' not in text and '"selection"' in text
+
+
+def test_a_full_disk_is_said_and_nothing_is_half_written(folder, home, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr("recipelin.run.save_file", full)
+    assert main(["run", str(folder / "recipe.yaml"), "--out", str(tmp_path / "x"), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert "somewhere: No space left on device; what was finished is kept" in error and "Traceback" not in error
+    assert not list((home / "steps").glob("*/report.json"))
+    monkeypatch.undo()
+    monkeypatch.setenv("RECIPELIN_HOME", str(home))
+    assert main(["run", str(folder / "recipe.yaml"), "--out", str(tmp_path / "x"), "--device", "cpu"]) == 0

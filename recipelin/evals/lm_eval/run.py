@@ -20,11 +20,8 @@ from ...files import write_atomically
 from ...records import Item, Result
 from ...sources import fingerprint
 from ...states import NamedState
+from .. import EvalError
 from .config import Config, Task
-
-
-class EvalError(RuntimeError):
-    """An evaluation that cannot run here; the message says what is missing."""
 
 
 def run(
@@ -53,9 +50,7 @@ def run(
         raise EvalError(f"lm_eval needs {error.name}: pip install 'recipelin[eval]'") from error
     stock = [t for t in config.tasks if t.next_line is None]
     with _quiet():
-        for task in config.tasks:
-            if task.next_line is not None:
-                write_task(task, tokenizer, folder=folder, base=base, seed=seed)
+        prepare(config, tokenizer, seed=seed, folder=folder, base=base)
         include = str(folder) if len(stock) < len(config.tasks) else None
         # The index of all stock tasks takes seconds: only where one of them is named.
         manager = TaskManager(include_path=include, include_defaults=bool(stock))
@@ -82,6 +77,13 @@ def run(
         names = [(task, task_name(task, seed)) for task in config.tasks]
         found = [_result(task, name, outcomes[name], wrapped, exposed_from) for task, name in names]
     return tuple(found)
+
+
+def prepare(config: Config, tokenizer: Any, *, seed: int, folder: Path, base: Path) -> None:
+    """Write the local tasks; a run does so also where it reuses their results, so that the stock command finds them."""
+    for task in config.tasks:
+        if task.next_line is not None:
+            write_task(task, tokenizer, folder=folder, base=base, seed=seed)
 
 
 def task_name(task: Task, seed: int) -> str:
