@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from .attention.captured import Captured
@@ -23,7 +24,7 @@ from .states import resolve
 from .steps import Calibrate, Transfer, Tune
 from .swap import form_parameters, forms, mark_merged, recording, state_of, switch
 
-LOGIT_ROWS = 4096  # tokens whose logits are held at once beside the loss
+LOGIT_ROWS = 4096  # tokens whose logits are held at once; with more, each share is made again in the backward pass
 
 
 class StageError(RuntimeError):
@@ -63,6 +64,13 @@ def transfer(
     found = forms(model)
     if not found:
         raise StageError("transfer: no layer of the model is swapped")
+    dtype = next(model.parameters()).dtype
+    if step.schedule.autocast and dtype != torch.bfloat16:
+        # Autocast leaves q and k after RoPE in fp32 beside v in bf16, which the teacher's attention does not take.
+        raise StageError(
+            f"transfer: autocast: bfloat16 needs a teacher in bfloat16, found {str(dtype).removeprefix('torch.')}; set "
+            f"model.dtype: bfloat16, or leave schedule.{step.stage}.autocast out"
+        )
     own = [p for form in found for name in step.trains for p in form.groups()[name]]
     groups: dict[str, list[nn.Parameter]] = {n: [p for f in found for p in f.groups()[n]] for n in step.trains}
     model.eval()
@@ -72,14 +80,16 @@ def transfer(
 
         def learn(index: int, captured: Captured) -> None:
             form = next(f for f in found if f.layer_index == index)
-            with torch.enable_grad() if share is not None else nullcontext():
+            grad = torch.enable_grad() if share is not None else nullcontext()
+            # Autocast is for the teacher's stream; the losses of a layer keep their own precision.
+            with grad, torch.autocast(device.partition(":")[0], enabled=False):
                 parts = form.losses(captured, step.objective)
                 loss = sum(weight * parts[name] for name, weight in step.objective.items())
                 if share is not None:
                     (loss * (share / len(found))).backward()
             layers[f"layer{index}"] = loss.detach()
 
-        with torch.no_grad(), recording(model, learn):
+        with torch.no_grad(), _autocast(step.schedule, device), recording(model, learn):
             _hidden(model, batch)
         values = {name: float(value) for name, value in layers.items()}
         return sum(values.values()) / len(values), values
@@ -219,11 +229,14 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
         return hidden.sum() * 0.0
     hidden, labels = hidden[scored], labels[scored]
     head = model.get_output_embeddings()  # type: ignore[operator]
-    parts = [
-        F.cross_entropy(_exact(head(h)), y, reduction="sum")
-        for h, y in zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True)
-    ]
-    return torch.stack(parts).sum() / count
+
+    def part(h: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(_exact(head(h)), y, reduction="sum")
+
+    shares = list(zip(hidden.split(LOGIT_ROWS), labels.split(LOGIT_ROWS), strict=True))
+    if len(shares) == 1:
+        return part(*shares[0]) / count
+    return torch.stack([checkpoint(part, h, y, use_reentrant=False) for h, y in shares]).sum() / count
 
 
 def _exact(logits: Tensor) -> Tensor:
@@ -327,15 +340,26 @@ class _Loop:
         bar = tqdm(
             total=total, initial=at.step, desc=self.name, unit="step", file=sys.stderr, disable=None, mininterval=1.0
         )
-        number = at.step
+        number, moving = at.step, False
         try:
-            while number < total and not at.stopped:
+            while True:
+                # First of all, so that a stage interrupted within a validation takes it up again.
+                validation = schedule.validation
+                if validation and self._due(at, validation, total):
+                    at = self._validate(at, validation, writer)
+                if number >= total or at.stopped:
+                    break
+                if number % schedule.checkpoint_every == 0 and number > resumed:
+                    self._save(at, optimizers)
                 factor = rate(schedule.decay, number, total) * at.plateau
                 optimizers.set_rates(factor)
-                value, layers = self._step(number, optimizers)
+                value, layers = self._gradients(number)
+                moving = True
+                optimizers.step()
                 number += 1
-                at = at.after(number, seconds + time.monotonic() - started, self.curve)
                 self.curve.append((number, value))
+                at = at.after(number, seconds + time.monotonic() - started, self.curve)
+                moving = False
                 bar.update()
                 if number % schedule.log_every == 0 or number == total:
                     bar.set_postfix_str(f"loss {value:.4g}")
@@ -343,13 +367,9 @@ class _Loop:
                     writer.add_scalar(f"{self.name}/rate", factor, number)
                     for name, loss in layers.items():
                         writer.add_scalar(f"{self.name}/loss/{name}", loss, number)
-                validation = schedule.validation
-                if validation and (number % validation.every == 0 or number == total):
-                    at = self._validate(at, validation, writer)
-                if number % schedule.checkpoint_every == 0 and number < total:
-                    self._save(at, optimizers)
         except KeyboardInterrupt:
-            if number:
+            # Between two steps the state is whole; in the midst of an update only the checkpoint before it is.
+            if at.step and not moving:
                 self._save(at, optimizers)
             raise
         finally:
@@ -378,8 +398,13 @@ class _Loop:
             "trained_parameters": sum(p.numel() for p in self.trained.values()),
         }
 
-    def _step(self, number: int, optimizers: Optimizers) -> tuple[float, dict[str, float]]:
-        """One optimiser step; the loss is the mean over all scored tokens of its micro-batches."""
+    def _due(self, at: Checkpoint, validation: Validation, total: int) -> bool:
+        """Whether this step calls for a validation that has not been made."""
+        called = at.step > 0 and (at.step % validation.every == 0 or at.step == total)
+        return called and (not at.validation or at.validation[-1][0] < at.step)
+
+    def _gradients(self, number: int) -> tuple[float, dict[str, float]]:
+        """Gradients of one optimiser step, clipped; gives the loss, and by layer where the stage has it."""
         schedule = self.schedule
         found = [self.batches.batch(number, micro).to(self.device) for micro in range(schedule.accumulation)]
         weights = [self.weigh(batch) for batch in found]
@@ -391,25 +416,26 @@ class _Loop:
             # Dropout is a pure function of (seed, step, micro-batch): accumulation and resuming cannot change it.
             torch.manual_seed((self.seed * 1_000_003 + number) * 4096 + micro)
             loss, layers = self.losses(batch, weight / whole)
-            self._refuse_nan(loss, layers, number + 1)
+            if not math.isfinite(loss):
+                where = next((f" in {name}" for name, value in layers.items() if not math.isfinite(value)), "")
+                self._refuse(f"the loss is {loss} at step {number + 1}{where}")
             value += loss * weight / whole
+        gradients = {name: p.grad for name, p in self.trained.items() if p.grad is not None}
+        norm = nn.utils.get_total_norm(gradients.values())
+        if not bool(norm.isfinite()):
+            # A finite loss can have such a gradient; taken, it would spoil the weights and the next checkpoint.
+            where = next((n for n, g in gradients.items() if not bool(g.isfinite().all())), "all parameters")
+            self._refuse(f"the gradient of {where} is not finite at step {number + 1}")
         if schedule.clip is not None:
-            nn.utils.clip_grad_norm_(list(self.trained.values()), schedule.clip)
-        optimizers.step()
+            nn.utils.clip_grads_with_norm_(list(self.trained.values()), schedule.clip, norm)
         return value, layers
 
-    def _refuse_nan(self, loss: float, layers: Mapping[str, float], number: int) -> None:
-        if math.isfinite(loss):
-            return
-        where = next((f" in {name}" for name, value in layers.items() if not math.isfinite(value)), "")
+    def _refuse(self, what: str) -> NoReturn:
         last = read_checkpoint(self.folder, self.key)
         rest = (
             f"the last good checkpoint is step {last.step} in {self.folder}" if last else "there is no checkpoint yet"
         )
-        raise StageError(
-            f"{self.name}: the loss is {loss} at step {number}{where}; {rest}. Lower schedule.{self.name}.optimizer.lr, "
-            "or set clip"
-        )
+        raise StageError(f"{self.name}: {what}; {rest}. Lower schedule.{self.name}.optimizer.lr, or set clip")
 
     def _validate(self, at: Checkpoint, validation: Validation, writer: Any) -> Checkpoint:
         """The watched value (mean over the entries, smaller is better), and what follows from it."""
@@ -422,7 +448,8 @@ class _Loop:
         waited = 0 if better else at.waited + 1
         plateau, since = at.plateau, 0 if better else at.since_drop + 1
         if decay.name == "plateau" and since > decay.patience:
-            plateau, since = max(plateau * decay.factor, decay.floor / self.schedule.optimizer.lr), 0
+            lowest = min(plateau, decay.floor / self.schedule.optimizer.lr)  # a rate below the floor stays
+            plateau, since = max(plateau * decay.factor, lowest), 0
         return at.validated(
             value=value,
             best=best,

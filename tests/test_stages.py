@@ -1,6 +1,7 @@
 """The training loops: what moves and what stays, exact accumulation, exact resuming, and clear ends."""
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import recipelin.stages as stages
 from recipelin.attention.hybrid.config import Config as Hybrid
 from recipelin.checkpoint import FILE, OtherCheckpoint, read_checkpoint
 from recipelin.data import Batch
-from recipelin.optimizer import rate
+from recipelin.optimizer import Optimizers, rate
 from recipelin.schedule import Decay, Optimizer, Schedule, Validation
 from recipelin.sources import Data
 from recipelin.states import State
@@ -184,6 +185,48 @@ def test_resuming_is_bit_equal(tiny, tmp_path, kind, at):
     assert all(torch.equal(expected[n], found[n]) for n in expected)
 
 
+@pytest.mark.parametrize("where", ["update", "validation"])
+def test_ctrl_c_within_an_update_or_a_validation_is_bit_equal(tiny, tmp_path, monkeypatch, where):
+    """An update that is half done is not kept as done; a validation that was cut off is made after all."""
+    watch = (Validation.Watch(suite="s", metric="m"),)
+    fields = {"validation": Validation(every=2, watch=watch), "optimizer": Optimizer(name="muon", lr=1e-2)}
+    step = tune_step(checkpoint_every=3, **fields)
+    measured = {2: 5.0, 4: 1.0, 6: 3.0}  # the best lies where the validation is cut off
+
+    def watched(*left, stop=None):
+        remaining = list(left)
+
+        def evaluate(*_):
+            number = remaining.pop(0)
+            if number == stop:
+                raise KeyboardInterrupt
+            return measured[number]
+
+        return evaluate
+
+    model = tiny()
+    whole = go(stages.tune, model, step, tmp_path / "whole", evaluate=watched(2, 4, 6))
+    broken = {"evaluate": watched(2, 4, 6, stop=4 if where == "validation" else None)}
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        if where == "update":
+            steps = Optimizers.step
+
+            def half(self):
+                if self.parts[0].state and int(next(iter(self.parts[0].state.values()))["step"]) == 4:
+                    self.parts[0].step()
+                    raise KeyboardInterrupt
+                steps(self)
+
+            patch.setattr(Optimizers, "step", half)
+        go(stages.tune, tiny(), step, tmp_path / "b", **broken)
+    other = tiny()
+    report = go(stages.tune, other, step, tmp_path / "b", evaluate=watched(4, 6))
+    assert report["resumed_from"] == (3 if where == "update" else 4)
+    assert report["validation"] == whole["validation"] and report["best_step"] == 4
+    expected, found = values(model), values(other)
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
+
+
 def test_a_checkpoint_of_another_plan_is_refused(tiny, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         go(stages.transfer, hybrid(tiny), transfer_step(), tmp_path, Stop(3))
@@ -215,6 +258,49 @@ def test_a_nan_names_step_and_layer(tiny, tmp_path):
         stages.StageError, match=r"transfer: the loss is nan at step 1 in layer1; there is no checkpoint yet"
     ):
         go(stages.transfer, model, transfer_step(), tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_reaches_no_weights(tiny, tmp_path):
+    """The loss of the step is finite still: the checkpoint before it stays the last, and nothing is handed back."""
+    model, seen = tiny(), []
+
+    def spoil(gradient):
+        seen.append(1)
+        return gradient * math.nan if len(seen) == 4 else gradient
+
+    model.model.norm.weight.register_hook(spoil)
+    text = r"the gradient of model\.norm\.weight is not finite at step 4; the last good checkpoint is step 2"
+    with pytest.raises(stages.StageError, match=text):
+        go(stages.tune, model, tune_step(steps=4), tmp_path)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_autocast_of_a_transfer_is_never_ignored(tiny, tmp_path):
+    step = transfer_step({"weights": 1.0}, ("feature_maps",), steps=10, autocast="bfloat16")
+    with pytest.raises(stages.StageError, match="needs a teacher in bfloat16, found float32"):
+        go(stages.transfer, hybrid(tiny), step, tmp_path)
+    report = go(stages.transfer, hybrid(tiny, dtype=torch.bfloat16), step, tmp_path)
+    assert report["loss_last"] < report["loss_first"]
+
+
+def test_without_tensorboard_the_words_say_what_to_install(tiny, tmp_path, monkeypatch):
+    for name in [n for n in sys.modules if n.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(stages.StageError, match=r"TensorBoard is not installed: pip install"):
+        go(stages.transfer, hybrid(tiny), transfer_step(), tmp_path)
+
+
+def test_plateau_lowers_the_rate_and_never_raises_it(tiny, tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(Optimizers, "set_rates", lambda self, factor: rates.append(factor))
+    validation = Validation(every=1, watch=(Validation.Watch(suite="s", metric="m"),))
+    for floor, expected in ((1e-4, [1, 1, 0.5, 0.25, 0.125, 0.1]), (1e-2, [1] * 6)):
+        rates.clear()
+        decay = Decay(name="plateau", factor=0.5, patience=0, floor=floor)
+        step = tune_step(validation=validation, decay=decay, optimizer=Optimizer(lr=1e-3))
+        go(stages.tune, tiny(), step, tmp_path / str(floor), evaluate=lambda *_: 1.0)
+        assert rates == expected
 
 
 def test_rates_by_hand():
@@ -285,3 +371,15 @@ def test_loss_is_shifted_once(tiny):
     with torch.no_grad():
         expected = model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False).loss
         assert abs(float(stages.next_token_loss(model, batch)) - float(expected)) < 1e-5
+
+
+def test_logits_in_shares_give_the_same_loss_and_gradients(tiny, monkeypatch):
+    found = []
+    for rows in (4096, 7):
+        monkeypatch.setattr(stages, "LOGIT_ROWS", rows)
+        model = tiny(dtype=torch.float64)
+        loss = stages.next_token_loss(model, Rows(2, quiet=5).batch(0))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
