@@ -280,3 +280,14 @@ def test_packed_documents_are_alone(tiny):
     segments = (positions[:, :, None] < -1).any(-1).long()
     segments[:, 23:] = 1
     assert (logits(model, ids, position_ids=positions, segment_ids=segments) - together).abs().max() < 1e-6
+
+
+def test_features_stay_exact_under_autocast(tiny):
+    form = forms(swapped(tiny(), State(window=5)))[0]
+    x = torch.randn(1, 4, 9, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (
+            torch.equal(form.feature_map_q(x), form.feature_map_q(x)) and form.feature_map_q(x).dtype == torch.float32
+        )
+        inside = form.feature_map_q(x)
+    assert torch.equal(inside, form.feature_map_q(x))

@@ -40,7 +40,8 @@ class HedgehogFeatureMap(nn.Module):
         batch, h, length, width = x.shape
         heads, _, half = weight.shape
         grouped = weight.view(h, heads // h, width, half)
-        u = torch.einsum("bhtd,hgdf->bhgtf", x, grouped).reshape(batch, heads, length, half)
+        with torch.autocast(x.device.type, enabled=False):  # autocast would take the product in bf16
+            u = torch.einsum("bhtd,hgdf->bhgtf", x, grouped).reshape(batch, heads, length, half)
         match self.config.activation:
             case "softmax":
                 phi = torch.cat((u.softmax(-1), (-u).softmax(-1)), -1)
