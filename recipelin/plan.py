@@ -1,5 +1,6 @@
 """Recipe -> Plan: the steps in order, their hashes, what each reads, trains and costs (no torch, no network)."""
 
+import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -103,8 +104,12 @@ def architecture_of(loaded: Loaded) -> Architecture:
             raise PlanError(f"{folder / 'config.json'}: {error}") from error
     if model.architecture:
         return model.architecture
+    near = difflib.get_close_matches(
+        str(model.teacher), ["pocket", *(p.name for p in loaded.path.parent.iterdir() if p.is_dir())], 1
+    )
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise PlanError(
-        f"model.teacher {model.teacher!r} is not a folder here; to plan without it, "
+        f"model.teacher {model.teacher!r} is not a folder here{hint}; to plan without it, "
         "give its numbers: model.architecture (a map, or the path of its config.json)"
     )
 
