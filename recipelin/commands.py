@@ -75,10 +75,10 @@ def run_command(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
+    from transformers.utils import logging
+
     from .records import read_items, read_record
     from .tables import render, run_table
-
-    from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading and saving weights: ours show what takes long
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
