@@ -75,12 +75,6 @@ def run_command(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    from transformers.utils import logging
-
-    from .records import read_items, read_record
-    from .tables import render, run_table
-
-    logging.disable_progress_bar()  # of loading and saving weights: ours show what takes long
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         for point in points:

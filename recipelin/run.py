@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+from transformers.utils import logging
 
 from . import data, hf, lookup, records, reuse, stages, swap
 from .files import write_atomically
@@ -142,6 +143,7 @@ class _Walk:
     def go(self) -> Path:
         torch.set_num_threads(reuse.threads())
         _tune_allocator()
+        logging.disable_progress_bar()  # of loading and saving weights: ours show what takes long
         started = datetime.datetime.now(datetime.UTC)
         clock = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
