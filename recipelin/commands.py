@@ -75,6 +75,9 @@ def run_command(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
+    from .records import read_items, read_record
+    from .tables import render, run_table
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         for point in points:
