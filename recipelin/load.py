@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from .strict_yaml import Mistake, RecipeError, Where, read_yaml
 RECIPES = "recipes"
 INSTALLED = Path(__file__).parent / "_recipes"
 CHECKOUT = Path(__file__).parent.parent / RECIPES
+MOST_POINTS = 1_000  # of a grid; each one is a run
 
 
 @dataclass(frozen=True)
@@ -364,6 +366,9 @@ def expand(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> tuple[Loaded, .
             mistakes.append(
                 placed(loaded.places, ("grid", axis), "found an empty list; expected the values of the axis")
             )
+    points = math.prod(len(values) for values in grid.values())
+    if points > MOST_POINTS:
+        mistakes.append(placed(loaded.places, ("grid",), f"found {points:,} points; expected at most {MOST_POINTS:,}"))
     if mistakes:
         raise RecipeError(mistakes)
     last = [axis.rpartition(".")[2] for axis in grid]

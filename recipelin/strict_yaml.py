@@ -12,6 +12,7 @@ import yaml
 LARGEST = 1 << 20  # bytes of a recipe; the longest of ours has two thousand
 DEEPEST = 40  # levels of nesting
 MOST_NODES = 20_000  # after aliases are followed
+MOST_DIGITS = 300  # of a number; Python itself refuses to read whole ones above 4,300
 
 Where = tuple[str | int, ...]
 
@@ -84,6 +85,9 @@ class _Reader:
 
     def scalar(self, node: yaml.ScalarNode) -> Any:
         text = node.value
+        if "\0" in text:
+            self.wrong(node, "found the character \\0; no name, path or text of a recipe holds one")
+            return text
         if node.style is not None:
             return text
         if text in ("", "~", "null"):
@@ -91,6 +95,9 @@ class _Reader:
         if text in ("true", "false"):
             return text == "true"
         if _NUMBER.fullmatch(text):
+            if len(text) > MOST_DIGITS:
+                self.wrong(node, f"found a number of {len(text):,} characters; expected at most {MOST_DIGITS}")
+                return text
             digits = text.replace("_", "")
             return int(digits) if re.fullmatch(r"[-+]?\d+", digits) else float(digits)
         if text.lower() in (".inf", "-.inf", "+.inf", ".nan"):
