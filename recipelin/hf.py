@@ -7,20 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    LlamaPreTrainedModel,
-    initialization,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, initialization
 
 from . import families, lookup
-from .families import Architecture
+from .families import Architecture, Family
 from .masks import segments_of
 from .states import State
 from .steps import Swap
@@ -46,20 +38,8 @@ class _Student:
                 initialization.copy_(getattr(module, name), value)
 
 
-class RecipelinLlamaConfig(LlamaConfig):
-    """A converted Llama. `recipelin` holds {version, form, config, layers, state}: all that swap and switch need."""
-
-    model_type = f"{families.PREFIX}llama"
-
-    def __init__(self, recipelin: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.recipelin = recipelin
-        super().__init__(**kwargs)
-
-
-class RecipelinLlamaModel(_Student, LlamaModel):
+class _StudentModel(_Student):
     """The inner model: positions come from the padding where none are given; packed rows and training use no cache."""
-
-    config_class = RecipelinLlamaConfig
 
     def forward(
         self,
@@ -79,8 +59,8 @@ class RecipelinLlamaModel(_Student, LlamaModel):
             packed = kwargs.get("segment_ids") is not None or (
                 attention_mask is None and segments_of(position_ids, None) is not None
             )
-            use_cache = self.config.use_cache and not self.training and not packed
-        return super().forward(
+            use_cache = self.config.use_cache and not self.training and not packed  # type: ignore[attr-defined]
+        return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -91,13 +71,13 @@ class RecipelinLlamaModel(_Student, LlamaModel):
         )
 
 
-class RecipelinLlamaForCausalLM(_Student, LlamaForCausalLM):
-    """A converted Llama with its language-model head; loads with AutoModelForCausalLM after `import recipelin.hf`."""
+class _StudentForCausalLM(_Student):
+    """A converted model with its language-model head; loads with AutoModelForCausalLM after `import recipelin.hf`."""
 
-    config_class = RecipelinLlamaConfig
+    _inner: type
     _keep_in_fp32_modules_strict = ["feature_map_q", "feature_map_k", "mix", "log_scale"]  # noqa: RUF012
 
-    def __init__(self, config: RecipelinLlamaConfig) -> None:
+    def __init__(self, config: Any) -> None:
         layout = config.recipelin
         if not layout:
             raise ValueError("config.recipelin is missing: this is not the folder of a recipelin student")
@@ -105,8 +85,8 @@ class RecipelinLlamaForCausalLM(_Student, LlamaForCausalLM):
             raise ValueError(
                 f"config.recipelin has version {layout['version']}; this recipelin reads version {VERSION}"
             )
-        LlamaPreTrainedModel.__init__(self, config)
-        self.model = RecipelinLlamaModel(config)
+        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]  # not the family's own: it would make its own layers
+        self.model = self._inner(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         form = lookup.lookup("attention", layout["form"])
@@ -114,7 +94,7 @@ class RecipelinLlamaForCausalLM(_Student, LlamaForCausalLM):
         swap(self, Swap(form=layout["form"], config=structure, layers=tuple(layout["layers"])), seed=0)
         switch(self, State.model_validate_json(json.dumps(layout["state"])))
         mark_merged(self)  # what is loaded are the student's projections: there is no teacher to restore
-        self.post_init()
+        self.post_init()  # type: ignore[attr-defined]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
@@ -129,10 +109,33 @@ class RecipelinLlamaForCausalLM(_Student, LlamaForCausalLM):
         )
 
 
-AutoConfig.register(RecipelinLlamaConfig.model_type, RecipelinLlamaConfig)
-AutoModelForCausalLM.register(RecipelinLlamaConfig, RecipelinLlamaForCausalLM)
+def _student_classes(row: Family) -> tuple[type, type]:
+    """(config class, causal LM class) of a family's students: `Recipelin<stem>Config`, `Recipelin<stem>ForCausalLM`."""
 
-_STUDENTS = {"llama": (RecipelinLlamaConfig, RecipelinLlamaForCausalLM)}
+    def made(part: str, *own: type, **fields: Any) -> Any:
+        stock = getattr(transformers, f"{row.stem}{part}")
+        return type(f"Recipelin{row.stem}{part}", (*own, stock), {"__module__": __name__, **fields})
+
+    config = made(
+        "Config",
+        model_type=f"{families.PREFIX}{row.model_type}",
+        __doc__="`recipelin` holds {version, form, config, layers, state}: what swap and switch need.",
+        # A field beside the family's own: transformers' configs are dataclasses.
+        __annotations__={"recipelin": dict[str, Any] | None},
+        recipelin=None,
+    )
+    inner = made("Model", _StudentModel, config_class=config, __doc__=_StudentModel.__doc__)
+    outer = made(
+        "ForCausalLM", _StudentForCausalLM, config_class=config, _inner=inner, __doc__=_StudentForCausalLM.__doc__
+    )
+    AutoConfig.register(config.model_type, config)
+    AutoModelForCausalLM.register(config, outer)
+    return config, outer
+
+
+STUDENTS = {row.model_type: _student_classes(row) for row in families.FAMILIES.values()}
+# By their names too: an exported folder's modeling_recipelin.py imports them from here.
+globals().update({each.__name__: each for pair in STUDENTS.values() for each in pair})
 
 
 def export(model: Any, tokenizer: Any, folder: Path, *, hybrid: State | None) -> None:
@@ -162,10 +165,10 @@ def _layout(folder: Path, model: Any, found: list[Any], hybrid: State) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     base = families.base_type(config["model_type"])
-    config_class, model_class = _STUDENTS[base]
+    config_class, model_class = STUDENTS[base]
     file = "modeling_recipelin"
     config |= {
-        "model_type": config_class.model_type,
+        "model_type": f"{families.PREFIX}{base}",
         "architectures": [model_class.__name__],
         "auto_map": {
             "AutoConfig": f"{file}.{config_class.__name__}",
@@ -210,10 +213,9 @@ def _load(source: str | Path, *, dtype: str, device: str, revision: str | None =
 
 def new_model(architecture: Architecture, tokenizer: Any, *, embedding_std: float, seed: int) -> Any:
     """A model from nothing, a pure function of the seed; the generator of the caller is left as it was."""
-    known = architecture.model_dump(exclude={"model_type", "rope_theta", "sliding_window"})
-    config = LlamaConfig(
-        **known,
-        rope_parameters={"rope_type": "default", "rope_theta": architecture.rope_theta},
+    row = families.family(architecture.model_type)
+    config = getattr(transformers, f"{row.stem}Config")(
+        **families.config_json(architecture),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -222,16 +224,9 @@ def new_model(architecture: Architecture, tokenizer: Any, *, embedding_std: floa
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {architecture.vocab_size}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).eval()
+        model = getattr(transformers, f"{row.stem}ForCausalLM")(config).eval()
         nn.init.normal_(model.model.embed_tokens.weight, std=embedding_std)
         return model
 
 
-__all__ = [
-    "RecipelinLlamaConfig",
-    "RecipelinLlamaForCausalLM",
-    "export",
-    "load_student",
-    "load_teacher",
-    "new_model",
-]
+__all__ = ["STUDENTS", "export", "load_student", "load_teacher", "new_model"]

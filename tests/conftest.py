@@ -23,25 +23,43 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tiny():
-    """A function that makes a random Llama: tiny(heads=4, key_heads=1, layers=2, dtype=...)."""
+    """A function that makes a random model: tiny(heads=4, key_heads=1, layers=2, dtype=..., family="llama", ...)."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
-    def make(heads: int = 4, key_heads: int = 1, layers: int = 2, dtype: torch.dtype = torch.float32, **extra):
+    from recipelin import families
+
+    def make(
+        heads: int = 4,
+        key_heads: int = 1,
+        layers: int = 2,
+        dtype: torch.dtype = torch.float32,
+        family: str = "llama",
+        **extra,
+    ):
         torch.manual_seed(0)
-        config = LlamaConfig(
-            hidden_size=48,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=key_heads,
-            head_dim=8,
-            vocab_size=131,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            initializer_range=0.2,
-            **extra,
+        stem = families.family(family).stem
+        if family == "mistral":
+            extra.setdefault("sliding_window", None)
+        config = getattr(transformers, f"{stem}Config")(
+            **{
+                "hidden_size": 48,
+                "intermediate_size": 48,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": key_heads,
+                "head_dim": 8,
+                "vocab_size": 131,
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": True,
+                "initializer_range": 0.2,
+                **extra,
+            }
         )
-        return LlamaForCausalLM(config).to(dtype).eval()
+        model = getattr(transformers, f"{stem}ForCausalLM")(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):  # transformers starts them at 0 and 1
+                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+        return model.to(dtype).eval()
 
     return make

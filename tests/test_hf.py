@@ -76,7 +76,7 @@ def test_an_exported_student_is_the_student_bit_for_bit(tiny, tokenizer, tmp_pat
     hf.export(model, tokenizer, folder, hybrid=HYBRID)  # over an earlier one
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(loaded) is hf.RecipelinLlamaForCausalLM
+    assert type(loaded) is hf.STUDENTS["llama"][1]
     assert torch.equal(logits(loaded, tokens(2, 23)), before)
     assert [f.state for f in forms(loaded)] == [HYBRID, HYBRID]
     with pytest.raises(RuntimeError):
@@ -124,7 +124,7 @@ def test_new_parameters_are_well_defined_whatever_memory_holds(student, tiny, to
     student()
     layout = json.loads((tmp_path / "model" / "config.json").read_text())["recipelin"]
     hf.export(tiny(), tokenizer, tmp_path / "plain", hybrid=None)
-    config = hf.RecipelinLlamaConfig.from_pretrained(tmp_path / "plain", recipelin=layout)
+    config = hf.STUDENTS["llama"][0].from_pretrained(tmp_path / "plain", recipelin=layout)
 
     def poisoned(make):
         def made(*args, **kwargs):
@@ -135,7 +135,7 @@ def test_new_parameters_are_well_defined_whatever_memory_holds(student, tiny, to
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-    model = hf.RecipelinLlamaForCausalLM.from_pretrained(tmp_path / "plain", config=config)
+    model = hf.STUDENTS["llama"][1].from_pretrained(tmp_path / "plain", config=config)
     for form in forms(model):
         assert torch.equal(form.feature_map_q.weight[:, :, :8], torch.eye(8).expand(4, 8, 8))
         assert form.feature_map_k.weight[:, :, 8:].abs().max() <= 8**-0.5
@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_refused(student, tmp_path):
         with pytest.raises(ValueError, match=words):
             hf.load_student(folder, dtype="float32", device="cpu")
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="'gpt2' is not supported; supported: llama"):
+    with pytest.raises(ValueError, match="'gpt2' is not supported; supported: llama, mistral"):
         hf.load_teacher(folder, dtype="float32", device="cpu")
 
 

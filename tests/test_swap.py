@@ -61,7 +61,7 @@ def test_what_cannot_be_swapped_is_refused(tiny):
     with pytest.raises(ValueError, match="did you mean 'hybrid'"):
         swap(tiny(), STEP.model_copy(update={"form": "hybird"}), seed=0)
     other = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=2, n_layer=1, vocab_size=11))
-    with pytest.raises(ValueError, match="'gpt2' is not supported; supported: llama"):
+    with pytest.raises(ValueError, match="'gpt2' is not supported; supported: llama, mistral"):
         swap(other, STEP, seed=0)
 
 

@@ -38,7 +38,7 @@ class LogScaleCalibration:
             scale=self.form.scaling,
             key_mask=captured.key_mask,
             segment_ids=captured.segment_ids,
-            teacher_window=self.form.architecture.sliding_window,
+            teacher_window=self.form.own_window,
         )
         self.total += total.double().cpu()
         self.rows += rows

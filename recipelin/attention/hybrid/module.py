@@ -47,7 +47,10 @@ class HybridAttention(nn.Module):
         self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
         self.scaling = float(attention.scaling)
         self.head_dim = architecture.head_dim
-        modeling = import_module(family(architecture.model_type).modeling)
+        row = family(architecture.model_type)
+        self.q_norm, self.k_norm = (attention.q_norm, attention.k_norm) if row.qk_norm else (None, None)
+        self.own_window = architecture.own_window(layer_index)
+        modeling = import_module(row.modeling)
         self._rotate: Callable[..., tuple[Tensor, Tensor]] = modeling.apply_rotary_pos_emb
         key_heads = (
             architecture.num_attention_heads
@@ -131,11 +134,14 @@ class HybridAttention(nn.Module):
     def project(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B,H,T,d] and k, v [B,Hkv,T,d] after RoPE."""
+        """q [B,H,T,d] and k, v [B,Hkv,T,d] after the family's q/k norm and RoPE."""
         q, k, v = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         q, k = self._rotate(q, k, *position_embeddings)
         return q, k, v
 
@@ -182,7 +188,7 @@ class HybridAttention(nn.Module):
         if state.sinks and "sinks" not in state.branches:
             absent.append("sinks")
         window = length if state.window == "full" else state.window
-        own = self.architecture.sliding_window
+        own = self.own_window
         return {
             "mix": self.mix(),
             "log_scale": self.log_scale(),
@@ -200,7 +206,7 @@ class HybridAttention(nn.Module):
 
     def _softmax(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, segment_ids: Tensor | None) -> Tensor:
         """Causal softmax over all keys: the teacher's attention with the student's projections. real [B, keys]."""
-        queries, keys, own = q.shape[2], k.shape[2], self.architecture.sliding_window
+        queries, keys, own = q.shape[2], k.shape[2], self.own_window
         mask = None
         if real is not None or segment_ids is not None or own or queries != keys:
             at = torch.arange(keys, device=q.device)
@@ -209,7 +215,7 @@ class HybridAttention(nn.Module):
             if segment_ids is not None:
                 mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
             if real is not None:
-                mask = mask & real[:, None, None, :]
+                mask = mask & real[:, None, None, -keys:]  # a windowed cache has forgotten the keys before
         y = nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -219,7 +225,7 @@ class HybridAttention(nn.Module):
 
     def _record(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
         assert self.recorder is not None
-        own = self.architecture.sliding_window
+        own = self.own_window
         y, lse = teacher_attention(q, k, v, scale=self.scaling, key_mask=key_mask, segment_ids=segment_ids, window=own)
         self.recorder(self.layer_index, Captured(q, k, v, y, lse, key_mask, segment_ids))
         return y
@@ -252,7 +258,7 @@ class HybridAttention(nn.Module):
                     self.feature_map_k(k),
                     captured.lse,
                     scale=self.scaling,
-                    teacher_window=self.architecture.sliding_window,
+                    teacher_window=self.own_window,
                     **where,
                     **extra,
                 )

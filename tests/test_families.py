@@ -1,0 +1,300 @@
+"""Every family of families.py: parity with its teacher, students as Hugging Face models, counts, and refusals."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import recipelin.hf as hf
+from recipelin import families
+from recipelin.attention.hybrid.config import Config, FeatureMap
+from recipelin.cache import HybridLayer, state_bytes
+from recipelin.families import architecture, config_json
+from recipelin.states import State, resolve
+from recipelin.steps import Swap
+from recipelin.swap import architecture_of, forms, recording, restore, swap, switch
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LAYERS = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+# Each row of families.py by the models that people have of it.
+CASES = {
+    "llama-2": ("llama", {"key_heads": 4, "tie_word_embeddings": False}),
+    "llama-3": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "llama-3.1": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-3.2": ("llama", {"rope_parameters": {**LLAMA3, "factor": 32.0}, "tie_word_embeddings": True}),
+    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),
+    "mistral-0.1": ("mistral", {"sliding_window": 7}),
+    "mistral-0.3": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-windowed": ("qwen2", LAYERS),
+    "qwen3": ("qwen3", {}),
+    "qwen3-windowed": ("qwen3", {**LAYERS, "attention_bias": True}),
+}
+HYBRID = State(window=5)
+SINKS = State(branches=("window", "linear", "sinks"), window=5, sinks=3)
+
+
+def test_every_family_has_a_case():
+    assert {family for family, _ in CASES.values()} == set(families.FAMILIES)
+    assert len(families.FAMILIES) == 4, "a new family: a row in CASES"
+
+
+@pytest.fixture(params=CASES, ids=list(CASES))
+def teacher(request, tiny):
+    """A random model of one case, in the dtype asked for."""
+    family, extra = CASES[request.param]
+    return lambda dtype=torch.float32, layers=2: tiny(family=family, dtype=dtype, layers=layers, **extra)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from recipelin.data import train_tokenizer
+
+    return train_tokenizer(["a small text"] * 3, 264)
+
+
+@pytest.fixture
+def student(teacher, tokenizer, tmp_path):
+    """A function that swaps the case's model, exports it and loads it again."""
+
+    def make(state: State = HYBRID, layers="all", dtype: str = "float32"):
+        model = teacher()
+        swap(model, Swap(form="hybrid", config=Config(feature_map=FeatureMap(width=3)), layers=layers), seed=3)
+        switch(model, state)
+        hf.export(model, tokenizer, tmp_path / "model", hybrid=state)
+        return hf.load_student(tmp_path / "model", dtype=dtype, device="cpu")[0]
+
+    return make
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 131, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, ids, **arguments):
+    return model(input_ids=ids, **{"use_cache": False, **arguments}).logits
+
+
+# --- parity -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_covering_window_is_the_teacher(teacher):
+    model = teacher()
+    ids = tokens(2, 37)
+    expected = logits(model, ids)
+    swap(model, Swap(form="hybrid", config=Config()), seed=0)
+    for state in (State(window=37), State(window=37, join="absolute"), resolve("softmax", HYBRID).state):
+        switch(model, state)
+        assert (logits(model, ids) - expected).abs().max() < 1e-5, state
+    with torch.no_grad(), recording(model, lambda *_: None):
+        assert (logits(model, ids) - expected).abs().max() < 1e-5, "recording passes the teacher's stream on"
+    switch(model, State(window=5))
+    assert (logits(model, ids) - expected).abs().max() > 1e-3
+    restore(model)
+    assert torch.equal(logits(model, ids), expected)
+
+
+@pytest.mark.parametrize("given", ["mask", "mask and positions"])
+def test_a_covering_window_is_the_teacher_on_padded_rows(teacher, given):
+    model = teacher()
+    ids, mask = left_padded(tokens(3, 29), (29, 12, 3))
+    extra = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    expected = logits(model, ids, **extra)
+    swap(model, Swap(form="hybrid", config=Config()), seed=0)
+    for state in (State(window=29), resolve("softmax", HYBRID).state):
+        switch(model, state)
+        assert (logits(model, ids, **extra) - expected)[mask.bool()].abs().max() < 1e-5
+
+
+def test_counts_without_torch_are_the_built_model(teacher):
+    model = teacher()
+    found = architecture_of(model)
+    assert families.parameters(found)["total"] == sum(p.numel() for p in model.parameters())
+    counted = {
+        n: sum(p.numel() for p in getattr(model.model.layers[0].self_attn, n).parameters())
+        for n in families.projections(found)
+    }
+    assert families.projections(found) == counted
+    again = getattr(transformers, type(model.config).__name__)(**config_json(found))
+    assert architecture(again.to_dict()) == found
+
+
+def left_padded(ids: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    padded, mask = torch.full_like(ids, 7), torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        padded[row, -length:] = ids[row, :length]
+        mask[row, -length:] = 1
+    return padded, mask
+
+
+# --- students ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_student_is_exported_and_loaded_bit_for_bit(teacher, tokenizer, tmp_path):
+    model = teacher()
+    swap(model, Swap(form="hybrid", config=Config()), seed=3)
+    switch(model, HYBRID)
+    before = logits(model, tokens(2, 23))
+    hf.export(model, tokenizer, tmp_path / "model", hybrid=HYBRID)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    config_class, model_class = hf.STUDENTS[model.config.model_type]
+    assert type(loaded) is model_class and type(loaded.config) is config_class
+    assert model_class is getattr(hf, model_class.__name__)
+    assert torch.equal(logits(loaded, tokens(2, 23)), before)
+    loaded.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "sharded"), tokens(2, 23)), before)
+
+
+def test_half_precision_is_close_and_keeps_what_is_learned_in_fp32(student):
+    ids = tokens(2, 19)
+    exact, half = student(), student(dtype="bfloat16")
+    form = forms(half)[0]
+    assert form.q_proj.weight.dtype == torch.bfloat16
+    assert {p.dtype for group in form.groups().values() for p in group} == {torch.float32}
+    spread = logits(exact, ids).std()
+    assert (logits(half, ids).float() - logits(exact, ids)).abs().mean() < 0.05 * spread
+
+
+def test_new_parameters_are_well_defined_whatever_memory_holds(teacher, student, tokenizer, tmp_path, monkeypatch):
+    """A plain checkpoint loaded into the student's class: what it lacks starts as the form says."""
+    student()
+    layout = json.loads((tmp_path / "model" / "config.json").read_text())["recipelin"]
+    plain = teacher()
+    hf.export(plain, tokenizer, tmp_path / "plain", hybrid=None)
+    config_class, model_class = hf.STUDENTS[plain.config.model_type]
+    config = config_class.from_pretrained(tmp_path / "plain", recipelin=layout)
+
+    def poisoned(make):
+        def made(*args, **kwargs):
+            found = make(*args, **kwargs)
+            return found.fill_(torch.nan) if found.is_floating_point() and found.device.type != "meta" else found
+
+        return made
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    model = model_class.from_pretrained(tmp_path / "plain", config=config)
+    for form in forms(model):
+        assert torch.equal(form.feature_map_q.weight[:, :, :8], torch.eye(8).expand(4, 8, 8))
+        assert torch.allclose(form.mix(), torch.tensor(0.1))
+        assert torch.equal(form.log_scale.c, torch.zeros(4))
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+    assert torch.isfinite(logits(model, tokens(1, 19))).all()
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", ["all", (1,)], ids=["all", "mixed"])
+@pytest.mark.parametrize("state", [HYBRID, SINKS, resolve("softmax", HYBRID).state], ids=["hybrid", "sinks", "softmax"])
+def test_generation_is_the_uncached_argmax_and_padding_does_not_change_it(student, state, layers):
+    model = student(state, layers)
+    model.generation_config.eos_token_id = None
+    lengths, new = (17, 9, 2), 64
+    rows = tokens(3, 17)
+    ids, mask = left_padded(rows, lengths)
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=7)[:, 17:]
+    assert together.shape == (3, new)
+    for row, length in enumerate(lengths):
+        # Greedy of a causal model, checked in one pass: every token is the argmax of the row before it.
+        whole = torch.cat((rows[row, :length], together[row]))[None]
+        found = logits(model, whole)[0, length - 1 : -1]
+        assert found.argmax(-1).tolist() == together[row].tolist(), row
+
+
+@pytest.mark.parametrize("layers", ["all", (1,)], ids=["all", "mixed"])
+def test_prefill_in_parts_is_one_prefill_and_the_cache_stays_constant(student, layers):
+    model = student(SINKS, layers)
+    ids, mask = left_padded(tokens(3, 29), (29, 12, 3))
+    whole = logits(model, ids, attention_mask=mask)
+    cache, found, sizes = DynamicCache(config=model.config), [], set()
+    for start, stop in ((0, 11), (11, 12), (12, 24), *((t, t + 1) for t in range(24, 29))):
+        part = logits(model, ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+        found.append(part)
+        sizes.add(state_bytes(cache))
+    assert (torch.cat(found, 1) - whole)[mask.bool()].abs().max() < 1e-5
+    assert [isinstance(x, HybridLayer) for x in cache.layers] == [layers == "all", True]
+    assert len(sizes) == 1
+
+
+def test_beams_and_samples(student):
+    model = student(SINKS)
+    ids = tokens(2, 14)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 10, "pad_token_id": 7}
+    beams = {"num_beams": 3, "do_sample": False}
+    cached = model.generate(ids, **settings, **beams)
+    assert cached.tolist() == model.generate(ids, use_cache=False, **settings, **beams).tolist()
+    drawn = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        drawn.append(model.generate(ids, do_sample=True, use_cache=use_cache, **settings).tolist())
+    assert drawn[0] == drawn[1]
+
+
+def test_gradient_checkpointing_changes_nothing(student):
+    model = student(SINKS).train()
+    ids, found = tokens(2, 21), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 20
+    assert all(torch.allclose(found[0][n], found[1][n], atol=1e-6) for n in found[0])
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_student_would_lose_is_refused():
+    numbers = config_json(architecture({**MINIMAL, "model_type": "llama"}))
+    for change, words in (
+        ({"model_type": "gpt2"}, "'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"),
+        ({"model_type": "recipelin_llama"}, "is a converted model; expected its teacher"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None},
+            "rope_type 'dynamic' is not supported",
+        ),
+        ({"attention_dropout": 0.1}, "attention_dropout: 0.1 is not supported"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            architecture({**numbers, "model_type": "llama", **change})
+
+
+MINIMAL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+}
+
+
+def test_config_files_of_the_hub_are_read():
+    """Keys as the hub's files of 2024 and as transformers 5 write them."""
+    old = {**MINIMAL, "model_type": "llama", "rope_theta": 5e5, "rope_scaling": {**LLAMA3, "type": "llama3"}}
+    new = {**MINIMAL, "model_type": "llama", "rope_parameters": LLAMA3}
+    assert architecture(old) == architecture(new)
+    assert architecture(new).rope_scaling == {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+    qwen = {**MINIMAL, "model_type": "qwen2", "sliding_window": 8, "max_window_layers": 3}
+    assert architecture({**qwen, "use_sliding_window": False}).sliding_window is None
+    windowed = architecture({**qwen, "use_sliding_window": True})
+    assert [windowed.own_window(i) for i in range(4)] == [None, None, None, 8]
+    mistral = architecture({**MINIMAL, "model_type": "mistral", "sliding_window": 8})
+    assert [mistral.own_window(i) for i in range(4)] == [8] * 4
+    assert architecture({**MINIMAL, "model_type": "qwen3"}).head_dim == 128
