@@ -67,6 +67,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         plan(point, allow_code=arguments.allow_code)  # all points are refused before the first one costs anything
     try:
         from .checkpoint import OtherCheckpoint
+        from .hf import TeacherError
         from .run import RunError, run
         from .stages import StageError
     except ModuleNotFoundError as error:
@@ -94,7 +95,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nrecipelin: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except (RunError, StageError, PlanError, EvalError, OtherCheckpoint) as error:
+    except (RunError, TeacherError, StageError, PlanError, EvalError, OtherCheckpoint) as error:
         print(f"recipelin: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -8,7 +8,6 @@ from pydantic import Field
 
 from .base import Config
 
-
 LayerType = Literal["full_attention", "sliding_attention"]
 
 

@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, initialization
 
@@ -192,10 +198,46 @@ def load_student(folder: Path, *, dtype: str, device: str) -> tuple[Any, Any]:
     return _load(folder, dtype=dtype, device=device)
 
 
+class TeacherError(ValueError):
+    """A teacher that cannot be had or converted; the message says what to do."""
+
+
+def teacher_architecture(source: str | Path, *, revision: str | None = None) -> Architecture:
+    """The numbers of a teacher's own config, before any weight is read. Raises TeacherError."""
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        return families.architecture(config.to_dict())
+    except OSError as error:
+        raise TeacherError(_cannot_have(str(source), revision, error)) from error
+    except ValueError as error:
+        raise TeacherError(f"model.teacher {str(source)!r}: {error}") from error
+
+
+def _cannot_have(source: str, revision: str | None, error: BaseException) -> str:
+    at = f" at revision {revision!r}" if revision else ""
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    if any(isinstance(c, GatedRepoError) for c in causes):
+        return (
+            f"model.teacher {source!r}{at} is gated: accept its terms on its page at huggingface.co, then `hf auth login` "
+            "(or set HF_TOKEN)"
+        )
+    if any(isinstance(c, (RevisionNotFoundError, RepositoryNotFoundError)) for c in causes):
+        return f"model.teacher {source!r}{at}: the hub has no such repository or revision (or it is private)"
+    if any(isinstance(c, LocalEntryNotFoundError) for c in causes):
+        revised = f" --revision {revision}" if revision else ""
+        return (
+            f"model.teacher {source!r}{at} is not a folder beside the recipe, not in the Hugging Face cache, and the hub "
+            f"cannot be reached from here. Where there is a network: `hf download {source}{revised} --local-dir teacher`; "
+            "bring the folder here and write model: {teacher: ./teacher}"
+        )
+    return f"model.teacher {source!r}{at}: {str(error).splitlines()[0]}"
+
+
 def load_teacher(source: str | Path, *, revision: str | None = None, dtype: str, device: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a local folder or a hub id, in eval mode. Raises ValueError for an unsupported family."""
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    families.family(families.base_type(config.model_type))
+    """(model, tokenizer) of a local folder or a hub id, in eval mode. Raises TeacherError, ValueError."""
+    teacher_architecture(source, revision=revision)
     return _load(source, revision=revision, dtype=dtype, device=device)
 
 
@@ -229,4 +271,4 @@ def new_model(architecture: Architecture, tokenizer: Any, *, embedding_std: floa
         return model
 
 
-__all__ = ["STUDENTS", "export", "load_student", "load_teacher", "new_model"]
+__all__ = ["STUDENTS", "TeacherError", "export", "load_student", "load_teacher", "new_model", "teacher_architecture"]

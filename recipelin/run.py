@@ -51,6 +51,7 @@ def run(
         local_path(source, loaded.path.parent)
     folder = (out or reuse.home() / default_folder(planned)).resolve()
     _refuse_other_run(folder, planned)
+    _refuse_other_teacher(loaded, planned)
     walk = _Walk(loaded, planned, folder, place, fresh)
     return walk.go()
 
@@ -95,6 +96,25 @@ def _refuse_other_run(folder: Path, planned: Plan) -> None:
                 f"{folder} holds the run of another plan ({known.name}, plan {known.plan_hash[:8]}; "
                 f"this is {planned.name}, plan {planned.hash[:8]}): choose another --out, or move it away"
             )
+
+
+def _refuse_other_teacher(loaded: Loaded, planned: Plan) -> None:
+    """A teacher that is not here, or whose numbers are not those that were planned with, before any work."""
+    if loaded.recipe.model.scratch:
+        return
+    source = teacher_folder(loaded) or loaded.recipe.model.teacher
+    assert source is not None
+    found = hf.teacher_architecture(source, revision=loaded.recipe.model.revision)
+    expected = planned.architecture
+    wrong = [
+        f"{name}: planned {getattr(expected, name)}, found {getattr(found, name)}"
+        for name in type(found).model_fields
+        if name != "initializer_range" and getattr(found, name) != getattr(expected, name)
+    ]
+    if wrong:
+        raise RunError(
+            f"model.architecture is not that of model.teacher {str(loaded.recipe.model.teacher)!r}: {'; '.join(wrong)}"
+        )
 
 
 def _tune_allocator() -> None:

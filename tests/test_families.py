@@ -298,3 +298,63 @@ def test_config_files_of_the_hub_are_read():
     mistral = architecture({**MINIMAL, "model_type": "mistral", "sliding_window": 8})
     assert [mistral.own_window(i) for i in range(4)] == [8] * 4
     assert architecture({**MINIMAL, "model_type": "qwen3"}).head_dim == 128
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+RECIPE = """\
+name: test/family
+model: {{teacher: teacher, dtype: {dtype}}}
+method: {{name: lolcats, window: 8, form: {{feature_map: {{width: 2}}}}}}
+data: {{mix: [{{source: text, path: corpus.txt, documents: paragraph}}]}}
+schedule:
+  transfer: {{steps: 3, batch: 2, accumulation: 1, length: 32, optimizer: {{lr: 3e-2}}}}
+  tune: {{steps: 3, batch: 2, accumulation: 1, length: 32, optimizer: {{lr: 1e-2}}}}
+eval:
+  suites: [suite.yaml]
+"""
+SUITE = """\
+name: small
+evals:
+  - {eval: perplexity, rows: 4, length: 32, batch: 4, text: {source: text, path: corpus.txt}}
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder with a corpus, its tokenizer and a suite."""
+    from recipelin import data
+    from recipelin.sources import Stdlib
+
+    folder = tmp_path_factory.mktemp("corpus")
+    text = "\n\n".join(t for _, t in list(data.documents(Stdlib(source="python-stdlib"), "training", folder))[:6])
+    (folder / "corpus.txt").write_text(text, encoding="utf-8")
+    (folder / "suite.yaml").write_text(SUITE, encoding="utf-8")
+    return folder, data.train_tokenizer([text], 300)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["llama-3.1", "mistral-0.1", "qwen2", "qwen3"])
+def test_a_whole_lolcats_run(corpus, tiny, tmp_path, home, case, dtype):
+    """Three steps a stage, export, reload, generate."""
+    from recipelin.load import load
+    from recipelin.records import read_record
+    from recipelin.run import run
+
+    folder, tokenizer = corpus
+    family, extra = CASES[case]
+    hf.export(tiny(family=family, **{**extra, "vocab_size": 300}), tokenizer, tmp_path / "teacher", hybrid=None)
+    for name in ("corpus.txt", "suite.yaml"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(dtype=dtype), encoding="utf-8")
+    out = run(load(tmp_path / "recipe.yaml"), out=tmp_path / "run", device="cpu")
+    record = read_record(out)
+    assert record.status == "finished" and {r.state for r in record.rows} >= {"teacher", "hybrid", "linear", "none"}
+    merge = next(s.report["merge"] for s in record.steps if s.step == "tune")
+    assert merge["dtype"] == dtype and (merge["rounding"] < 1e-3) == (dtype == "float32")
+    student, _ = hf.load_student(out / "model", dtype=dtype, device="cpu")
+    assert type(student) is hf.STUDENTS[family][1]
+    made = student.generate(
+        tokens(2, 9), attention_mask=torch.ones(2, 9, dtype=torch.long), max_new_tokens=12, do_sample=False
+    )
+    assert made.shape[1] > 9

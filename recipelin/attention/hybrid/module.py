@@ -48,7 +48,8 @@ class HybridAttention(nn.Module):
         self.scaling = float(attention.scaling)
         self.head_dim = architecture.head_dim
         row = family(architecture.model_type)
-        self.q_norm, self.k_norm = (attention.q_norm, attention.k_norm) if row.qk_norm else (None, None)
+        self.q_norm: nn.Module | None = attention.q_norm if row.qk_norm else None
+        self.k_norm: nn.Module | None = attention.k_norm if row.qk_norm else None
         self.own_window = architecture.own_window(layer_index)
         modeling = import_module(row.modeling)
         self._rotate: Callable[..., tuple[Tensor, Tensor]] = modeling.apply_rotary_pos_emb
