@@ -270,3 +270,44 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(folder, home, tmp_path,
     monkeypatch.undo()
     monkeypatch.setenv("RECIPELIN_HOME", str(home))
     assert main(["run", str(folder / "recipe.yaml"), "--out", str(tmp_path / "x"), "--device", "cpu"]) == 0
+
+
+def test_a_teacher_that_is_not_here_or_not_as_planned_is_refused_before_any_work(folder, home, tmp_path, capsys):
+    """A hub id without network: what is missing and how to bring it here; other numbers than planned: which."""
+    numbers = json.loads((folder / "teacher" / "config.json").read_text(encoding="utf-8"))
+    path = folder / "numbers.json"
+    path.write_text(json.dumps(numbers), encoding="utf-8")
+    text = RECIPE.replace("{teacher: teacher}", "{teacher: some/model, revision: abc, architecture: numbers.json}")
+    recipe = folder / "hub.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RECIPELIN_HOME": str(tmp_path), "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "recipelin", "run", str(recipe), "--device", "cpu"],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for words in (
+        "'some/model' at revision 'abc'",
+        "hf download some/model --revision abc",
+        "model: {teacher: ./teacher}",
+    ):
+        assert words in done.stderr
+    assert not list(tmp_path.glob("test-small*"))
+
+    path.write_text(json.dumps({**numbers, "num_key_value_heads": 2, "rope_theta": 5.0}), encoding="utf-8")
+    recipe.write_text(text.replace("some/model, revision: abc", "elsewhere"), encoding="utf-8")
+    loaded = load(recipe)
+    (folder / "elsewhere").symlink_to(folder / "teacher")
+    try:
+        assert plan(loaded).architecture.num_key_value_heads == 1  # a teacher that is here speaks for itself
+    finally:
+        (folder / "elsewhere").unlink()
+    from recipelin.run import _refuse_other_teacher
+
+    planned = plan(loaded)
+    (folder / "elsewhere").symlink_to(folder / "teacher")
+    try:
+        with pytest.raises(RunError, match="num_key_value_heads: planned 2, found 1"):
+            _refuse_other_teacher(loaded, planned)
+    finally:
+        (folder / "elsewhere").unlink()
