@@ -119,7 +119,8 @@ def _texts(value: object) -> Iterator[dict[str, Any]]:
 # The source files that compute a step: a mended bug must never meet weights of before. Patterns below the package.
 _MODEL = ("swap.py", "masks.py", "cache.py", "states.py", "families.py", "attention/**/*.py")
 _DATA = ("data.py", "sources.py")
-_TRAINING = (*_MODEL, *_DATA, "hf.py", "stages.py", "checkpoint.py", "optimizer.py", "schedule.py")
+_LOOP = ("stages.py", "loop.py", "losses.py", "adapters.py", "checkpoint.py", "optimizer.py")
+_TRAINING = (*_MODEL, *_DATA, *_LOOP, "hf.py", "schedule.py", "branches.py")
 _SOURCES: Mapping[type, tuple[str, ...]] = {
     Swap: _MODEL,
     Switch: ("states.py",),

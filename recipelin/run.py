@@ -302,7 +302,8 @@ class _Walk:
         }
         if isinstance(step, Transfer):
             return stages.transfer(self.model, step, batches, **arguments)
-        return stages.tune(self.model, step, batches, **arguments)
+        teacher = self._teacher()[0] if step.loss.kl else None
+        return stages.tune(self.model, step, batches, teacher=teacher, **arguments)
 
     def _watch(self, state: str, suite: str, metric: str) -> float:
         """A suite's metric of the model as it is now, on the selection part: what a stage's validation may watch.

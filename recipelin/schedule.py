@@ -41,15 +41,18 @@ class Optimizer(Config):
 
 
 class Validation(Config):
-    """What is watched while a stage trains, on the selection part; the mean over the entries is minimised.
+    """What is watched while a stage trains, on the selection part; the mean over the entries, each times its weight,
+    is minimised.
 
-    Sample YAML: `{every: 100, watch: [{state: hybrid, metric: loss}], keep_best: true, patience: 10}`
+    Sample YAML: `{every: 100, watch: [{state: hybrid, metric: loss}], keep_best: true, patience: 10}`; the linear branch's
+    contribution is watched by `watch: [{state: hybrid}, {state: window, weight: -1}]`.
     """
 
     class Watch(Config):
         state: str = Field("hybrid", description="a named state, or `transfer` for a transfer stage's own objective")
         suite: str | None = Field(None, description="a suite; None: held-out rows of the stage's own data")
         metric: str = Field("loss", description="a metric of the suite; `loss` on held-out rows")
+        weight: float = Field(1.0, description="negative: the larger the better")
 
     every: Annotated[int, Field(ge=1)] = 100
     watch: Annotated[tuple[Watch, ...], Field(min_length=1)] = (Watch(),)

@@ -30,6 +30,9 @@ class State(Config):
         "outside", description="keys of the linear branch: those outside the softmax set (LoLCATs), or all"
     )
     join: Join = Field("shared", description="how the branches share a row (DESIGN §5); LoLCATs: shared")
+    mix: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="g of the `shared` join for every head; None: what was learned (LoLCATs)"
+    )
     max_gradient: Literal["through", "detached"] = Field(
         "through", description="gradient through the row maximum of the softmax side (LoLCATs: through)"
     )

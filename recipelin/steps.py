@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, model_validator
 
 from .base import Config
+from .branches import BranchSchedule
 from .schedule import Schedule
 from .sources import Data
 from .states import NamedState, State
@@ -76,12 +77,34 @@ class Lora(Config):
     ] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+class Loss(Config):
+    """What `Tune` minimises: lm x next-token cross-entropy + kl x divergence between teacher and student, in nats a token.
+
+    forward: KL(teacher || student), reverse: KL(student || teacher), both of logits / temperature and times
+    temperature^2, so that gradients keep their size (Hinton et al., arXiv 1503.02531). Over the tokens that have a label.
+
+    Sample YAML: `{lm: 0.0, kl: 1.0, direction: forward, temperature: 1.0}`
+    """
+
+    lm: Annotated[float, Field(ge=0)] = 1.0
+    kl: Annotated[float, Field(ge=0)] = 0.0
+    direction: Literal["forward", "reverse"] = "forward"
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _something(self) -> "Loss":
+        if not (self.lm or self.kl):
+            raise ValueError("lm and kl are both 0: there is nothing to minimise")
+        return self
+
+
 class Tune(Config):
-    """End-to-end training on the next-token loss; adapters (merged once at the end, in fp32) or all weights."""
+    """End-to-end training; adapters (merged once at the end, in fp32) or all weights."""
 
     step: Literal["tune"] = "tune"
     stage: str
-    loss: Literal["lm"] = "lm"
+    loss: Loss = Loss()
+    branches: BranchSchedule | None = Field(None, description="dropped or changing windows; None: the hybrid as it is")
     lora: Lora | None = Field(Lora(), description="None: all weights")
     trains: tuple[Trained, ...] = Field((), description="the form's own parameters that train along")
     schedule: Schedule

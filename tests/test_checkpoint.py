@@ -25,6 +25,7 @@ TRAINING = """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import recipelin.checkpoint
+    import recipelin.loop as loop
     import recipelin.stages as stages
     from recipelin.data import Batch
     from recipelin.schedule import Decay, Optimizer, Schedule
@@ -73,16 +74,16 @@ TRAINING = """
     schedule = Schedule(steps=20, batch=2, length=16, checkpoint_every=4, log_every=5,
                         optimizer=Optimizer(name="muon", lr=1e-2), decay=Decay(name="cosine", warmup=3))
     if slow == "step":
-        real = stages._Loop._gradients
+        real = loop.Loop._gradients
 
-        def told(self, number):
-            found = real(self, number)
+        def told(self, number, total):
+            found = real(self, number, total)
             if number == 10:
                 print("step", flush=True)
                 sys.stdin.read()
             return found
 
-        stages._Loop._gradients = told
+        loop.Loop._gradients = told
     report = stages.tune(model, Tune(stage="tune", lora=None, schedule=schedule, data=Data()), Rows(), device="cpu",
                          folder=folder / "work", seed=0, log=folder / "logs", key="k")
     save_file({n: p.detach().clone() for n, p in model.named_parameters() if n != "lm_head.weight"},

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import recipelin.losses as losses
 import recipelin.stages as stages
 from recipelin.attention.hybrid.config import Config as Hybrid
 from recipelin.checkpoint import FILE, OtherCheckpoint, read_checkpoint
@@ -370,15 +371,15 @@ def test_loss_is_shifted_once(tiny):
     batch = Rows(2).batch(0)
     with torch.no_grad():
         expected = model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False).loss
-        assert abs(float(stages.next_token_loss(model, batch)) - float(expected)) < 1e-5
+        assert abs(float(losses.token_loss(model, batch)) - float(expected)) < 1e-5
 
 
 def test_logits_in_shares_give_the_same_loss_and_gradients(tiny, monkeypatch):
     found = []
     for rows in (4096, 7):
-        monkeypatch.setattr(stages, "LOGIT_ROWS", rows)
+        monkeypatch.setattr(losses, "LOGIT_ROWS", rows)
         model = tiny(dtype=torch.float64)
-        loss = stages.next_token_loss(model, Rows(2, quiet=5).batch(0))
+        loss = losses.token_loss(model, Rows(2, quiet=5).batch(0))
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     for one, other in zip(*found, strict=True):

@@ -1,4 +1,4 @@
-"""What a form shows of one layer while the teacher's stream passes through it."""
+"""What passes between a form and who trains it: what a layer saw, and which windows are dropped."""
 
 from dataclasses import dataclass
 
@@ -20,3 +20,11 @@ class Captured:
     lse: Tensor | None
     key_mask: Tensor | None
     segment_ids: Tensor | None
+
+
+@dataclass(frozen=True)
+class Drop:
+    """The draw of one micro-batch: `keep` [B,H] bool, False where the window is dropped; `on_drop` as in BranchSchedule."""
+
+    keep: Tensor
+    on_drop: str

@@ -1,56 +1,85 @@
-"""The hedgehog feature map: phi(x) = [act(xW); act(-xW)], one W a head."""
+"""The feature maps of the linear branch: a learned matrix a head, or none, under an activation."""
 
 import torch
 from torch import Tensor, nn
 
 from .config import FeatureMap
 
+SCALE_LIMIT = 30.0  # |u.x| of a token's scale at most: exp(30) squared still fits into fp32
 
-class HedgehogFeatureMap(nn.Module):
+
+class HeadFeatureMap(nn.Module):
     """x [B,h,T,d] -> phi [B,H,T,F] for `heads` = H maps, h dividing H: a key head serves H / h maps and is not copied.
 
-    u = x W, W [H, d, F/2]; softmax: [softmax(u), softmax(-u)] over features; exp: [exp(u - max u), exp(-u + min u)],
-    maximum over the features of one token; relu, elu (1 + ELU), none: [act(u), act(-u)]. Then clamped below (not
-    `none`). Computed in fp32 (fp64 for fp64).
-    Source: LoLCATs' feature_map.py (softmax_dim, exp_dim), arXiv 2510.05901 §3.4.
+    u = x W (+ b), W [H, d, columns]; `fixed`: u = x. softmax: [softmax(u), softmax(-u)] over features; exp:
+    [exp(u - max u), exp(-u + min u)], maximum over the features of one token; relu, elu (1 + ELU), none: [act(u), act(-u)],
+    or act(u) alone (t2r, `as_lolcats`). Then clamped below (not `none`), and times exp(u_h.x) with `token_scale`.
+    Computed in fp32 (fp64 for fp64).
+    Source: LoLCATs' feature_map.py (softmax_dim, exp_dim, relu, pos_elu), arXiv 2510.05901 §3.4, T2R: arXiv 2103.13076.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    log_scale: nn.Parameter
 
     def __init__(self, config: FeatureMap, heads: int, head_dim: int, seed: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.heads, self.head_dim = config, heads, head_dim
         self.seed = seed
-        self.weight = nn.Parameter(torch.empty(heads, head_dim, config.width * head_dim // 2))
-        with torch.no_grad():
-            self.weight.copy_(self.start_values()["weight"])
+        for name, value in self.start_values().items():
+            self.register_parameter(name, nn.Parameter(value))
 
     def start_values(self) -> dict[str, Tensor]:
         """The start: a pure function of the seed."""
-        heads, width, half = self.weight.shape
-        generator = torch.Generator(device="cpu").manual_seed(self.seed)
-        bound = width**-0.5  # kaiming_uniform with a = sqrt(5), as nn.Linear has it
-        start = (torch.rand(heads, width, half, generator=generator, device="cpu") * 2 - 1) * bound
-        if self.config.init == "identity":
-            same = min(width, half)
-            start[:, :, :same] = torch.eye(width, same, device="cpu")
-        return {"weight": start.to(self.weight.dtype)}
+        config, heads, width = self.config, self.heads, self.head_dim
+        found: dict[str, Tensor] = {}
+        if config.name != "fixed":
+            columns = config.columns(width)
+            generator = torch.Generator(device="cpu").manual_seed(self.seed)
+            bound = width**-0.5  # kaiming_uniform with a = sqrt(5), as nn.Linear has it
+            start = (torch.rand(heads, width, columns, generator=generator, device="cpu") * 2 - 1) * bound
+            if config.init == "identity":
+                same = min(width, columns)
+                start[:, :, :same] = torch.eye(width, same, device="cpu")
+            found["weight"] = start
+            if config.bias != "none":
+                found["bias"] = torch.zeros(heads, columns if config.bias == "feature" else 1, device="cpu")
+        if config.token_scale:
+            found["log_scale"] = torch.zeros(heads, width, device="cpu")
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, weight = x.to(exact), self.weight.to(exact)
+        x = x.to(exact)
         batch, h, length, width = x.shape
-        heads, _, half = weight.shape
-        grouped = weight.view(h, heads // h, width, half)
+        group = self.heads // h
         with torch.autocast(x.device.type, enabled=False):  # autocast would take the product in bf16
-            u = torch.einsum("bhtd,hgdf->bhgtf", x, grouped).reshape(batch, heads, length, half)
+            if self.config.name == "fixed":
+                u = x[:, :, None].expand(-1, -1, group, -1, -1).reshape(batch, self.heads, length, width)
+            else:
+                weight = self.weight.to(exact).view(h, group, width, -1)
+                u = torch.einsum("bhtd,hgdf->bhgtf", x, weight).reshape(batch, self.heads, length, -1)
+                if self.config.bias != "none":
+                    u = u + self.bias.to(exact)[:, None]
+            phi = self._activate(u)
+            if self.config.token_scale:
+                scale = self.log_scale.to(exact).view(h, group, width)
+                level = torch.einsum("bhtd,hgd->bhgt", x, scale).reshape(batch, self.heads, length, 1)
+                phi = phi * level.clamp(-SCALE_LIMIT, SCALE_LIMIT).exp()
+        return phi
+
+    def _activate(self, u: Tensor) -> Tensor:
+        one_sign = self.config.name == "t2r" or self.config.features == "as_lolcats"
+        both = u if one_sign else torch.cat((u, -u), -1)
         match self.config.activation:
             case "softmax":
                 phi = torch.cat((u.softmax(-1), (-u).softmax(-1)), -1)
             case "exp":
                 phi = torch.cat(((u - u.amax(-1, keepdim=True)).exp(), (-u + u.amin(-1, keepdim=True)).exp()), -1)
             case "relu":
-                phi = torch.cat((u.relu(), (-u).relu()), -1)
+                phi = both.relu()
             case "elu":
-                phi = 1 + torch.nn.functional.elu(torch.cat((u, -u), -1))
+                phi = 1 + torch.nn.functional.elu(both)
             case "none":
-                return torch.cat((u, -u), -1)
+                return both
         return phi.clamp(min=self.config.clamp)

@@ -19,10 +19,10 @@ from ...cache import HybridLayer, hybrid_entry
 from ...families import Architecture, family
 from ...masks import real_tokens, segments_of
 from ...states import State
-from ..captured import Captured
+from ..captured import Captured, Drop
 from .calibration import LogScaleCalibration
 from .config import Config
-from .feature_map import HedgehogFeatureMap
+from .feature_map import HeadFeatureMap
 from .scales import LogScale, Mix
 
 Recorder = Callable[[int, Captured], None]
@@ -59,10 +59,8 @@ class HybridAttention(nn.Module):
             else architecture.num_key_value_heads
         )
         draw = seed * 1_000_003 + layer_index * 2
-        self.feature_map_q = HedgehogFeatureMap(
-            config.feature_map, architecture.num_attention_heads, self.head_dim, draw
-        )
-        self.feature_map_k = HedgehogFeatureMap(config.feature_map, key_heads, self.head_dim, draw + 1)
+        self.feature_map_q = HeadFeatureMap(config.feature_map, architecture.num_attention_heads, self.head_dim, draw)
+        self.feature_map_k = HeadFeatureMap(config.feature_map, key_heads, self.head_dim, draw + 1)
         self.mix = Mix(architecture.num_attention_heads, config.mix)
         self.log_scale = LogScale(architecture.num_attention_heads)
         weight = self.q_proj.weight
@@ -70,6 +68,7 @@ class HybridAttention(nn.Module):
             # fp32 whatever the teacher's dtype: these are what training moves.
             part.to(device=weight.device, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
         self.state = State()
+        self.drop: Drop | None = None
         self.recorder: Recorder | None = None
         self.observer: Recorder | None = None
 
@@ -83,7 +82,7 @@ class HybridAttention(nn.Module):
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """The form's own parameters by the names that `trains` uses."""
         return {
-            "feature_maps": [self.feature_map_q.weight, self.feature_map_k.weight],
+            "feature_maps": [*self.feature_map_q.parameters(), *self.feature_map_k.parameters()],
             "mix": [self.mix.theta],
             "log_scale": [self.log_scale.c],
         }
@@ -162,6 +161,8 @@ class HybridAttention(nn.Module):
                 layer.advance(q.shape[2])
             return torch.zeros_like(q)
         options = self.options(self.state, q.shape[2])
+        if self.drop is not None:
+            options |= {"window_keep": self.drop.keep, "on_drop": self.drop.on_drop}
         previous = None if layer is None else layer.state
         result = hybrid_attention(
             q,
@@ -191,7 +192,7 @@ class HybridAttention(nn.Module):
         window = length if state.window == "full" else state.window
         own = self.own_window
         return {
-            "mix": self.mix(),
+            "mix": self.mix() if state.mix is None else torch.full_like(self.mix.theta, state.mix),
             "log_scale": self.log_scale(),
             "window": min(window, own) if own else window,
             "shape": state.shape,
