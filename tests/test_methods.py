@@ -1,0 +1,62 @@
+"""The laws of methods: each composes known steps, owns its stages, and has a recipe that shows it."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from recipelin import lookup
+from recipelin.load import CHECKOUT, expand, load
+from recipelin.plan import plan
+from recipelin.schedule import Schedule
+from recipelin.steps import Calibrate, Evaluate, Step, Swap, Switch, Transfer, Tune
+
+METHODS = lookup.names("methods")
+KNOWN = get_args(Step)
+
+
+def used() -> dict[str, list]:
+    """Method -> the grid points of all recipes that use it."""
+    found: dict[str, list] = {}
+    for path in sorted(CHECKOUT.rglob("*.yaml")):
+        if path.parent.name != "suites":
+            for point in expand(load(path)):
+                found.setdefault(point.recipe.method.name, []).append(point)
+    return found
+
+
+def test_every_method_has_a_recipe():
+    assert set(used()) == set(METHODS)
+    assert len(METHODS) >= 9
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_composes_known_steps_and_its_stages(name):
+    module = lookup.lookup("methods", name)
+    assert module.Config.model_fields["name"].default == name
+    assert "Sample YAML" in module.Config.__doc__
+    assert all(s is None or isinstance(s, Schedule) for s in module.STAGES.values())
+    for point in used()[name]:
+        # Every stage on: what the method can do, not only what this recipe asks for.
+        full = {stage: default or Schedule(steps=3) for stage, default in module.STAGES.items()}
+        recipe = point.recipe.model_copy(update={"schedule": full})
+        found = module.steps(recipe)
+        assert all(isinstance(step, KNOWN) for step in found) and not any(isinstance(s, Evaluate) for s in found)
+        assert [s.stage for s in found if isinstance(s, (Transfer, Tune))] == list(module.STAGES), "in their order"
+        assert found == module.steps(recipe), "steps are a pure function of the recipe"
+        bare = module.steps(point.recipe.model_copy(update={"schedule": dict.fromkeys(module.STAGES)}))
+        assert not any(isinstance(s, (Transfer, Tune)) for s in bare), "a stage left out is left out"
+        swaps = [i for i, s in enumerate(found) if isinstance(s, Swap)]
+        if swaps:
+            assert swaps == [0]
+            hybrid = [s.state for s in found if isinstance(s, Switch)][-1]
+            assert plan(point).hybrid == hybrid
+        for index, step in enumerate(found):
+            if isinstance(step, Calibrate):
+                before = [s.state for s in found[:index] if isinstance(s, Switch)]
+                assert before and before[-1].join == "absolute", "c_h belongs to the absolute join"
+
+
+def test_the_files_are_the_methods():
+    folder = Path(lookup.__file__).parent / "methods"
+    assert METHODS == tuple(sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__"))
