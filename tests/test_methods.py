@@ -59,4 +59,4 @@ def test_a_method_composes_known_steps_and_its_stages(name):
 
 def test_the_files_are_the_methods():
     folder = Path(lookup.__file__).parent / "methods"
-    assert METHODS == tuple(sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__"))
+    assert tuple(sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")) == METHODS
