@@ -1,6 +1,7 @@
 """The cross-entropy between attention weights: the blocked form against the definition, in float64."""
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from torch import Tensor
 
 from recipelin_kernels import log_scale_closed_form, teacher_attention, weight_transfer_loss
 
+JOINS = ("shared", "absolute", "replace", "average", "sum")
 GROUPS = ((2, 2), (6, 2), (4, 1))
+WINDOWS = ((1, "sliding"), (9, "sliding"), (400, "sliding"), (9, "terraced"), (70, "terraced"))
+REACHES = ((None, None), (21, 21), (None, 21), (21, None))  # the student's, the teacher's
 
 
 def inputs(heads: int, key_heads: int, length: int, *, per_key_head: bool = False, seed: int = 0) -> dict[str, Tensor]:
@@ -43,7 +47,7 @@ def masks(kind: str, length: int) -> dict[str, Tensor]:
 
 def loss_and_gradients(x: dict[str, Tensor], kernel: str, **options) -> list[Tensor]:
     where = {n: options[n] for n in ("key_mask", "segment_ids") if n in options}
-    _, lse = teacher_attention(x["q"], x["k"], x["v"], **where)
+    _, lse = teacher_attention(x["q"], x["k"], x["v"], window=options.get("teacher_window"), **where)
     loss = weight_transfer_loss(
         x["q"], x["k"], x["phi_q"], x["phi_k"], lse, mix=x["mix"], log_scale=x["log_scale"], kernel=kernel, **options
     )
@@ -57,16 +61,20 @@ def loss_and_gradients(x: dict[str, Tensor], kernel: str, **options) -> list[Ten
 @pytest.mark.parametrize("target", ["linear", "hybrid"])
 def test_blocked_is_the_definition(target, heads, key_heads, kind):
     compared = 0
-    joins = ("shared", "absolute", "replace") if target == "hybrid" else ("shared",)
-    for length, window, sinks, join, cover in itertools.product(
-        (3, 149, 301), (1, 9, 400), (0, 4), joins, ("outside", "all")
+    joins = JOINS if target == "hybrid" else ("shared",)
+    draw = random.Random(f"{target} {heads} {kind}")
+    for length, (window, shape), (reach, teacher_window), sinks, join, cover in itertools.product(
+        (3, 149, 301), WINDOWS, REACHES, (0, 4), joins, ("outside", "all")
     ):
-        if (length + window + sinks + len(join) + len(cover)) % 3:
-            continue  # a third of the product, spread over every axis
+        if draw.random() > (0.03 if target == "hybrid" else 0.06):
+            continue  # spread over every axis
         x = inputs(heads, key_heads, length, per_key_head=bool(sinks), seed=length)
         options = {
             "target": target,
             "window": window,
+            "shape": shape,
+            "reach": reach,
+            "teacher_window": teacher_window,
             "sinks": sinks,
             "join": join,
             "cover": cover,
@@ -80,24 +88,25 @@ def test_blocked_is_the_definition(target, heads, key_heads, kind):
     assert compared >= 4
 
 
-@pytest.mark.parametrize("join", ["shared", "absolute", "replace"])
+@pytest.mark.parametrize("join", JOINS)
 @pytest.mark.parametrize("window", [0, 7])
 def test_blocked_is_the_definition_where_pairs_are_clamped_and_the_teacher_is_windowed(join, window):
     x = inputs(6, 2, 149, per_key_head=True)
     with torch.no_grad():
-        x["phi_k"][:, :, 2::3] *= 1e-14  # below the clamp; the first row keeps its only key
+        x["phi_k"][:, :, 3::3] *= 1e-14  # below the clamp; the first linear key of a row, its only one, stays
         x["phi_q"][:, :, 5] = 0
         x["q"] *= 20
         x["log_scale"] *= 20
-    for target in ("linear", "hybrid"):
+    for target, reach, shape in (("linear", 31, "sliding"), ("hybrid", 31, "sliding"), ("hybrid", None, "terraced")):
         options = {"target": target, "window": window, "sinks": 2, "join": join, "teacher_window": 31}
+        options |= {"reach": reach, "shape": shape, "cover": "outside" if reach else "all"}
         expected, found = (loss_and_gradients(x, kernel, **options) for kernel in ("reference", "chunked"))
         for one, other in zip(expected, found, strict=True):
             assert torch.isfinite(one).all()
             assert float((one - other).abs().max()) <= 1e-10 * max(float(one.abs().max()), 1e-3), options
 
 
-@pytest.mark.parametrize("join", ["shared", "absolute", "replace"])
+@pytest.mark.parametrize("join", JOINS)
 def test_single_precision_stays_finite_and_close_at_large_scores(join):
     x = inputs(4, 2, 149)
     with torch.no_grad():
@@ -141,17 +150,22 @@ def test_it_is_torchs_cross_entropy():
     assert per_head.shape == (4,) and abs(float((per_head.mean() - expected).detach())) < 1e-12
 
 
-@pytest.mark.parametrize("join", ["shared", "absolute", "replace"])
-def test_a_covering_window_reaches_the_teachers_entropy(join):
+@pytest.mark.parametrize(
+    ("window", "shape", "own"), [(41, "sliding", None), (21, "terraced", None), (12, "sliding", 11)]
+)
+@pytest.mark.parametrize("join", JOINS)
+def test_a_covering_window_reaches_the_teachers_entropy(join, window, shape, own):
     """The hybrid then has the teacher's own weights: the loss is the entropy, its least value."""
     x = inputs(4, 1, 41)
-    _, lse = teacher_attention(x["q"], x["k"], x["v"])
+    _, lse = teacher_attention(x["q"], x["k"], x["v"], window=own)
     scores = (x["q"] @ x["k"].repeat_interleave(4, 1).transpose(-1, -2)) * 8**-0.5
     causal = torch.ones(41, 41, dtype=torch.bool).tril()
+    causal = causal & ~causal.tril(-(own or 41))
     p = scores.masked_fill(~causal, -torch.inf).softmax(-1)
     entropy = -(p * p.clamp(min=1e-300).log()).sum(-1).mean()
     found = weight_transfer_loss(
-        x["q"], x["k"], x["phi_q"], x["phi_k"], lse, target="hybrid", window=41, join=join, mix=x["mix"], log_scale=x["log_scale"]
+        x["q"], x["k"], x["phi_q"], x["phi_k"], lse, target="hybrid", window=window, shape=shape, join=join,
+        mix=x["mix"], log_scale=x["log_scale"], reach=own, teacher_window=own,
     )  # fmt: skip
     assert abs(float((found - entropy).detach())) < 1e-9
 
@@ -190,18 +204,27 @@ def test_a_teachers_own_window():
 
 
 @pytest.mark.parametrize("cover", ["outside", "all"])
-def test_the_closed_form_of_c(cover):
+@pytest.mark.parametrize("shape", ["sliding", "terraced"])
+@pytest.mark.parametrize(("reach", "own"), REACHES)
+def test_the_closed_form_of_c(cover, shape, reach, own):
     x = {n: t.detach() for n, t in inputs(4, 2, 149).items()}
-    _, lse = teacher_attention(x["q"], x["k"], x["v"])
-    total, rows = log_scale_closed_form(x["q"], x["k"], x["phi_q"], x["phi_k"], lse, window=9, sinks=2, cover=cover)
+    _, lse = teacher_attention(x["q"], x["k"], x["v"], window=own)
+    total, rows = log_scale_closed_form(
+        x["q"], x["k"], x["phi_q"], x["phi_k"], lse, window=9, shape=shape, sinks=2, cover=cover, reach=reach,
+        teacher_window=own,
+    )  # fmt: skip
     index = torch.arange(149)
-    causal = index[:, None] >= index[None]
-    outside = causal & (index[:, None] - index[None] >= 9) & (index[None] >= 2)
+    behind = index[:, None] - index[None]
+    causal = behind >= 0
+    outside = behind >= 9 if shape == "sliding" else index[:, None] // 9 - index[None] // 9 > 1
+    outside = outside & (index[None] >= 2)
+    heard = (causal if cover == "all" else outside) & (behind < (reach or 149))
+    outside = outside & (behind < (own or 149))
     scores = x["q"] @ x["k"].repeat_interleave(2, 1).transpose(-1, -2) * 8**-0.5
     pairs = x["phi_q"] @ x["phi_k"].transpose(-1, -2)
-    kept = outside.any(-1)
+    kept = outside.any(-1) & heard.any(-1)
     teacher = scores.masked_fill(~outside, -torch.inf).logsumexp(-1)[:, :, kept]
-    linear = pairs.masked_fill(~(causal if cover == "all" else outside), 0).sum(-1).log()[:, :, kept]
+    linear = pairs.masked_fill(~heard, 0).sum(-1).log()[:, :, kept]
     assert rows == 2 * int(kept.sum())
     assert float((total - (teacher - linear).sum((0, 2))).abs().max()) < 1e-8
 
@@ -263,6 +286,7 @@ def test_memory_is_linear():
     [
         ({"target": "lineer"}, "did you mean 'linear'"),
         ({"join": "shard"}, "did you mean 'shared'"),
+        ({"shape": "terrace"}, "did you mean 'terraced'"),
         ({"kernel": "gpu"}, "expected one of auto, reference, chunked"),
         ({"target": "hybrid", "join": "absolute", "log_scale": None}, "needs log_scale"),
     ],

@@ -1,7 +1,7 @@
 """Hybrid attention: softmax over a window joined with linear attention over the rest (DESIGN §5)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked import CHUNK, hybrid_attention_chunked
+from .compat import check_compat, decoding, whole_rows
 from .reference import hybrid_attention_reference
 from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, one_of, rows
-from .state import HybridState, check_state, continued, empty_state, next_state
+from .state import HybridState, check_state, continued, empty_state, filled, next_state
 from .step import one_token
 
 KERNELS = ("auto", "reference", "chunked", "gpu")
@@ -19,7 +20,11 @@ KERNELS = ("auto", "reference", "chunked", "gpu")
 
 @dataclass(frozen=True)
 class Components:
-    """Of one pass: each branch normalised by itself [B,H,T,D]; the linear branch's share of the normaliser [B,H,T]."""
+    """Of one pass: each branch normalised by itself [B,H,T,D]; the linear branch's share [B,H,T].
+
+    The share is of the normaliser; of `average` and `sum`, whose branches have their own, of the branches' weights: 1/2,
+    and 0 or 1 where one is empty. It is not defined for signed features.
+    """
 
     window: Tensor
     linear: Tensor
@@ -68,30 +73,43 @@ def hybrid_attention(
     kernel: str = "auto",
     phi_k_fn: Callable[[Tensor], Tensor] | None = None,
     signed: bool = False,
+    reach: int | None = None,
+    compat: str | None = None,
     chunk: int | None = None,
 ) -> Any:
     """y [B,H,T,D]; with `output_state` also the HybridState, with `components` also Components, in this order.
 
-    Query t of head h sees the softmax set W(t) (the last `window` keys, itself included, and the first `sinks` keys)
-    and the linear set L(t): with cover `outside` every earlier key that is not in W, with `all` every key up to t.
+    Query t of head h sees the softmax set W(t) (its window and the first `sinks` keys) and the linear set L(t): with
+    cover `outside` every earlier key that is not in W, with `all` every key up to t. Windows, w = `window`:
 
-        a_i = mix_h exp(q.k_i scale - max over W)      b_i = phi_q.phi_k_i
+        sliding   the last w keys, the query's own included
+        terraced  its block floor(t / w) up to t and the whole block before: w + 1 .. 2 w keys, in block 0 1 .. w
+
+        a_i = mix_h exp(q.k_i scale - max over W)      b_i = phi_q.phi_k_i      y_W = sum_W a v / sum_W a, y_L alike
         shared    y = (sum_W a v + sum_L b v) / (sum_W a + sum_L b)                                   (LoLCATs)
         absolute  as shared, with exp(q.k_i scale) and exp(log_scale_h) b_i: no shift, no mix
         replace   y = (M softmax_W v + sum_L b v) / (M + sum_L b),  M = sum over W of b
+        average   y = 1/2 (y_W + y_L); a branch without mass leaves the other weight 1
+        sum       y = y_W + y_L
 
     q [B,H,T,D]; k, v [B,Hkv,T,D], query head h reads key head h // (H / Hkv); phi_q [B,H,T,F]; phi_k [B,H or Hkv,T,F];
     mix, log_scale [H]; key_mask [B,T] bool, True for real tokens, which must be one run (padding left or right);
     segment_ids [B,T]: window, sinks and linear set begin anew where it changes. Positions count from the first real
     token. Any float dtype; `chunked` computes in fp32 (fp64 for fp64). window 0 is an empty window.
 
-    ablate {branch: "mass" | "output"}: the branch leaves numerator and denominator, or the numerator alone. `window`
-    means its keys that are no sinks, `sinks` those that are not in the window; keys that are switched off do not
-    become linear. window_keep [B,H] bool: where False, W is empty in training (SSD); `on_drop` says whether L then
-    covers all keys. A row that sees nothing gives exactly 0, and so do padded queries. signed: features may be
-    negative (activation `none`): |denominator| >= 1e-6. max_gradient: whether the row maximum, which `shared` does not
-    cancel, carries gradient. state: goes on from there (no gradient into it); needs `phi_k_fn`, keys [B,Hkv,n,D] ->
-    features, for the ring's keys.
+    ablate {branch: "mass" | "output"}: the branch leaves numerator and denominator, or the numerator alone (in `average`
+    its weight stays). `window` means its keys that are no sinks, `sinks` those that are not in the window; keys that are
+    switched off do not become linear. window_keep [B,H] bool: where False, W is empty in training (SSD); `on_drop` says
+    whether L then covers all keys. A row that sees nothing gives exactly 0, and so do padded queries. signed: features
+    may be negative (activation `none`): |denominator| >= 1e-6. max_gradient: whether the row maximum, which `shared`
+    does not cancel, carries gradient. state: goes on from there (no gradient into it); needs `phi_k_fn`, keys
+    [B,Hkv,n,D] -> features, for the ring's keys.
+
+    reach: the teacher's own window; W but for the sinks, and L, then hold only keys less than `reach` positions back.
+    Where no key of the call is that far, it costs nothing; else, and from a state, time is O(T reach), as the teacher's,
+    and the state holds reach - 1 keys. compat `lolcats_tk_v1`: the terraced window as LoLCATs published it
+    (facts/peers.md A.6): for T <= w all keys are in W and in L; blocks end with the call; a state goes on by a sliding
+    window of w, one token at a time. It takes no padding, segments, sinks, other cover or join.
 
     Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that is not in this
     build.
@@ -105,6 +123,8 @@ def hybrid_attention(
         one_of("ablate", branch, BRANCHES)
         one_of(f"ablate[{branch!r}]", how, ABLATIONS)
     _check_shapes(q, k, v, phi_q, phi_k, window, sinks)
+    if reach is not None and (isinstance(reach, bool) or not isinstance(reach, int) or reach < 1):
+        raise ValueError(f"reach={reach!r}: expected an integer of at least 1, or None")
     if join == "shared" and mix is None:
         raise ValueError("join='shared' needs mix [H]")
     if join == "absolute" and log_scale is None:
@@ -119,15 +139,27 @@ def hybrid_attention(
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         on_drop=on_drop,
         signed=signed,
+        shape=shape,
+        reach=reach,
     )
     batch, _, length, _ = q.shape
+    held = options  # of the state
+    if compat is not None:
+        check_compat(compat, options, key_mask, segment_ids)
+        if state is not None and length != 1:
+            raise ValueError(f"compat={compat!r}: a state goes on one token at a time, found {length}")
+        held = decoding(options)
+        options = held if state is not None else whole_rows(options, length)
     plain = key_mask is None and segment_ids is None and state is None
     # Every earlier key is in the window: mix, row maximum and mass cancel (facts/performance.md §2). What learns keeps
     # its gradients, zeros, which SDPA would not give it.
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (phi_q, phi_k, mix, log_scale))
-    asked = cover == "all" or ablate or window_keep is not None or signed or components
-    ran = resolve_kernel(kernel, q.device, covered=plain and not asked and not learns and length <= window)
+    asked = options.cover == "all" or ablate or window_keep is not None or signed or components
     own = rows(1 if plain else batch, length, q.device, key_mask, segment_ids)
+    if state is None and reach is not None and (length <= reach or int(own.position.max()) < reach):
+        options = replace(options, reach=None)  # no key of the call is that far
+    covered = plain and not asked and not learns and options.reach is None and length <= options.span
+    ran = resolve_kernel(kernel, q.device, covered=covered)
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
     if key_mask is not None:
         real = key_mask[:, None, :, None]
@@ -140,12 +172,13 @@ def hybrid_attention(
             raise ValueError("state: a call that goes on from a state cannot hold segments")
         if phi_k_fn is None:
             raise ValueError("state: needs phi_k_fn, the keys' feature map, for the keys of the ring")
-        check_state(state, own, window, sinks)
+        check_state(state, own, options)
         tensors = (q, k, v, phi_q, phi_k, mix, log_scale)
         learns = learns or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
         if kernel == "auto" and length == 1 and output_state and not components and not learns:
             return one_token(*tensors, phi_k_fn, window_keep, options, state, own)
-        own, k_rows, k, v, phi_k, past = continued(state, own, k, v, phi_k, phi_k_fn)
+        ring = state if reach is None else filled(state)
+        own, k_rows, k, v, phi_k, past = continued(ring, own, k, v, phi_k, phi_k_fn)
     arguments = (q, k, v, phi_q, phi_k, mix, log_scale, window_keep, options)
     if ran == "reference":
         if state is not None:
@@ -160,7 +193,7 @@ def hybrid_attention(
         )
     returned: list[Any] = [parts[0]]
     if output_state:
-        returned.append(next_state(k, v, phi_k, options, k_rows, past, state, q.shape[1]))
+        returned.append(next_state(k, v, phi_k, held, k_rows, past, state, q.shape[1]))
     if components:
         returned.append(Components(*parts[1:]))
     return returned[0] if len(returned) == 1 else tuple(returned)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rows import EXP_FLOOR, SIGNED_FLOOR, Options
+from .rows import EXP_FLOOR, SEPARATE, SIGNED_FLOOR, Options, branch_weights
 
 HIDDEN = -1e30  # added to scores outside the softmax set
 LOG_TINY = -69.0  # about log(1e-30): no factor of `absolute` is larger than exp(69)
@@ -100,6 +100,13 @@ def weigh(x: Inputs, state: State | None, masks: Masks, o: Options) -> Weights:
         b_mass += held if masks.sees_state is None else held * masks.sees_state
 
     b_factor = None
+    if o.join in SEPARATE:
+        a_weight, b_weight = branch_weights(o.join, a_mass, b_mass)
+        linear_den, live = floored(b_mass) if o.signed else (b_mass, None)
+        a_factor, b_factor = (
+            w / x.masked_fill(w == 0, torch.inf) for w, x in ((a_weight, a_mass), (b_weight, linear_den))
+        )
+        return Weights(a, b, a_mass, b_mass, a_factor, b_factor, torch.ones_like(a_mass), live)
     if o.join == "shared":
         assert x.mix is not None
         a_factor = x.mix[:, None, None]
@@ -113,9 +120,13 @@ def weigh(x: Inputs, state: State | None, masks: Masks, o: Options) -> Weights:
     den = a_factor * a_mass + (b_mass if b_factor is None else b_factor * b_mass)
     live = None
     if o.signed:
-        live = (den.abs() >= SIGNED_FLOOR).to(den.dtype)
-        den = den.sign() * den.abs().clamp(min=SIGNED_FLOOR)
+        den, live = floored(den)
     return Weights(a, b, a_mass, b_mass, a_factor, b_factor, den.masked_fill(den == 0, torch.inf), live)
+
+
+def floored(den: Tensor) -> tuple[Tensor, Tensor]:
+    """A signed denominator kept away from 0, and where it is not at its floor: 1, else 0."""
+    return den.sign() * den.abs().clamp(min=SIGNED_FLOOR), (den.abs() >= SIGNED_FLOOR).to(den.dtype)
 
 
 def absolute_level(top: Tensor, a_mass: Tensor, b_mass: Tensor, log_scale: Tensor) -> Tensor:
@@ -157,10 +168,12 @@ def forward(
         y *= masks.real
     if not components:
         return (y,)
-    share = (w.b_mass if w.b_factor is None else w.b_factor * w.b_mass) / w.den
-    linear_den = w.b_mass
-    if o.signed:
-        linear_den = w.b_mass.sign() * w.b_mass.abs().clamp(min=SIGNED_FLOOR)
+    if o.join in SEPARATE:
+        a_weight, b_weight = branch_weights(o.join, w.a_mass, w.b_mass)
+        share = b_weight / (a_weight + b_weight).clamp(min=0.5)
+    else:
+        share = (w.b_mass if w.b_factor is None else w.b_factor * w.b_mass) / w.den
+    linear_den = floored(w.b_mass)[0] if o.signed else w.b_mass
     return (
         y,
         a_value / w.a_mass.masked_fill(w.a_mass == 0, torch.inf),
@@ -204,8 +217,6 @@ def backward(
     k, v, fk = x.k.flatten(0, 1), x.v.flatten(0, 1), x.fk.flatten(0, 1)
     dn = dy / w.den if masks.real is None else dy * masks.real / w.den
     d_den = (dn * y).sum(-1, keepdim=True).neg_()
-    if w.live is not None:
-        d_den *= w.live
     found = Gradients()
     if "v" in wants:
         found.v = torch.bmm(fold(numerator(w, masks, o), key_heads).transpose(1, 2), fold(dn, key_heads))
@@ -213,16 +224,28 @@ def backward(
     # dx: gradient to each column's weight but for its part in the denominator.
     dx = torch.bmm(fold(dn, key_heads), v.transpose(1, 2)).view(batch, heads, rows, -1)
     da = dx if masks.shown is None else dx * masks.shown
+    alone = o.join == "replace" or o.join in SEPARATE  # the softmax side has a denominator of its own
+    if alone:
+        p = w.a / w.a_mass.masked_fill(w.a_mass == 0, torch.inf)
+        mean = (p * da).sum(-1, keepdim=True)
+    if o.join in SEPARATE:
+        # Of the linear side's own denominator: what of dn y is not the softmax side's.
+        b_weight = branch_weights(o.join, w.a_mass, w.b_mass)[1]
+        d_den += w.a_factor * w.a_mass * mean
+        d_den /= b_weight.masked_fill(b_weight == 0, torch.inf)
+        if not o.shown("linear"):
+            d_den.zero_()
+    if w.live is not None:
+        d_den *= w.live
     db = dx[..., first:stop] + d_den if o.shown("linear") else d_den.expand_as(w.b)
     db = db * masks.linear
     if w.b_factor is not None:
         db *= w.b_factor
 
-    if o.join == "replace":
-        p = w.a / w.a_mass.masked_fill(w.a_mass == 0, torch.inf)
-        mean = (p * da).sum(-1, keepdim=True)
+    if alone:
         ds = (da - mean).mul_(p).mul_(w.a_factor * w.a_mass)
-        db += (mean + d_den) * masks.soft
+        if o.join == "replace":
+            db += (mean + d_den) * masks.soft
     else:
         ds = (da + d_den).mul_(w.a)
         if "mix" in wants:

@@ -1,7 +1,8 @@
 """Hybrid attention in O(T) time and memory: chunks of queries over a span of keys, and a running state for the rest.
 
-A chunk holds queries q0 .. q0 + C - 1. Its span begins `window` keys before q0; every earlier key lies outside the
-window of every query of the chunk, so it is in the state sum phi(k) [v, 1] or, as a sink, in a few extra columns.
+A chunk holds queries q0 .. q0 + C - 1. Its span begins `Options.span` keys before q0; every earlier key lies outside
+the window of every query of the chunk, so it is in the state sum phi(k) [v, 1] or, as a sink, in a few extra columns.
+Where `reach` cuts the linear set, the span holds all of it and there is no state: time then grows with T x reach.
 Heads are taken in blocks that stay in the cache. Backward runs over a block's states again, then walks its chunks from
 right to left, computes each one's weights anew and carries the gradient of the state. Nothing of size T x T, and no
 weights, are kept.
@@ -59,10 +60,10 @@ class Chunk:
     k2: int
 
 
-def _chunks(length: int, lead: int, window: int, size: int) -> Iterator[Chunk]:
+def _chunks(length: int, lead: int, span: int, size: int) -> Iterator[Chunk]:
     for q0 in range(0, length, size):
         q1 = min(q0 + size, length)
-        yield Chunk(q0, q1, max(0, q0 + lead - window), q1 + lead, max(0, q1 + lead - window))
+        yield Chunk(q0, q1, max(0, q0 + lead - span), q1 + lead, max(0, q1 + lead - span))
 
 
 def _columns(rows: Rows, start: int, stop: int) -> Rows:
@@ -92,11 +93,11 @@ class Block:
         return self.keep is not None and self.options.on_drop == "linear_covers_all"
 
     def chunks(self) -> list[Chunk]:
-        return list(_chunks(self.q_rows.position.shape[1], self.lead, self.options.window, self.size))
+        return list(_chunks(self.q_rows.position.shape[1], self.lead, self.options.span, self.size))
 
     def first_state(self, p: int) -> State | None:
         """The sums that the call goes on from, for p heads of phi_k: heads of one group hold the same."""
-        if self.past is None or not self.options.has("linear"):
+        if self.past is None or not self.options.sums_up:
             return None
         sums = self.past.sums.to(self.dtype)[:, :: self.past.sums.shape[1] // p]
         return State(sums[..., :-1], sums[..., -1])
@@ -115,13 +116,15 @@ class Block:
 
     def masks(self, chunk: Chunk, sinks: tuple[Tensor, Rows] | None) -> Masks:
         """Columns are the sinks of the state, those before the span, and the span."""
-        key = (chunk.q1 - chunk.q0, chunk.k1 - chunk.k0, min(chunk.k0, self.options.sinks))
+        o = self.options
+        phase = chunk.q0 % o.window if o.shape == "terraced" and o.window else 0
+        key = (chunk.q1 - chunk.q0, chunk.k1 - chunk.k0, min(chunk.k0, o.sinks), phase)
         if self.plain and self.keep is None and key in self.known:
             return self.known[key]
         parts = [_columns(self.k_rows, chunk.k0, chunk.k1)]
         if sinks is not None:
             parts.insert(0, sinks[1])
-        if self.past is not None and self.options.sinks:
+        if self.past is not None and o.sinks:
             parts.insert(0, self.past.sink_rows)
         k = Rows(*(torch.cat([getattr(p, n) for p in parts], 1) for n in ("position", "segment")))
         made = self.masks_of(_columns(self.q_rows, chunk.q0, chunk.q1), k, chunk)
@@ -142,7 +145,8 @@ class Block:
         # The linear side of sinks before the span is in the state.
         columns = k.position.shape[1]
         extra = columns - (chunk.k1 - chunk.k0)
-        own = seen & (torch.arange(columns, device=k.position.device) >= extra)
+        reached = seen if o.reach is None else visible(q, k, o.reach)[:, None]
+        own = reached & (torch.arange(columns, device=k.position.device) >= extra)
         linear = own if o.cover == "all" else own & ~near & ~far_sinks
         if self.keep is not None:
             kept = self.keep[:, :, None, None]
@@ -217,7 +221,7 @@ class Block:
 
     def advance(self, state: State | None, whole: Inputs, chunk: Chunk) -> State | None:
         """The state before the next chunk."""
-        if not self.options.has("linear"):
+        if not self.options.sums_up:
             return None
         counts, carried = self.leaving(chunk)
         if state is not None and carried is not None:
@@ -290,7 +294,7 @@ class _Call:
         batch, heads, rows, _ = x.q.shape
         key_heads, map_heads = x.k.shape[1], x.fk.shape[1]
         size = min(self.whole.size, rows)
-        most = max(1, BLOCK // (size * min(size + self.whole.options.window, x.k.shape[2])))  # query heads
+        most = max(1, BLOCK // (size * min(size + self.whole.options.span, x.k.shape[2])))  # query heads
         if heads <= most:
             step = max(1, most // heads)
             cuts = [(slice(b, b + step), slice(0, key_heads)) for b in range(0, batch, step)]
@@ -440,7 +444,6 @@ def hybrid_attention_chunked(
         phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)
         if past is not None:
             past = replace(past, sink_phi=past.sink_phi.repeat_interleave(q.shape[1] // past.sink_phi.shape[1], 1))
-    options = replace(options, window=min(options.window, k.shape[2]))
     whole = Block(options, q_rows, k_rows, window_keep, past, plain, chunk, dtype, {})
     tensors = [None if x is None else x.to(dtype).contiguous() for x in (q, k, v, phi_q, phi_k, mix, log_scale)]
     call = _Call(whole, components)
@@ -450,33 +453,3 @@ def hybrid_attention_chunked(
     else:
         found = _forward(call, Inputs(*tensors))  # type: ignore[arg-type]
     return [x.to(given) for x in found]
-
-
-def final_sums(
-    v: Tensor,
-    phi_k: Tensor,
-    options: Options,
-    k_rows: Rows,
-    past: Past | None,
-    heads: int,
-    keep: int,
-    alive: Tensor,
-    last: Tensor,
-    chunk: int = 1024,
-) -> Tensor:
-    """The state's sums after a call: keys of segment `alive` [B,1] but the `keep` up to position `last` [B,1]."""
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    counted = (k_rows.segment == alive) & (last - k_rows.position >= keep)
-    if options.cover == "outside":
-        counted = counted & (k_rows.position >= options.sinks)
-    sums = v.new_zeros(v.shape[0], heads, phi_k.shape[-1], v.shape[-1] + 1, dtype=dtype)
-    if past is not None:
-        # Keys of the ring are in k: a call with a state holds one segment, which goes on.
-        sums = sums + past.sums
-    for start in range(0, v.shape[2], chunk):
-        cut = slice(start, start + chunk)
-        features = (phi_k[:, :, cut] * counted[:, None, cut, None]).to(dtype)
-        values = torch.cat((v[:, :, cut], torch.ones_like(v[:, :, cut, :1])), -1).to(dtype)
-        more = torch.bmm(features.flatten(0, 1).transpose(1, 2), repeat(values, features.shape[1]))
-        sums += more.view(*features.shape[:2], *more.shape[1:]).repeat_interleave(heads // features.shape[1], 1)
-    return sums

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .rows import Options, Rows, divide, softmax_set, visible
+from .rows import SEPARATE, Options, Rows, branch_weights, divide, softmax_set, visible
 
 
 def hybrid_attention_reference(
@@ -27,8 +27,8 @@ def hybrid_attention_reference(
     k, v, phi_k = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v, phi_k))
     near, far_sinks = (m[:, None] for m in softmax_set(options, rows, rows))
     seen = visible(rows, rows)[:, None]
-    outside = seen & ~near & ~far_sinks
-    linear = seen if options.cover == "all" else outside
+    reached = visible(rows, rows, options.reach)[:, None]
+    linear = reached if options.cover == "all" else reached & ~near & ~far_sinks
     sink = (rows.position < options.sinks)[:, None, None, :]
     soft = torch.zeros_like(seen)
     if options.has("window"):
@@ -39,7 +39,7 @@ def hybrid_attention_reference(
     if window_keep is not None:
         kept = window_keep[:, :, None, None]
         soft = soft & kept
-        linear = torch.where(kept, linear, seen if options.on_drop == "linear_covers_all" else linear)
+        linear = torch.where(kept, linear, reached if options.on_drop == "linear_covers_all" else linear)
     if not options.has("linear"):
         linear = torch.zeros_like(linear)
     hidden = torch.zeros_like(seen)
@@ -59,6 +59,14 @@ def hybrid_attention_reference(
     a_value = torch.where(hidden, 0.0, a) @ v
     b_value = b @ v if options.shown("linear") else torch.zeros_like(a_value)
 
+    real = (rows.segment >= 0)[:, None, :, None]
+    alone = divide(a_value, a_mass, False), divide(b_value, b_mass, options.signed)
+    if options.join in SEPARATE:
+        a_weight, b_weight = branch_weights(options.join, a_mass, b_mass)
+        y = a_weight[..., None] * alone[0] + b_weight[..., None] * alone[1]
+        share = divide(b_weight[..., None], a_weight + b_weight, False)[..., 0]
+        return torch.where(real, y, 0.0), *alone, share
+
     if options.join == "shared":
         assert mix is not None
         a_factor, b_factor = mix.to(q.dtype)[:, None], torch.ones_like(b_mass)
@@ -77,6 +85,4 @@ def hybrid_attention_reference(
     mass = a_factor * a_mass + b_factor * b_mass
     y = divide(a_factor[..., None] * a_value + b_factor[..., None] * b_value, mass, options.signed)
     share = divide((b_factor * b_mass)[..., None], mass, options.signed)[..., 0]
-    real = (rows.segment >= 0)[:, None, :, None]
-    y = torch.where(real, y, 0.0)
-    return y, divide(a_value, a_mass, False), divide(b_value, b_mass, options.signed), share
+    return torch.where(real, y, 0.0), *alone, share

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-JOINS = ("shared", "absolute", "replace")
-SHAPES = ("sliding",)
+JOINS = ("shared", "absolute", "replace", "average", "sum")
+SEPARATE = ("average", "sum")  # joins of branches that are normalised each by itself
+SHAPES = ("sliding", "terraced")
+COMPATS = ("lolcats_tk_v1",)
 COVERS = ("outside", "all")
 GRADIENTS = ("through", "detached")
 DROPS = ("linear_covers_all", "linear_outside")
@@ -27,9 +29,20 @@ def one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(valid)}{hint}")
 
 
+def span_of(window: int, shape: str, reach: int | None, *, linear: bool) -> int:
+    """How far back keys are looked at one by one, the query included; what is farther is summed up, or cut off.
+
+    As far as W can reach: w, terraced 2 w. With `reach` and a linear branch: reach, as sums could not forget its keys.
+    """
+    softmax = 2 * window if shape == "terraced" else window
+    if reach is None:
+        return softmax
+    return reach if linear else min(softmax, reach)
+
+
 @dataclass(frozen=True)
 class Options:
-    """The options of one call, checked."""
+    """The options of one call, checked. anchor: a position at which a block of the terraced window begins."""
 
     window: int
     sinks: int
@@ -40,6 +53,19 @@ class Options:
     scale: float
     on_drop: str
     signed: bool
+    shape: str = "sliding"
+    reach: int | None = None
+    anchor: int = 0
+
+    @property
+    def span(self) -> int:
+        """`span_of` these options."""
+        return span_of(self.window, self.shape, self.reach, linear=self.has("linear"))
+
+    @property
+    def sums_up(self) -> bool:
+        """Whether keys before the span go on to count, in sums."""
+        return self.has("linear") and self.reach is None
 
     def has(self, branch: str) -> bool:
         """Whether a branch is part of the row's mass."""
@@ -88,17 +114,40 @@ def rows(batch: int, length: int, device: torch.device, key_mask: Tensor | None,
 
 
 def softmax_set(options: Options, q: Rows, k: Rows) -> tuple[Tensor, Tensor]:
-    """(keys in the window, sinks beside the window): causal, in the same segment, [B, Tq, Tk] bool each."""
+    """(keys in the window, sinks beside the window): causal, in the same segment, [B, Tq, Tk] bool each.
+
+    Of position p, the window holds sliding p - w + 1 .. p, terraced the block of p and the whole block before it, up to
+    p. `reach` cuts the window, not the sinks: softmax always sees them.
+    """
     same = visible(q, k)
-    distance = q.position[:, :, None] - k.position[:, None, :]
-    near = same & (distance < options.window)
+    if options.shape == "terraced":
+        size = max(options.window, 1)
+        q_block, k_block = ((x.position - options.anchor) // size for x in (q, k))
+        near = same & (q_block[:, :, None] - k_block[:, None, :] <= 1) & (options.window > 0)
+    else:
+        near = same & (q.position[:, :, None] - k.position[:, None, :] < options.window)
+    if options.reach is not None:
+        near = near & (q.position[:, :, None] - k.position[:, None, :] < options.reach)
     return near, same & ~near & (k.position < options.sinks)[:, None, :]
 
 
-def visible(q: Rows, k: Rows) -> Tensor:
-    """Causal pairs of real tokens in the same segment, [B, Tq, Tk] bool."""
+def visible(q: Rows, k: Rows, reach: int | None = None) -> Tensor:
+    """Causal pairs of real tokens in the same segment, less than `reach` apart, [B, Tq, Tk] bool."""
     same = (q.segment[:, :, None] == k.segment[:, None, :]) & (k.segment >= 0)[:, None, :]
-    return same & (k.position[:, None, :] <= q.position[:, :, None])
+    same = same & (k.position[:, None, :] <= q.position[:, :, None])
+    if reach is None:
+        return same
+    return same & (q.position[:, :, None] - k.position[:, None, :] < reach)
+
+
+def branch_weights(join: str, a_mass: Tensor, b_mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of the softmax and the linear branch in `average` and `sum`, in the masses' shape.
+
+    A branch without mass has weight 0, and in `average` the other then has 1.
+    """
+    tiny = torch.finfo(a_mass.dtype).tiny
+    a, b = ((mass.abs() >= tiny).to(mass.dtype) for mass in (a_mass, b_mass))
+    return (a / (1 + b), b / (1 + a)) if join == "average" else (a, b)
 
 
 def divide(numerator: Tensor, denominator: Tensor, signed: bool) -> Tensor:

@@ -1,21 +1,22 @@
 """The state of hybrid attention between calls: made, gone on from, and moved on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .chunked import Past, final_sums
-from .rows import Options, Rows
+from .chunked import Past, repeat
+from .rows import Options, Rows, span_of
 
 
 @dataclass(frozen=True)
 class HybridState:
     """What decoding needs of the past; its bytes do not grow.
 
-    sums [B,H,F,D+1]: sum of phi(k) [v, 1] over the keys that have left the window (fp32; fp64 for fp64 inputs).
-    ring_k, ring_v [B,Hkv,window-1,D]: the last keys and values after RoPE, the newest last; unused places are zeros.
+    sums [B,H,F,D+1]: sum of phi(k) [v, 1] over the keys that have left the ring (fp32; fp64 for fp64 inputs); zeros
+    under `reach`. ring_k, ring_v [B,Hkv,n,D]: the last keys and values after RoPE, the newest last; unused places are
+    zeros. n is window - 1, terraced 2 window - 1, with `reach` and a linear branch reach - 1.
     sink_k, sink_v [B,Hkv,sinks,D]: the first keys of the row. positions [B]: real tokens seen.
     """
 
@@ -36,31 +37,53 @@ class HybridState:
 
 
 def empty_state(
-    batch: int, heads: int, key_heads: int, width: int, features: int, *, window: int, sinks: int, like: Tensor
+    batch: int,
+    heads: int,
+    key_heads: int,
+    width: int,
+    features: int,
+    *,
+    window: int,
+    sinks: int,
+    like: Tensor,
+    shape: str = "sliding",
+    reach: int | None = None,
+    linear: bool = True,
 ) -> HybridState:
-    """The state before the first token, on the device and in the dtype of `like`."""
+    """The state before the first token, on the device and in the dtype of `like`.
+
+    Of the options of `hybrid_attention`; linear: whether its linear branch has mass, which matters under `reach` alone.
+    """
+    ring = max(span_of(window, shape, reach, linear=linear) - 1, 0)
     exact = torch.float64 if like.dtype == torch.float64 else torch.float32
     return HybridState(
         sums=like.new_zeros(batch, heads, features, width + 1, dtype=exact),
-        ring_k=like.new_zeros(batch, key_heads, max(window - 1, 0), width),
-        ring_v=like.new_zeros(batch, key_heads, max(window - 1, 0), width),
+        ring_k=like.new_zeros(batch, key_heads, ring, width),
+        ring_v=like.new_zeros(batch, key_heads, ring, width),
         sink_k=like.new_zeros(batch, key_heads, sinks, width),
         sink_v=like.new_zeros(batch, key_heads, sinks, width),
         positions=torch.zeros(batch, dtype=torch.long, device=like.device),
     )
 
 
-def check_state(state: HybridState, own: Rows, window: int, sinks: int) -> None:
+def check_state(state: HybridState, own: Rows, options: Options) -> None:
     """Raises ValueError for a state of other options, and for padding on the left of a row that has begun."""
-    lead = state.ring_k.shape[2]
-    if lead != max(window - 1, 0) or state.sink_k.shape[2] != sinks:
+    lead, needed = state.ring_k.shape[2], max(options.span - 1, 0)
+    if lead != needed or state.sink_k.shape[2] != options.sinks:
+        reach = "" if options.reach is None else f", reach {options.reach}"
         raise ValueError(
-            f"state: made with window {lead + 1} and {state.sink_k.shape[2]} sinks, "
-            f"called with window {window} and {sinks}"
+            f"state: holds the last {lead} keys and {state.sink_k.shape[2]} sinks; the {options.shape} window "
+            f"{options.window}{reach} needs {needed} and {options.sinks}: it was made with other options"
         )
     padded_front = (own.segment[:, 0] < 0) & (own.segment >= 0).any(1)
     if bool((padded_front & (state.positions > 0)).any()):
         raise ValueError("state: a row that has begun cannot be padded on its left")
+
+
+def filled(state: HybridState) -> HybridState:
+    """The state without places of the ring that no row has filled: a ring of `reach` may be mostly empty."""
+    empty = state.ring_k.shape[2] - min(int(state.positions.max()), state.ring_k.shape[2])
+    return replace(state, ring_k=state.ring_k[:, :, empty:], ring_v=state.ring_v[:, :, empty:])
 
 
 def state_rows(state: HybridState, own: Rows) -> tuple[Rows, Rows, Rows]:
@@ -99,6 +122,41 @@ def continued(
     return own, k_rows, k, v, phi_k, past
 
 
+def final_sums(
+    v: Tensor,
+    phi_k: Tensor,
+    options: Options,
+    k_rows: Rows,
+    past: Past | None,
+    heads: int,
+    keep: int,
+    alive: Tensor,
+    last: Tensor,
+    chunk: int = 1024,
+) -> Tensor:
+    """The state's sums after a call: keys of segment `alive` [B,1] but the `keep` up to position `last` [B,1].
+
+    Zeros under `reach`: its keys are in the ring.
+    """
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    sums = v.new_zeros(v.shape[0], heads, phi_k.shape[-1], v.shape[-1] + 1, dtype=dtype)
+    if options.reach is not None:
+        return sums
+    counted = (k_rows.segment == alive) & (last - k_rows.position >= keep)
+    if options.cover == "outside":
+        counted = counted & (k_rows.position >= options.sinks)
+    if past is not None:
+        # Keys of the ring are in k: a call with a state holds one segment, which goes on.
+        sums = sums + past.sums
+    for start in range(0, v.shape[2], chunk):
+        cut = slice(start, start + chunk)
+        features = (phi_k[:, :, cut] * counted[:, None, cut, None]).to(dtype)
+        values = torch.cat((v[:, :, cut], torch.ones_like(v[:, :, cut, :1])), -1).to(dtype)
+        more = torch.bmm(features.flatten(0, 1).transpose(1, 2), repeat(values, features.shape[1]))
+        sums += more.view(*features.shape[:2], *more.shape[1:]).repeat_interleave(heads // features.shape[1], 1)
+    return sums
+
+
 def next_state(
     k: Tensor,
     v: Tensor,
@@ -117,7 +175,7 @@ def next_state(
     begun = end >= 0
     alive = torch.where(begun, k_rows.segment.gather(1, end.clamp(min=0)), -2)
     last = torch.where(begun, k_rows.position.gather(1, end.clamp(min=0)), -1)
-    keep = max(options.window - 1, 0)
+    keep = max(options.span - 1, 0)
     sums = final_sums(v, phi_k, options, k_rows, past, heads, keep, alive, last)
 
     def take(x: Tensor, index: Tensor, real: Tensor) -> Tensor:

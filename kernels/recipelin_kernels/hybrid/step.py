@@ -8,7 +8,7 @@ from torch import Tensor
 from .chunk import Inputs, forward
 from .chunked import Block, Chunk, Past, repeat
 from .rows import Options, Rows
-from .state import HybridState, state_rows
+from .state import HybridState, filled, state_rows
 
 
 @torch.no_grad()
@@ -28,10 +28,13 @@ def one_token(
 ) -> tuple[Tensor, HybridState]:
     """(y [B,H,1,D], the next state) of q [B,H,1,D], k, v [B,Hkv,1,D] and their features.
 
-    own [B,1]: segment -1 is padding. With cover `outside`, features are computed for the key that leaves the window;
-    else for the whole ring.
+    own [B,1]: segment -1 is padding. Features are computed for the keys of the ring that may be linear (with cover
+    `outside`: none of a sliding window, half of a terraced ring; else all) and for the key that leaves the ring.
     """
     dtype = state.sums.dtype
+    whole = state
+    if options.reach is not None:
+        state = filled(state)
     own, k_rows, sink_rows = state_rows(state, own)
     lead, sinks = state.ring_k.shape[2], options.sinks
     past = Past(state.sums, state.sink_k, state.sink_v, phi_k[:, :, :0], sink_rows, lead)
@@ -49,27 +52,33 @@ def one_token(
     inputs = Inputs(q.to(dtype), all_k, all_v, phi_q.to(dtype), fk.to(dtype), *numbers)
     y = forward(inputs, block.first_state(fk.shape[1]), masks, options, False)[0].to(q.dtype)
 
-    # The key that leaves the window: the oldest of the ring, or the new one where there is no ring.
-    leaving_v = all_v[:, :, sinks : sinks + 1]
-    features = phi_k_fn(state.ring_k[:, :, :1].to(k.dtype)) if lead else phi_k
     real = own.segment[:, :1] >= 0
-    counts = (k_rows.segment[:, :1] >= 0) & real
-    if options.cover == "outside":
-        counts = counts & (k_rows.position[:, :1] >= sinks)
-    features = (features.to(dtype) * counts[:, None, :, None]).transpose(2, 3)
-    values = torch.cat((leaving_v, torch.ones_like(leaving_v[..., :1])), -1)
-    heads, group = state.sums.shape[1], features.shape[1]
-    if group < heads:
-        features = features.repeat_interleave(heads // group, 1)
-    sums = torch.baddbmm(state.sums.flatten(0, 1), features.flatten(0, 1), repeat(values, heads)).view_as(state.sums)
+    sums = state.sums
+    if options.reach is None:
+        # The key that leaves the ring: its oldest, or the new one where there is no ring.
+        features = phi_k_fn(state.ring_k[:, :, :1].to(k.dtype)) if lead else phi_k
+        counts = (k_rows.segment[:, :1] >= 0) & real
+        if options.cover == "outside":
+            counts = counts & (k_rows.position[:, :1] >= sinks)
+        sums = _add(sums, features.to(dtype) * counts[:, None, :, None], all_v[:, :, sinks : sinks + 1])
     goes_on = real[:, :, None, None]
     ring_k, ring_v = (
         torch.where(goes_on, torch.cat((ring, new.to(ring.dtype)), 2)[:, :, 1:], ring)
-        for ring, new in ((state.ring_k, k), (state.ring_v, v))
+        for ring, new in ((whole.ring_k, k), (whole.ring_v, v))
     )
     here = (torch.arange(sinks, device=k.device) == state.positions[:, None])[:, None, :, None] & goes_on
     sink_k, sink_v = (torch.where(here, new.to(old.dtype), old) for old, new in ((state.sink_k, k), (state.sink_v, v)))
     return y, HybridState(sums, ring_k, ring_v, sink_k, sink_v, state.positions + real[:, 0])
+
+
+def _add(sums: Tensor, features: Tensor, v: Tensor) -> Tensor:
+    """sums [B,H,F,D+1] and one key more: features [B,h,1,F], v [B,Hkv,1,D]."""
+    heads, group = sums.shape[1], features.shape[1]
+    values = torch.cat((v, torch.ones_like(v[..., :1])), -1)
+    if group < heads:
+        features = features.repeat_interleave(heads // group, 1)
+    product = torch.baddbmm(sums.flatten(0, 1), features.flatten(0, 1).transpose(1, 2), repeat(values, heads))
+    return product.view_as(sums)
 
 
 def _columns(state: HybridState, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

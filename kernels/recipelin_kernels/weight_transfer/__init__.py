@@ -4,15 +4,19 @@ import torch
 from torch import Tensor
 
 from ..hybrid.chunk import dot
-from ..hybrid.rows import COVERS, JOINS, Options, one_of, rows
-from .chunked import BLOCK, _Loss, masks
+from ..hybrid.compat import check_compat, whole_rows
+from ..hybrid.rows import COVERS, JOINS, SHAPES, Options, one_of, rows, visible
+from .chunked import BLOCK, _Loss, cut, sets
 from .reference import weight_transfer_loss_reference
 
 TARGETS = ("linear", "hybrid")
 KERNELS = ("auto", "reference", "chunked")
 
 
-def _options(window: int, sinks: int, cover: str, join: str, scale: float | None, width: int) -> Options:
+def _options(
+    window: int, shape: str, sinks: int, cover: str, join: str, scale: float | None, reach: int | None, width: int
+) -> Options:
+    one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)
     one_of("join", join, JOINS)
     return Options(
@@ -25,6 +29,8 @@ def _options(window: int, sinks: int, cover: str, join: str, scale: float | None
         scale=width**-0.5 if scale is None else scale,
         on_drop="linear_outside",
         signed=False,
+        shape=shape,
+        reach=reach,
     )
 
 
@@ -56,12 +62,11 @@ def teacher_attention(
     own = rows(batch, length, q.device, key_mask, segment_ids)
     if key_mask is not None:
         q, k, v = (torch.where(key_mask[:, None, :, None], x, 0) for x in (q, k, v))
-    options = _options(0, 0, "all", "shared", scale, width)
     y = torch.empty_like(q)
     lse = torch.empty(batch, heads, length, dtype=dtype, device=q.device)
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        seen, _, _ = masks(options, own, start, stop, window)
+        seen = visible(cut(own, start, stop), cut(own, 0, stop), window)[:, None]
         scores = torch.where(seen, dot(q[:, :, start:stop].to(dtype), k[:, :, :stop].to(dtype)) * scale, -torch.inf)
         total = scores.logsumexp(-1)
         real = ~torch.isinf(total)
@@ -82,6 +87,7 @@ def weight_transfer_loss(
     *,
     target: str = "linear",
     window: int = 0,
+    shape: str = "sliding",
     sinks: int = 0,
     cover: str = "outside",
     join: str = "shared",
@@ -91,14 +97,18 @@ def weight_transfer_loss(
     key_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
     teacher_window: int | None = None,
+    reach: int | None = None,
+    compat: str | None = None,
     per_head: bool = False,
     kernel: str = "auto",
 ) -> Tensor:
     """Mean over real query rows and heads of - sum_j P_ij log A_ij: a scalar, or [H] with `per_head`.
 
     P_ij = exp(q_i.k_j scale - lse_i), the teacher's softmax weights; A the student's: target `linear`, phi_i.phi_j / sum over
-    all causal keys (Hedgehog), or `hybrid`, the whole row of the hybrid with its window, sinks, cover and join. A is clamped
-    at 1e-12 pair by pair before the logarithm; a clamped pair has no gradient (LoLCATs: log clamp(a, 1e-12)).
+    all causal keys (Hedgehog), or `hybrid`, the whole row of the hybrid with its window, shape, sinks, cover, join and
+    compat; of `average` and `sum`, 1/2 (softmax + linear weights), which is the row of `sum` made to add up to 1. A is
+    clamped at 1e-12 pair by pair before the logarithm; a clamped pair has no gradient (LoLCATs: log clamp(a, 1e-12)).
+    teacher_window cuts P, `reach` the student's keys, both as in `hybrid_attention`.
 
     q [B,H,T,D], k [B,Hkv,T,D] are the teacher's, after RoPE, and carry no gradient here: ValueError if they ask for one.
     phi_q [B,H,T,F], phi_k [B,H or Hkv,T,F], lse [B,H,T] from `teacher_attention`. Gradients reach phi_q, phi_k, mix and
@@ -108,7 +118,10 @@ def weight_transfer_loss(
     one_of("kernel", kernel, KERNELS)
     if q.requires_grad or k.requires_grad:
         raise ValueError("weight_transfer_loss: q and k are the teacher's and get no gradient; detach them")
-    options = _options(window, sinks, cover, join, scale, q.shape[-1])
+    options = _options(window, shape, sinks, cover, join, scale, reach, q.shape[-1])
+    if compat is not None:
+        check_compat(compat, options, key_mask, segment_ids)
+        options = whole_rows(options, q.shape[2])
     if target == "hybrid" and join == "shared" and mix is None:
         raise ValueError("target='hybrid', join='shared' needs mix [H]")
     if target == "hybrid" and join == "absolute" and log_scale is None:
@@ -144,21 +157,24 @@ def log_scale_closed_form(
     lse: Tensor,
     *,
     window: int,
+    shape: str = "sliding",
     sinks: int = 0,
     cover: str = "outside",
     scale: float | None = None,
     key_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
     teacher_window: int | None = None,
+    reach: int | None = None,
 ) -> tuple[Tensor, int]:
     """(sum over rows [H], rows): their quotient over all batches is c_h of the `absolute` join.
 
     Of a row: log sum_{L} exp(q.k scale) - log sum_{L} phi_q.phi_k, L the keys outside window and sinks, or with cover `all`
     the teacher's keys outside and all keys of the linear side: what the linear branch adds to the window then stands for
-    what the window lacks. Rows with an empty L do not count. `lse` only fixes the shapes: the mass outside is summed
-    directly, since exp(lse) - sum over the window cancels where the window holds nearly everything.
+    what the window lacks. teacher_window cuts the first sum, `reach` the second. Rows with an empty sum do not count.
+    `lse` only fixes the shapes: the mass outside is summed directly, since exp(lse) - sum over the window cancels where the
+    window holds nearly everything.
     """
-    options = _options(window, sinks, cover, "absolute", scale, q.shape[-1])
+    options = _options(window, shape, sinks, cover, "absolute", scale, reach, q.shape[-1])
     batch, heads, length, _ = q.shape
     if lse.shape != (batch, heads, length):
         raise ValueError(f"lse {tuple(lse.shape)}: expected {(batch, heads, length)}")
@@ -170,15 +186,17 @@ def log_scale_closed_form(
     tiny = torch.finfo(dtype).tiny
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        seen, near, beside = masks(options, own, start, stop, teacher_window)
-        outside = seen & ~near & ~beside
-        real = outside.any(-1)
+        found = sets(options, own, start, stop, teacher_window)
+        soft = found.near | found.sinks
+        outside = found.teacher & ~soft
+        heard = found.seen if cover == "all" else found.seen & ~soft
+        real = outside.any(-1) & heard.any(-1)
         if not bool(real.any()):
             continue
         scores = dot(q[:, :, start:stop].to(dtype), k[:, :, :stop].to(dtype)) * options.scale
         teacher = torch.where(outside, scores, -torch.inf).logsumexp(-1)
         pairs = dot(phi_q[:, :, start:stop].to(dtype), phi_k[:, :, :stop].to(dtype))
-        linear = torch.where(seen if cover == "all" else outside, pairs, 0.0).sum(-1).clamp(min=tiny).log()
+        linear = torch.where(heard, pairs, 0.0).sum(-1).clamp(min=tiny).log()
         total += torch.where(real, torch.where(real, teacher, 0.0) - linear, 0.0).sum((0, 2))
         count += int(real.sum()) * (batch if real.shape[0] == 1 else 1)
     return total, count

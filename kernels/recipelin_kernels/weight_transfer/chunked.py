@@ -10,16 +10,18 @@ As A does not change with the scale of J, sum_j J_ij dloss_i / dJ_ij = 0; hence 
 the linear part, is minus the sum over the softmax part, which has few columns.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..hybrid.rows import EXP_FLOOR, Options, Rows, softmax_set, visible
+from ..hybrid.rows import EXP_FLOOR, SEPARATE, Options, Rows, softmax_set, visible
 from .reference import LEAST
 
 BLOCK = 128  # 64 to 192 measured within 5 % of each other
 TILE = 1 << 17  # weights of a tile: 512 KiB of fp32, so that the few arrays of a tile share a level-2 cache
+Part = tuple[slice, Tensor]  # some columns, and a mask over them
 LEARNED = ("phi_q", "phi_k", "mix", "log_scale")
 
 
@@ -28,15 +30,27 @@ def cut(rows: Rows, start: int, stop: int) -> Rows:
     return Rows(rows.position[:, start:stop], rows.segment[:, start:stop])
 
 
-def masks(options: Options, rows: Rows, start: int, stop: int, teacher_window: int | None) -> tuple[Tensor, ...]:
-    """(all causal keys, window, sinks beside the window) of a block of queries over the keys 0 .. stop - 1, [B,1,C,stop]."""
+@dataclass(frozen=True)
+class Sets:
+    """Keys 0 .. stop - 1 of a block of queries, [B,1,C,stop] bool each.
+
+    teacher: the teacher's, within its own window; seen: the student's, within `reach`; near, sinks: its window, and the
+    sinks beside it, seen or not. `seen` is `teacher` itself where both are cut alike.
+    """
+
+    teacher: Tensor
+    seen: Tensor
+    near: Tensor
+    sinks: Tensor
+
+
+def sets(options: Options, rows: Rows, start: int, stop: int, teacher_window: int | None) -> Sets:
+    """Who sees whom in the block of queries start .. stop - 1."""
     q_rows, k_rows = cut(rows, start, stop), cut(rows, 0, stop)
-    seen = visible(q_rows, k_rows)[:, None]
+    teacher = visible(q_rows, k_rows, teacher_window)[:, None]
+    seen = teacher if options.reach == teacher_window else visible(q_rows, k_rows, options.reach)[:, None]
     near, sinks = (m[:, None] for m in softmax_set(options, q_rows, k_rows))
-    if teacher_window is not None:
-        close = (q_rows.position[:, :, None] - k_rows.position[:, None, :] < teacher_window)[:, None]
-        seen, near, sinks = seen & close, near & close, sinks & close
-    return seen, near, sinks
+    return Sets(teacher, seen, near, sinks)
 
 
 def columns(mask: Tensor) -> slice:
@@ -45,10 +59,15 @@ def columns(mask: Tensor) -> slice:
     return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
 
 
+def spans_of(*masks: Tensor) -> list[Part]:
+    """The columns of each mask that holds any True, and the mask over them."""
+    return [(s, m[..., s]) for m in masks if (s := columns(m)).stop]
+
+
 class _Soft:
     """The softmax part of the rows of a tile: e = exp(s - top) over its few columns, 0 elsewhere."""
 
-    def __init__(self, above: Tensor, parts: list[tuple[slice, Tensor]]) -> None:
+    def __init__(self, above: Tensor, parts: list[Part]) -> None:
         """above [n,G,C,K]: scores minus the teacher's log-sum-exp; parts: columns and mask of the window and the sinks."""
         self.parts = parts
         tops = [above[..., s].masked_fill(~m, -torch.inf).amax(-1, keepdim=True) for s, m in parts]
@@ -67,20 +86,33 @@ class _Soft:
 
 
 def student(
-    x: Tensor, soft: _Soft, mix: Tensor | None, log_scale: Tensor | None, lse: Tensor, options: Options
+    x: Tensor,
+    soft: _Soft,
+    silent: list[Part],
+    mix: Tensor | None,
+    log_scale: Tensor | None,
+    lse: Tensor,
+    options: Options,
 ) -> tuple[Tensor, Tensor | None]:
     """Turns X of a tile, 0 at hidden keys, into J in place. Returns (a of a = a e, b of b = b X or None for 1), [n,G,C,1].
+
+    silent: keys of the softmax side that the linear side leaves out.
 
     `absolute` is divided by its row's largest part, exp(top) or exp(c) sum X: the scale of J is free.
     """
     if options.join == "replace":
         held = [torch.where(m, x[..., s], 0.0).sum(-1, keepdim=True) for s, m in soft.parts]
         weight = sum(held, torch.zeros_like(soft.top)) / torch.where(soft.present, soft.mass, 1.0)
-    if options.cover == "outside":
-        for s, m in soft.parts:
-            x[..., s].masked_fill_(m, 0.0)
+    for s, m in silent:
+        x[..., s].masked_fill_(m, 0.0)
     scale = None
-    if options.join == "shared":
+    if options.join in SEPARATE:
+        # Both sides weigh the same: the softmax side gets the linear side's mass. Without linear mass it stands alone.
+        mass = x.sum(-1, keepdim=True)
+        scale = (mass >= torch.finfo(x.dtype).tiny).to(x.dtype)
+        weight = torch.where(scale > 0, mass / torch.where(soft.present, soft.mass, 1.0), 1.0)
+        x.mul_(scale)
+    elif options.join == "shared":
         assert mix is not None
         weight = mix.expand_as(soft.top)
     elif options.join == "absolute":
@@ -133,10 +165,11 @@ class _Loss(torch.autograd.Function):
 
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
-            seen, near, sinks = masks(options, rows, start, stop, teacher_window)
-            hidden = ~seen
-            shut = columns(hidden)
-            spans = [(s, m[..., s]) for m in (near, sinks) if (s := columns(m)).stop] if target == "hybrid" else []
+            found = sets(options, rows, start, stop, teacher_window)
+            untaught, hidden = ~found.teacher, ~(found.seen | found.sinks if target == "hybrid" else found.seen)
+            far, shut = columns(untaught), columns(hidden)
+            spans = spans_of(found.near, found.sinks) if target == "hybrid" else []
+            unheard = spans if options.cover == "outside" else spans_of(found.sinks & ~found.seen)
             step = max(1, TILE // (group * (stop - start) * stop))
             for first in range(0, units, step):
                 tile = slice(first, min(first + step, units))
@@ -146,7 +179,8 @@ class _Loss(torch.autograd.Function):
                 def of(mask: Tensor, tile: slice = tile) -> Tensor:
                     return mask if mask.shape[0] == 1 else mask[row[tile]]
 
-                closed, parts = of(hidden[..., shut]), [(s, of(m)) for s, m in spans]
+                no_p, closed = of(untaught[..., far]), of(hidden[..., shut])
+                parts, silent = ([(s, of(m)) for s, m in each] for each in (spans, unheard))
                 q_tile = q[tile, :, start:stop].reshape(here, group * (stop - start), -1)
                 fq = phi_q[tile, :, start:stop].reshape(here * each, group // each * (stop - start), -1)
                 fk = phi_k[wide, :stop]
@@ -159,13 +193,13 @@ class _Loss(torch.autograd.Function):
                 if target == "hybrid":
                     soft = _Soft(p, parts)
                     own_mix, own_scale = (None if x is None else x[tile] for x in (mix, log_scale))
-                    weight, scale = student(a, soft, own_mix, own_scale, lse_tile, options)
+                    weight, scale = student(a, soft, silent, own_mix, own_scale, lse_tile, options)
                 p.clamp_(min=EXP_FLOOR).exp_()
-                p[..., shut].masked_fill_(closed, 0.0)
+                p[..., far].masked_fill_(no_p, 0.0)
                 mass = a.sum(-1, keepdim=True)
                 inverse = torch.where(mass > 0, 1.0 / mass, 0.0)
                 a.mul_(inverse)
-                a[..., shut].masked_fill_(closed, 1.0)
+                a[..., far].masked_fill_(no_p, 1.0)
                 clamped = a < LEAST if bool(a.amin() < LEAST) else None
                 a.clamp_(min=LEAST)
                 total[tile] -= a.log().mul_(p).sum((-2, -1))
@@ -175,19 +209,22 @@ class _Loss(torch.autograd.Function):
                     p.masked_fill_(clamped, 0.0)
                 kept = p.sum(-1, keepdim=True)
                 g = torch.div(p, a, out=a).neg_().add_(kept)  # dloss / dJ times N
-                g[..., shut].masked_fill_(closed, 0.0)
                 if target == "hybrid":
                     pull = soft.over(soft.e, g)
                     if "mix" in grads:
                         grads["mix"][tile] += (pull * inverse).sum((-2, -1))
                     if "log_scale" in grads:
                         grads["log_scale"][tile] -= (pull * inverse * weight).sum((-2, -1))
-                    shared = pull / torch.where(soft.present, soft.mass, 1.0) if options.join == "replace" else None
-                    for s, m in parts:
-                        if options.cover == "outside":
-                            g[..., s].masked_fill_(m, 0.0)
-                        if shared is not None:
+                    # Where the softmax side's weight is a linear mass: of the window, or of the linear side.
+                    shared = pull / torch.where(soft.present, soft.mass, 1.0)
+                    if options.join in SEPARATE:
+                        g += shared
+                    for s, m in silent:
+                        g[..., s].masked_fill_(m, 0.0)
+                    if options.join == "replace":
+                        for s, m in parts:
                             g[..., s] += torch.where(m, shared, 0.0)
+                g[..., shut].masked_fill_(closed, 0.0)
                 g = g.view(here * each, -1, stop)
                 factor = (inverse if scale is None else inverse * scale).reshape(here * each, -1, 1)
                 if "phi_q" in grads:

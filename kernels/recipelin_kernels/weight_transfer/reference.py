@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..hybrid.rows import Options, Rows, softmax_set, visible
+from ..hybrid.rows import SEPARATE, Options, Rows, branch_weights, softmax_set, visible
 
 LEAST = 1e-12  # weights are clamped here before the logarithm (LoLCATs: log clamp(a, 1e-12))
 
@@ -21,7 +21,7 @@ def log_weights(
 ) -> Tensor:
     """log of the student's weights of some query rows over all their keys, [B,H,C,n], clamped at log 1e-12.
 
-    target linear: phi.phi / sum over all causal keys. hybrid: the joint row of the join (DESIGN §5).
+    target linear: phi.phi / sum over all `seen` keys. hybrid: the joint row of the join (DESIGN §5).
     """
     tiny = torch.finfo(scores.dtype).tiny
     floor = torch.tensor(LEAST, dtype=scores.dtype, device=scores.device).log()
@@ -51,7 +51,12 @@ def log_weights(
             )
         known = ~torch.isinf(joint)
         return torch.where(known, torch.where(known, joint, 0.0) - total, floor).clamp(min=floor)
-    if options.join == "shared":
+    if options.join in SEPARATE:
+        a_mass, b_mass = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
+        a_weight, b_weight = branch_weights(options.join, a_mass, b_mass)
+        a = a_weight * a / torch.where(a_weight == 0, 1.0, a_mass)
+        b = b_weight * b / torch.where(b_weight == 0, 1.0, b_mass)
+    elif options.join == "shared":
         assert mix is not None
         a = mix[:, None, None] * a
     else:
@@ -80,11 +85,8 @@ def weight_transfer_loss_reference(
     heads = q.shape[1]
     k, phi_k = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, phi_k))
     scores = (q @ k.transpose(-1, -2)) * options.scale
-    seen = visible(rows, rows)[:, None]
+    seen, taught = (visible(rows, rows, w)[:, None] for w in (options.reach, teacher_window))
     near, sinks = (m[:, None] for m in softmax_set(options, rows, rows))
-    if teacher_window is not None:
-        close = (rows.position[:, :, None] - rows.position[:, None, :] < teacher_window)[:, None]
-        seen, near, sinks = seen & close, near & close, sinks & close
-    p = torch.where(seen, torch.exp(torch.where(seen, scores - lse[..., None], 0.0)), 0.0)
+    p = torch.where(taught, torch.exp(torch.where(taught, scores - lse[..., None], 0.0)), 0.0)
     logs = log_weights(scores, phi_q @ phi_k.transpose(-1, -2), seen, near, sinks, mix, log_scale, target, options)
     return -(p * logs).sum(-1)

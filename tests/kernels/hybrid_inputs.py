@@ -1,0 +1,87 @@
+"""Random inputs, padding and comparisons for the tests of hybrid attention, in float64 where exactness is the point."""
+
+import torch
+from torch import Tensor
+
+from recipelin_kernels import hybrid_attention
+
+EXACT = 1e-10
+DIM, FEATURES = 8, 6
+HEADS = [(2, 2), (6, 2), (4, 1)]  # grouped 1:1, 3:1, 4:1
+JOINS = ["shared", "absolute", "replace", "average", "sum"]
+SHAPES = ["sliding", "terraced"]
+COVERS = ["outside", "all"]
+
+
+class Inputs:
+    """Random q, k, v, features, mix and log-scale; phi_k is a positive map of the keys."""
+
+    names = ("q", "k", "v", "phi_q", "phi_k", "mix", "log_scale")
+
+    def __init__(self, heads=(6, 2), length=41, batch=2, per_key_head=False, seed=0, dtype=torch.float64):
+        make = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=make, dtype=torch.float64).to(dtype)
+
+        h, g = heads
+        self.q, self.k, self.v = (
+            normal(batch, h, length, DIM),
+            normal(batch, g, length, DIM),
+            normal(batch, g, length, DIM),
+        )
+        self.map = normal(g if per_key_head else h, DIM, FEATURES)
+        self.phi_q = normal(batch, h, length, FEATURES).softmax(-1)
+        self.phi_k = self.features(self.k)
+        self.mix, self.log_scale = normal(h).sigmoid(), normal(h)
+
+    def features(self, k: Tensor) -> Tensor:
+        """phi_k_fn: keys [B,Hkv,n,D] -> features [B,H or Hkv,n,F]."""
+        return (k.repeat_interleave(self.map.shape[0] // k.shape[1], 1) @ self.map).softmax(-1)
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, n) for n in self.names]
+
+    def cut(self, start: int, stop: int, rows: slice = slice(None)) -> tuple[Tensor, ...]:
+        return tuple(x[rows, :, start:stop] for x in (self.q, self.k, self.v, self.phi_q, self.phi_k))
+
+
+def attend(x: Inputs, **options):
+    options = {"window": 5, "log_scale": x.log_scale, **options}
+    return hybrid_attention(x.q, x.k, x.v, x.phi_q, x.phi_k, x.mix, **options)
+
+
+def with_gradients(x: Inputs, real: Tensor | None = None, **options) -> list[Tensor]:
+    """y, the components, and the gradients to every input (zeros where there is none)."""
+    leaves = [t.detach().clone().requires_grad_() for t in x.tensors()]
+    y, parts = hybrid_attention(*leaves[:6], **{"log_scale": leaves[6], "components": True, **options})
+    weight = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+    grads = torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True)
+    seen = torch.ones(y.shape[0], y.shape[2], dtype=torch.bool) if real is None else real
+    shown = [p.detach() * seen[:, None, :, None] for p in (parts.window, parts.linear)] + [
+        parts.linear_share.detach() * seen[:, None]
+    ]
+    return [y.detach(), *shown, *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True))]
+
+
+def assert_same(found, expected, tolerance=EXACT):
+    names = ["y", "window", "linear", "linear_share", *("d_" + n for n in Inputs.names)]
+    for name, a, b in zip(names, found, expected, strict=True):
+        # The floor is for gradients that are 0 but for rounding (mix, where no linear key is seen).
+        error = float((a - b).norm() / b.norm().clamp(min=1e-2))
+        assert error <= tolerance, f"{name}: {error:.2e}"
+
+
+def padding(kind: str, batch: int, length: int) -> dict[str, Tensor]:
+    if kind == "none":
+        return {}
+    if kind == "segments":
+        step = torch.tensor([13, max(length // 2, 1)])[:batch, None]
+        return {"segment_ids": torch.arange(length) // step}
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    gap = min(length - 1, 9)
+    if gap and kind == "left":
+        mask[0, :gap] = False
+    elif gap:
+        mask[0, -gap:] = False
+    return {"key_mask": mask}

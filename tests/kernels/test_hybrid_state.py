@@ -1,0 +1,169 @@
+"""Hybrid attention that goes on from a state: prefill in parts, one token at once, padding, the teacher's reach."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from recipelin_kernels import HybridState, empty_state, hybrid_attention, hybrid_attention_step
+from tests.kernels.hybrid_inputs import COVERS, DIM, EXACT, FEATURES, JOINS, Inputs, attend
+
+# states
+
+
+GEOMETRIES = [
+    (0, 0, "sliding", None),
+    (1, 0, "sliding", None),
+    (5, 0, "sliding", None),
+    (5, 3, "sliding", None),
+    (60, 2, "sliding", None),
+    (1, 0, "terraced", None),
+    (4, 0, "terraced", None),
+    (5, 3, "terraced", None),
+    (60, 2, "terraced", None),
+    (5, 0, "sliding", 13),
+    (5, 3, "terraced", 13),
+    (9, 2, "sliding", 7),
+    (5, 2, "sliding", 100),
+]
+# Half of the product, spread over every axis.
+STATE_OPTIONS = [
+    dict(window=w, sinks=s, shape=shape, reach=reach, join=j, cover=c)
+    for i, ((w, s, shape, reach), (m, j), (n, c)) in enumerate(
+        itertools.product(GEOMETRIES, enumerate(JOINS), enumerate(COVERS))
+    )
+    if (i // 10 + m + n) % 2 == 0
+]
+NAMES = {"ids": lambda o: "-".join(map(str, o.values()))}
+
+
+@pytest.mark.parametrize("options", STATE_OPTIONS, **NAMES)
+def test_prefill_in_parts_and_steps_equal_the_parallel_form(options):
+    for heads, per_key_head in (((6, 2), False), ((4, 1), True)):
+        x = Inputs(heads, 29, per_key_head=per_key_head)
+        options = dict(options, log_scale=x.log_scale)
+        expected = hybrid_attention(*x.cut(0, 29), x.mix, kernel="chunked", chunk=8, **options)
+        y, state = hybrid_attention(*x.cut(0, 3), x.mix, output_state=True, **options)
+        parts = [y]
+        for a, b in ((3, 12), (12, 13), (13, 22)):
+            y, state = hybrid_attention(
+                *x.cut(a, b), x.mix, state=state, output_state=True, phi_k_fn=x.features, chunk=4, **options
+            )
+            parts.append(y)
+        for t in range(22, 29):
+            q, k, v, phi_q, _ = x.cut(t, t + 1)
+            y, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
+            parts.append(y)
+        assert (torch.cat(parts, 2) - expected).abs().max() < EXACT
+        _, whole = hybrid_attention(*x.cut(0, 29), x.mix, output_state=True, **options)
+        for field in dataclasses.fields(HybridState):
+            one, other = getattr(state, field.name), getattr(whole, field.name)
+            assert one.shape == other.shape and (one - other).abs().max() < EXACT if one.numel() else True, field.name
+
+
+@pytest.mark.parametrize("options", [o for o in STATE_OPTIONS if o["window"] >= 4], **NAMES)
+def test_left_padded_decoding_is_the_single_row(options):
+    x = Inputs(length=29)
+    options = dict(options, log_scale=x.log_scale)
+    mask = torch.ones(2, 29, dtype=torch.bool)
+    mask[0, :9] = False
+    y, state = hybrid_attention(*x.cut(0, 12), x.mix, key_mask=mask[:, :12], output_state=True, **options)
+    assert state.positions.tolist() == [3, 12]
+    found = [y[:, :, 9:]]
+    for t in range(12, 29):
+        q, k, v, phi_q, _ = x.cut(t, t + 1)
+        y, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
+        found.append(y)
+    for row, start in ((0, 9), (1, 0)):
+        alone = hybrid_attention(*x.cut(start, 29, slice(row, row + 1)), x.mix, **options)
+        assert (torch.cat(found, 2)[row] - alone[0][:, -20:]).abs().max() < EXACT
+
+
+@pytest.mark.parametrize(
+    ("shape", "reach", "ring"), [("sliding", None, 4), ("terraced", None, 9), ("terraced", 14, 13)]
+)
+def test_decoding_from_nothing_and_a_state_that_does_not_grow(shape, reach, ring):
+    x = Inputs(length=29)
+    geometry = dict(window=5, sinks=2, shape=shape, reach=reach)
+    options = dict(log_scale=x.log_scale, join="absolute", **geometry)
+    state = empty_state(2, 6, 2, DIM, FEATURES, like=x.q, **geometry)
+    assert state.ring_k.shape[2] == ring
+    found, sizes = [], set()
+    for t in range(29):
+        q, k, v, phi_q, _ = x.cut(t, t + 1)
+        before = [t.clone() for t in vars(state).values()]
+        y, following = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
+        assert all(torch.equal(a, b) for a, b in zip(before, vars(state).values(), strict=True))
+        state = following
+        found.append(y)
+        sizes.add(state.bytes)
+    assert (torch.cat(found, 2) - hybrid_attention(*x.cut(0, 29), x.mix, **options)).abs().max() < EXACT
+    assert len(sizes) == 1
+
+
+def test_a_state_of_other_options_is_refused():
+    x = Inputs()
+    _, state = attend(x, output_state=True)
+    with pytest.raises(ValueError, match="window"):
+        attend(x, window=9, state=state, phi_k_fn=x.features)
+    for other in ({"shape": "terraced"}, {"reach": 9}, {"sinks": 1}):
+        with pytest.raises(ValueError, match="made with other options"):
+            attend(x, state=state, phi_k_fn=x.features, **other)
+    with pytest.raises(ValueError, match="phi_k_fn"):
+        attend(x, state=state)
+
+
+def test_without_a_linear_branch_the_state_of_a_reach_is_the_windows():
+    x = Inputs(length=29)
+    options = dict(window=5, sinks=2, reach=23, ablate={"linear": "mass"}, log_scale=x.log_scale)
+    _, state = hybrid_attention(*x.cut(0, 28), x.mix, output_state=True, **options)
+    empty = empty_state(2, 6, 2, DIM, FEATURES, window=5, sinks=2, reach=23, linear=False, like=x.q)
+    assert state.ring_k.shape == empty.ring_k.shape == (2, 2, 4, DIM)
+    q, k, v, phi_q, _ = x.cut(28, 29)
+    y, _ = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
+    assert (y - hybrid_attention(*x.cut(0, 29), x.mix, **options)[:, :, 28:]).abs().max() < EXACT
+
+
+def test_a_reach_that_cannot_bind_costs_nothing():
+    """The ordinary path runs: the same numbers to the last bit."""
+    x = Inputs(length=29)
+    for reach in (29, 1000):
+        assert torch.equal(attend(x, reach=reach, sinks=2), attend(x, sinks=2))
+    real = torch.arange(29) >= torch.tensor([[9], [20]])
+    assert torch.equal(attend(x, reach=20, key_mask=real), attend(x, key_mask=real))  # rows of 20 and 9 real tokens
+    assert not torch.equal(attend(x, reach=28)[:, :, 28], attend(x)[:, :, 28])
+
+
+@pytest.mark.parametrize("options", STATE_OPTIONS, **NAMES)
+def test_one_token_at_once_equals_the_chunked_form(options):
+    for per_key_head, ablate in ((False, None), (True, {"window": "output"}), (False, {"linear": "mass"})):
+        x = Inputs(length=24, per_key_head=per_key_head)
+        keep = torch.rand(2, 6, generator=torch.Generator().manual_seed(1)) > 0.5 if ablate is None else None
+        mask = torch.ones(2, 24, dtype=torch.bool)
+        mask[0, :17] = False  # a row that begins in the middle of decoding
+        mask[1, 19:21] = False  # and one that rests
+        common = dict(options, log_scale=x.log_scale, ablate=ablate, window_keep=keep, on_drop="linear_outside")
+        _, state = hybrid_attention(*x.cut(0, 15), x.mix, key_mask=mask[:, :15], output_state=True, **common)
+        other = state
+        for t in range(15, 24):
+            q, k, v, phi_q, phi_k = x.cut(t, t + 1)
+            now = {**common, "key_mask": mask[:, t : t + 1]}
+            y, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **now)
+            slow, other = hybrid_attention(
+                q,
+                k,
+                v,
+                phi_q,
+                phi_k,
+                x.mix,
+                state=other,
+                phi_k_fn=x.features,
+                output_state=True,
+                kernel="chunked",
+                **now,
+            )
+            assert (y - slow).abs().max() < EXACT
+        assert state.positions.tolist() == [7, 22]
+        for a, b in zip(vars(state).values(), vars(other).values(), strict=True):
+            assert a.shape == b.shape and torch.allclose(a, b, atol=EXACT, rtol=0)
