@@ -22,7 +22,8 @@ class State(Config):
     window: Annotated[int, Field(ge=1)] | Literal["full"] = Field(
         64, description="softmax window in tokens, the query included; `full` is causal softmax (LoLCATs: 64)"
     )
-    shape: Literal["sliding"] = "sliding"
+    shape: Literal["sliding", "terraced"] = "sliding"
+    compat: Literal["lolcats_tk_v1"] | None = None
     sinks: Annotated[int, Field(ge=0)] = Field(
         0, description="first real tokens of a row that softmax always sees (LoLCATs has none)"
     )
