@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers.utils import logging
 
-from . import data, hf, lookup, records, reuse, stages, swap
+from . import data, hf, lolcats_checkpoint, lookup, records, reuse, stages, swap
 from .files import write_atomically
 from .load import Loaded, load_suite
 from .plan import Plan, Planned, digest, plan, suites_of, teacher_folder
@@ -43,7 +43,8 @@ def run(
     """Carry out one recipe (a point of its grid) and return its folder.
 
     The folder holds record.json, items.jsonl.gz, table.md, model/, tasks/ and logs/. Finished steps of earlier runs are
-    reused; an interrupted step goes on from its last checkpoint. Raises RunError, stages.StageError, PlanError, SourceError.
+    reused; an interrupted step goes on from its last checkpoint. Raises RunError, stages.StageError, PlanError, SourceError,
+    lolcats_checkpoint.PublishedError.
     """
     planned = plan(loaded, allow_code=allow_code)
     place = choose_device(device)
@@ -51,8 +52,9 @@ def run(
         local_path(source, loaded.path.parent)
     folder = (out or reuse.home() / default_folder(planned)).resolve()
     _refuse_other_run(folder, planned)
+    published = lolcats_checkpoint.of_run(loaded, planned)
     _refuse_other_teacher(loaded, planned)
-    walk = _Walk(loaded, planned, folder, place, fresh)
+    walk = _Walk(loaded, planned, folder, place, fresh, published)
     return walk.go()
 
 
@@ -155,6 +157,7 @@ class _Walk:
     folder: Path
     device: str
     fresh: bool
+    published: lolcats_checkpoint.Published | None
     times: list[StepTime] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     items: list[tuple[Row, Result]] = field(default_factory=list)
@@ -219,6 +222,8 @@ class _Walk:
         if isinstance(step, (Swap, Switch)):
             if isinstance(step, Swap):
                 swap.swap(self.model, step, seed=self.plan.seed)
+                if self.published:
+                    lolcats_checkpoint.lay(self.model, self.published)
                 self.kernels["hybrid_attention"] = swap.forms(self.model)[0].kernel
             else:
                 swap.switch(self.model, step.state)
