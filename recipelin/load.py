@@ -386,9 +386,7 @@ def expand(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> tuple[Loaded, .
             own = {(*path, *p[3:]): m for p, m in loaded.places.items() if p[:3] == at}  # a map has places inside
             places = {p: m for p, m in places.items() if p[: len(path)] != path} | own
             places[(*path, "key")] = places[path]
-        label = ",".join(
-            f"{short[axis]}={labels[axis][index]}" for axis, (index, _) in zip(grid, choice, strict=True)
-        )
+        label = ",".join(f"{short[axis]}={labels[axis][index]}" for axis, (index, _) in zip(grid, choice, strict=True))
         raw["name"] = f"{loaded.recipe.name}/{label}"
         try:
             recipe = _build(raw, places, loaded.path, allow_code)
