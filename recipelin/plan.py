@@ -385,7 +385,8 @@ def describe_state(state: State) -> str:
         return "no attention"
     parts = []
     if "window" in state.branches:
-        parts.append(f"window {state.window}")
+        shape = "".join(f", {x}" for x in (state.shape, state.compat) if x and x != "sliding")
+        parts.append(f"window {state.window}{shape}")
     if "sinks" in state.branches:
         parts.append(f"{state.sinks} sinks")
     if "linear" in state.branches:

@@ -18,13 +18,14 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from . import data, hf, lolcats_checkpoint, lookup, records, reuse, stages, swap
+from .exposure import exposed_from
 from .files import write_atomically
 from .load import Loaded, load_suite
 from .plan import Plan, Planned, digest, plan, suites_of, teacher_folder
 from .records import Record, Result, Row, StepTime
 from .reuse import Store, Surroundings
 from .sources import Data, Part, local_path
-from .states import NamedState, State, resolve
+from .states import NamedState, resolve
 from .steps import Calibrate, Evaluate, Swap, Switch, Transfer, Tune
 
 
@@ -487,7 +488,7 @@ class _Walk:
             seconds=seconds,
             peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             layers=planned.layers,
-            window=state.window if state and isinstance(state.window, int) else None,
+            window=state.most_keys if state else None,
             sinks=state.sinks if state else 0,
             branches=state.branches if state else (),
             margin=loaded.recipe.eval.margin,
@@ -496,17 +497,6 @@ class _Walk:
         )
         records.write_items(self.folder / "items.jsonl.gz", self.items)
         records.write_record(self.folder / "record.json", record)
-
-
-def exposed_from(hybrid: State | None) -> int | None:
-    """First query position (from 0) with a non-empty linear set in the hybrid: window + sinks; with cover all, 0."""
-    if hybrid is None or "linear" not in hybrid.branches:
-        return None
-    if hybrid.cover == "all":
-        return 0
-    if hybrid.window == "full":
-        return None
-    return hybrid.window + (hybrid.sinks if "sinks" in hybrid.branches else 0)
 
 
 def _on_selection(value: Any) -> Any:

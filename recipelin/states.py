@@ -41,6 +41,13 @@ class State(Config):
         "mass", description="an absent branch leaves numerator and denominator (mass), or only the numerator (output)"
     )
 
+    @property
+    def most_keys(self) -> int | None:
+        """Most keys that the softmax window of one query holds; None: all. A terrace is the own block and the one before."""
+        if self.window == "full":
+            return None
+        return 2 * self.window if self.shape == "terraced" else self.window
+
 
 class NamedState(Config):
     """A state as a table shows it: its name, whose weights, and the resolved state (None: the module as it stands)."""

@@ -63,7 +63,7 @@ def tabulate(spec: Spec, records: Sequence[Published]) -> Table:
     A row of a paper takes three lines: ours, printed, ours - printed; one that was not run takes one, and says so.
     Raises TableError for a column that names what its Records do not have, RecordError for Records that do not fit.
     """
-    sources = {row.recipes: _source(row.recipes, records) for row in spec.rows}
+    sources = {names: _source(names, records) for names in dict.fromkeys(row.recipes for row in spec.rows)}
     columns = {c.label: c for c in spec.columns}
     beside = any(row.printed for row in spec.rows)
     rows: list[tuple[str, tuple[Cell, ...]]] = []
