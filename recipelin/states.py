@@ -76,13 +76,14 @@ def resolve(name: str, hybrid: State) -> NamedState:
         return State(**{**hybrid.model_dump(), **fields})
 
     state = {
-        "softmax": lambda: change(branches=("window",), window="full", sinks=0),
+        # LoLCATs' published window has no meaning beside all keys, all windows or sinks: compat ends there.
+        "softmax": lambda: change(branches=("window",), window="full", sinks=0, compat=None),
         "hybrid": lambda: hybrid,
         "window": lambda: change(branches=("window",)),
-        "window+sinks": lambda: change(branches=("window", "sinks"), sinks=hybrid.sinks or SINKS_ONLY),
-        "linear": lambda: change(branches=("linear",), cover="all"),
+        "window+sinks": lambda: change(branches=("window", "sinks"), sinks=hybrid.sinks or SINKS_ONLY, compat=None),
+        "linear": lambda: change(branches=("linear",), cover="all", compat=None),
         "linear_outside": lambda: change(branches=("linear",), cover="outside"),
-        "sinks": lambda: change(branches=("sinks",), sinks=SINKS_ONLY),
+        "sinks": lambda: change(branches=("sinks",), sinks=SINKS_ONLY, compat=None),
         "none": lambda: change(branches=()),
     }[name]()
     return NamedState(name=name, weights="student", state=state)
