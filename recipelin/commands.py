@@ -68,6 +68,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     try:
         from .checkpoint import OtherCheckpoint
         from .hf import TeacherError
+        from .lolcats_checkpoint import PublishedError
         from .run import RunError, run
         from .stages import StageError
     except ModuleNotFoundError as error:
@@ -95,7 +96,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nrecipelin: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except (RunError, TeacherError, StageError, PlanError, EvalError, OtherCheckpoint) as error:
+    except (RunError, TeacherError, StageError, PlanError, EvalError, OtherCheckpoint, PublishedError) as error:
         print(f"recipelin: {error}", file=sys.stderr)
         return 1
     except OSError as error:

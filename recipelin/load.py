@@ -373,6 +373,7 @@ def expand(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> tuple[Loaded, .
         raise RecipeError(mistakes)
     last = [axis.rpartition(".")[2] for axis in grid]
     short = {axis: end if last.count(end) == 1 else axis for axis, end in zip(grid, last, strict=True)}
+    labels = {axis: _labels(values) for axis, values in grid.items()}
     found = []
     for choice in itertools.product(*(enumerate(values) for values in grid.values())):
         point = {axis: value for axis, (_, value) in zip(grid, choice, strict=True)}
@@ -381,9 +382,11 @@ def expand(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> tuple[Loaded, .
         for axis, (index, value) in zip(grid, choice, strict=True):
             path = tuple(axis.split("."))
             raw = _set(raw, path, value)
-            places[path] = loaded.places.get(("grid", axis, index), loaded.places[()])
+            at = ("grid", axis, index)
+            own = {(*path, *p[3:]): m for p, m in loaded.places.items() if p[:3] == at}  # a map has places inside
+            places = {p: m for p, m in places.items() if p[: len(path)] != path} | own
             places[(*path, "key")] = places[path]
-        label = ",".join(f"{short[axis]}={_label(value)}" for axis, value in point.items())
+        label = ",".join(f"{short[axis]}={labels[axis][index]}" for axis, (index, _) in zip(grid, choice, strict=True))
         raw["name"] = f"{loaded.recipe.name}/{label}"
         try:
             recipe = _build(raw, places, loaded.path, allow_code)
@@ -402,6 +405,13 @@ def _set(values: Mapping[str, Any], path: Where, value: Any) -> dict[str, Any]:
     below = found.get(str(head))
     found[str(head)] = _set(below if isinstance(below, Mapping) else {}, tuple(rest), value) if rest else value
     return found
+
+
+def _labels(values: Sequence[Any]) -> list[str]:
+    """Names of an axis's values: a map is named by its keys, or by all of it where two have the same keys."""
+    short = ["+".join(map(str, v)) if isinstance(v, Mapping) and v else v for v in values]
+    found = [_label(v) for v in short]
+    return found if len(set(found)) == len(found) else [_label(v) for v in values]
 
 
 def _label(value: Any) -> str:

@@ -14,11 +14,11 @@ from . import families, lookup
 from .base import Config
 from .families import Architecture
 from .load import Loaded, load_suite
-from .recipe import StateOf, Suite
+from .recipe import Converted, StateOf, Suite
 from .schedule import Schedule, optimiser_steps
 from .sources import Data, LocalFile, Recall
 from .states import NAMES, NamedState, State, resolve, subsets
-from .steps import Calibrate, Evaluate, Lora, Step, Swap, Switch, Transfer, Tune
+from .steps import Calibrate, Evaluate, Lora, Step, StepsError, Swap, Switch, Transfer, Tune
 
 BYTES_PER_TOKEN = 4  # of English text under a vocabulary of tens of thousands; only sizes `epochs` before tokenising
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -118,8 +118,17 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     """The plan of one recipe (a point of its grid). Raises PlanError."""
     recipe = loaded.recipe
     arch = architecture_of(loaded)
-    method = lookup.lookup("methods", recipe.method.name, allow_code=tuple(allow_code))  # type: ignore[attr-defined]
-    found: list[Step] = list(method.steps(recipe))
+    name = recipe.method.name  # type: ignore[attr-defined]
+    method = lookup.lookup("methods", name, allow_code=tuple(allow_code))
+    try:
+        found: list[Step] = list(method.steps(recipe))
+    except StepsError as error:
+        raise PlanError(str(error)) from error
+    if recipe.model.converted and not any(isinstance(s, Swap) and s.published for s in found):
+        raise PlanError(
+            f"model.converted: method {name!r} starts from the teacher and would not read it; "
+            "use method: {name: converted}, or leave model.converted out"
+        )
     hybrid = next((s.state for s in reversed(found) if isinstance(s, Switch)), None)
     found.append(
         Evaluate(
@@ -131,7 +140,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
         )
     )
     counting = _Counting(loaded, arch, tuple(found))
-    model = recipe.model.model_dump(mode="json", exclude={"architecture"})
+    model = recipe.model.model_dump(mode="json", exclude={"architecture", "converted"})  # the Swap has the latter
     chain = digest({"model": model, "seed": recipe.seed})
     planned = []
     for step in found:
@@ -209,7 +218,11 @@ class _Counting:
     def describe(self, step: Step) -> dict[str, Any]:
         if isinstance(step, Swap):
             new = self._new(step)
-            return {"what": f"{step.form} into {self._layers(step)} layers, {sum(new.values()):,} new parameters"}
+            what = f"{step.form} into {self._layers(step)} layers, {sum(new.values()):,} new parameters"
+            if isinstance(step.published, Converted):
+                what += f", published weights ({step.published.format})"
+                return {"what": what, "reads": ", ".join(self._published(step.published))}
+            return {"what": what}
         if isinstance(step, Switch):
             return {"what": describe_state(step.state)}
         if isinstance(step, Calibrate):
@@ -229,6 +242,13 @@ class _Counting:
                 return self._training(step, trained + lora_parameters(step.lora, self.arch), factor=2.0, what=what)
             return self._training(step, trained + total, factor=3.0, what="next-token loss, all weights")
         return self._evaluation(step)
+
+    def _published(self, converted: Converted) -> list[str]:
+        """The files in words, with what is not here."""
+        return [
+            f"{name} {path}" + ("" if (self.loaded.path.parent / path).is_file() else " (not here)")
+            for name, path in converted.files().items()
+        ]
 
     def _swap(self) -> Swap | None:
         return next((s for s in self.steps if isinstance(s, Swap)), None)
@@ -365,7 +385,8 @@ def describe_state(state: State) -> str:
         return "no attention"
     parts = []
     if "window" in state.branches:
-        parts.append(f"window {state.window}")
+        shape = "".join(f", {x}" for x in (state.shape, state.compat) if x and x != "sliding")
+        parts.append(f"window {state.window}{shape}")
     if "sinks" in state.branches:
         parts.append(f"{state.sinks} sinks")
     if "linear" in state.branches:

@@ -35,6 +35,35 @@ class Scratch(Config):
     )
 
 
+class Converted(Config):
+    """Weights that somebody else has converted already: read, checked key by key, and laid into the swapped teacher.
+
+    `lolcats`: the two files that LoLCATs saves: `distill` (feature maps and window factors of stage 1) and `finetune`
+    (LoRA of stage 2; may hold feature maps and factors too, which then win). Relative paths start at the recipe's folder.
+    Sample YAML: `{format: lolcats, distill: lolcats-llama-3.1-8b-distill/model.pt,
+    finetune: lolcats-llama-3.1-8b-ft-lora/model.pt, alpha: 16}`
+    """
+
+    format: Literal["lolcats"]
+    distill: str
+    finetune: str | None = Field(None, description="None: the student as stage 1 left it")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        16, description="LoRA is scaled by alpha / rank; the rank is in the file, alpha is not (LoLCATs, 8B: 16)"
+    )
+
+    def files(self) -> dict[str, str]:
+        """Field name -> path as the recipe gives it."""
+        found = {"distill": self.distill, "finetune": self.finetune}
+        return {name: path for name, path in found.items() if path is not None}
+
+
+# Where the files of a `format` are to be had; read in LoLCATs' demos/demo_8b.sh and demos/demo_lolcats_hf.py.
+SOURCES = {
+    "lolcats": "LoLCATs' Llama-3.1-8B is on the hub, a model.pt each: hazyresearch/lolcats-llama-3.1-8b-distill and "
+    "hazyresearch/lolcats-llama-3.1-8b-ft-lora"
+}
+
+
 class Model(Config):
     """The model that is converted, or made from nothing.
 
@@ -51,11 +80,16 @@ class Model(Config):
         None, description="numbers of a teacher that is not here yet; in YAML also the path of a config.json"
     )
     scratch: Scratch | None = None
+    converted: Converted | None = Field(
+        None, description="a published conversion of the teacher, for `method: {name: converted}`"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Model":
         if (self.teacher is None) == (self.scratch is None):
             raise ValueError("give exactly one of teacher and scratch")
+        if self.converted and self.scratch:
+            raise ValueError("converted weights belong to a teacher; this model is made from scratch")
         return self
 
 

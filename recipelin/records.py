@@ -66,7 +66,9 @@ class StepTime(Config):
 
 
 class Record(Config):
-    """DESIGN §7. `layers` and `window` give the reach layers x (window - 1) that splits recall into near and far."""
+    """DESIGN §7. `layers` and `window` (most keys of one query) give the reach layers x (window - 1) that splits recall
+    into near and far.
+    """
 
     version: Literal[1] = 1
     name: str

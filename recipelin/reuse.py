@@ -70,17 +70,29 @@ def digest_folder(folder: Path, names: Sequence[str] = ("*.safetensors", "config
 
 
 def digests(loaded: Loaded, planned: Plan) -> dict[str, str]:
-    """Digests of what the run reads: teacher, tokenizer, data. A hub id is known by its revision until it is here."""
+    """Digests of what the run reads: teacher, published weights, tokenizer, data.
+
+    A hub id is known by its revision until it is here; a published file that is not here is `absent`.
+    """
     found = {}
     folder = teacher_folder(loaded)
     model = loaded.recipe.model
+    for name, path in published(loaded).items():
+        found[f"converted.{name}"] = digest_file(path) if path.is_file() else "absent"
     if folder is not None:
         found["teacher"] = digest_folder(folder)
         found["tokenizer"] = digest_folder(folder, ("tokenizer*",))
     else:
-        found["teacher"] = digest(model.model_dump(mode="json", exclude={"dtype"}))
+        found["teacher"] = digest(model.model_dump(mode="json", exclude={"dtype", "converted"}))
     found["data"] = digest({s.model_dump_json(): fingerprint(s, loaded.path.parent) for s in sources(planned)})
     return found
+
+
+def published(loaded: Loaded) -> dict[str, Path]:
+    """Files of `model.converted` by field; relative paths start at the recipe's folder. Empty where none is given."""
+    converted = loaded.recipe.model.converted
+    files = converted.files() if converted else {}
+    return {name: (loaded.path.parent / path).resolve() for name, path in files.items()}
 
 
 def sources(planned: Plan) -> list[Stdlib | LocalFile | Recall]:
@@ -122,7 +134,7 @@ _DATA = ("data.py", "sources.py")
 _LOOP = ("stages.py", "loop.py", "losses.py", "adapters.py", "checkpoint.py", "optimizer.py")
 _TRAINING = (*_MODEL, *_DATA, *_LOOP, "hf.py", "schedule.py", "branches.py")
 _SOURCES: Mapping[type, tuple[str, ...]] = {
-    Swap: _MODEL,
+    Swap: (*_MODEL, "lolcats_checkpoint.py"),
     Switch: ("states.py",),
     Calibrate: _TRAINING,
     Transfer: _TRAINING,

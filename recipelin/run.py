@@ -17,14 +17,15 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers.utils import logging
 
-from . import data, hf, lookup, records, reuse, stages, swap
+from . import data, hf, lolcats_checkpoint, lookup, records, reuse, stages, swap
+from .exposure import exposed_from
 from .files import write_atomically
 from .load import Loaded, load_suite
 from .plan import Plan, Planned, digest, plan, suites_of, teacher_folder
 from .records import Record, Result, Row, StepTime
 from .reuse import Store, Surroundings
 from .sources import Data, Part, local_path
-from .states import NamedState, State, resolve
+from .states import NamedState, resolve
 from .steps import Calibrate, Evaluate, Swap, Switch, Transfer, Tune
 
 
@@ -43,7 +44,8 @@ def run(
     """Carry out one recipe (a point of its grid) and return its folder.
 
     The folder holds record.json, items.jsonl.gz, table.md, model/, tasks/ and logs/. Finished steps of earlier runs are
-    reused; an interrupted step goes on from its last checkpoint. Raises RunError, stages.StageError, PlanError, SourceError.
+    reused; an interrupted step goes on from its last checkpoint. Raises RunError, stages.StageError, PlanError, SourceError,
+    lolcats_checkpoint.PublishedError.
     """
     planned = plan(loaded, allow_code=allow_code)
     place = choose_device(device)
@@ -51,8 +53,9 @@ def run(
         local_path(source, loaded.path.parent)
     folder = (out or reuse.home() / default_folder(planned)).resolve()
     _refuse_other_run(folder, planned)
+    published = lolcats_checkpoint.of_run(loaded, planned)
     _refuse_other_teacher(loaded, planned)
-    walk = _Walk(loaded, planned, folder, place, fresh)
+    walk = _Walk(loaded, planned, folder, place, fresh, published)
     return walk.go()
 
 
@@ -155,6 +158,7 @@ class _Walk:
     folder: Path
     device: str
     fresh: bool
+    published: lolcats_checkpoint.Published | None
     times: list[StepTime] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     items: list[tuple[Row, Result]] = field(default_factory=list)
@@ -219,6 +223,8 @@ class _Walk:
         if isinstance(step, (Swap, Switch)):
             if isinstance(step, Swap):
                 swap.swap(self.model, step, seed=self.plan.seed)
+                if self.published:
+                    lolcats_checkpoint.lay(self.model, self.published)
                 self.kernels["hybrid_attention"] = swap.forms(self.model)[0].kernel
             else:
                 swap.switch(self.model, step.state)
@@ -482,7 +488,7 @@ class _Walk:
             seconds=seconds,
             peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             layers=planned.layers,
-            window=state.window if state and isinstance(state.window, int) else None,
+            window=state.most_keys if state else None,
             sinks=state.sinks if state else 0,
             branches=state.branches if state else (),
             margin=loaded.recipe.eval.margin,
@@ -491,17 +497,6 @@ class _Walk:
         )
         records.write_items(self.folder / "items.jsonl.gz", self.items)
         records.write_record(self.folder / "record.json", record)
-
-
-def exposed_from(hybrid: State | None) -> int | None:
-    """First query position (from 0) with a non-empty linear set in the hybrid: window + sinks; with cover all, 0."""
-    if hybrid is None or "linear" not in hybrid.branches:
-        return None
-    if hybrid.cover == "all":
-        return 0
-    if hybrid.window == "full":
-        return None
-    return hybrid.window + (hybrid.sinks if "sinks" in hybrid.branches else 0)
 
 
 def _on_selection(value: Any) -> Any:

@@ -22,7 +22,8 @@ class State(Config):
     window: Annotated[int, Field(ge=1)] | Literal["full"] = Field(
         64, description="softmax window in tokens, the query included; `full` is causal softmax (LoLCATs: 64)"
     )
-    shape: Literal["sliding"] = "sliding"
+    shape: Literal["sliding", "terraced"] = "sliding"
+    compat: Literal["lolcats_tk_v1"] | None = None
     sinks: Annotated[int, Field(ge=0)] = Field(
         0, description="first real tokens of a row that softmax always sees (LoLCATs has none)"
     )
@@ -39,6 +40,13 @@ class State(Config):
     ablate: Literal["mass", "output"] = Field(
         "mass", description="an absent branch leaves numerator and denominator (mass), or only the numerator (output)"
     )
+
+    @property
+    def most_keys(self) -> int | None:
+        """Most keys that the softmax window of one query holds; None: all. A terrace is the own block and the one before."""
+        if self.window == "full":
+            return None
+        return 2 * self.window if self.shape == "terraced" else self.window
 
 
 class NamedState(Config):
@@ -68,13 +76,14 @@ def resolve(name: str, hybrid: State) -> NamedState:
         return State(**{**hybrid.model_dump(), **fields})
 
     state = {
-        "softmax": lambda: change(branches=("window",), window="full", sinks=0),
+        # LoLCATs' published window has no meaning beside all keys, all windows or sinks: compat ends there.
+        "softmax": lambda: change(branches=("window",), window="full", sinks=0, compat=None),
         "hybrid": lambda: hybrid,
         "window": lambda: change(branches=("window",)),
-        "window+sinks": lambda: change(branches=("window", "sinks"), sinks=hybrid.sinks or SINKS_ONLY),
-        "linear": lambda: change(branches=("linear",), cover="all"),
+        "window+sinks": lambda: change(branches=("window", "sinks"), sinks=hybrid.sinks or SINKS_ONLY, compat=None),
+        "linear": lambda: change(branches=("linear",), cover="all", compat=None),
         "linear_outside": lambda: change(branches=("linear",), cover="outside"),
-        "sinks": lambda: change(branches=("sinks",), sinks=SINKS_ONLY),
+        "sinks": lambda: change(branches=("sinks",), sinks=SINKS_ONLY, compat=None),
         "none": lambda: change(branches=()),
     }[name]()
     return NamedState(name=name, weights="student", state=state)

@@ -15,13 +15,21 @@ Objective = Literal["weights", "outputs", "hybrid_weights", "hybrid_outputs"]
 Trained = Literal["feature_maps", "mix", "log_scale"]
 
 
+class StepsError(ValueError):
+    """A recipe that its method cannot be made of; the message says what to change."""
+
+
 class Swap(Config):
-    """Put a form into layers of the model instance and copy the projections. Structure only: no window, no join."""
+    """Put a form into layers of the model instance and copy the projections. Structure only: no window, no join.
+
+    `published`: weights of somebody else's conversion (`model.converted`), laid in once the form is there.
+    """
 
     step: Literal["swap"] = "swap"
     form: str
     config: SerializeAsAny[Config]
     layers: Layers = "all"
+    published: SerializeAsAny[Config] | None = None
 
 
 class Switch(Config):

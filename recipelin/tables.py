@@ -9,6 +9,7 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ from .verdict import RULE, judge
 
 class TableError(ValueError):
     """A table that cannot be made; the message says what to change."""
+
+
+ABOUT = (("(guessing)", "chance"), ("(exposed %)", "exposed"), ("(items n)", "n"))  # lines below the rows
 
 
 class Published(NamedTuple):
@@ -56,26 +60,43 @@ def read_published(folder: Path, spec: Spec) -> tuple[Published, ...]:
 def tabulate(spec: Spec, records: Sequence[Published]) -> Table:
     """Ours, what was printed, the difference and the interval; what was not run is listed.
 
+    A row of a paper takes three lines: ours, printed, ours - printed; one that was not run takes one, and says so.
     Raises TableError for a column that names what its Records do not have, RecordError for Records that do not fit.
     """
-    sources = {row.recipes: _source(row.recipes, records) for row in spec.rows}
+    sources = {names: _source(names, records) for names in dict.fromkeys(row.recipes for row in spec.rows)}
     columns = {c.label: c for c in spec.columns}
+    beside = any(row.printed for row in spec.rows)
     rows: list[tuple[str, tuple[Cell, ...]]] = []
     missing: dict[str, None] = {}
+
+    def line(label: str, whose: str, cells: Sequence[Cell]) -> None:
+        rows.append((label, (Cell(whose), *cells) if beside else tuple(cells)))
+
     for row in spec.rows:
         source = sources[row.recipes]
         ours = [_interval(columns, label, row.state, source.measures) for label in columns]
+        trust = f" [{row.trust}]" if row.trust else ""
         if not source.chosen:
             missing.update(dict.fromkeys(row.recipes))
-        rows.append((row.label, tuple(_ours(source, column, x) for column, x in zip(spec.columns, ours, strict=True))))
+        if source.chosen or not beside:
+            line(row.label, "ours", [_ours(source, column, x) for column, x in zip(spec.columns, ours, strict=True)])
+        elif not row.printed:
+            line(row.label, "not run", [Cell(DASH)] * len(spec.columns))
         if row.printed:
-            rows += _beside(row, spec.columns, ours)
-    for label, about in (("(guessing)", "chance"), ("(exposed %)", "exposed"), ("(items n)", "n")):
-        rows.append((label, tuple(Cell(_about(c, about, list(sources.values()))) for c in spec.columns)))
+            printed, differences = _beside(row, spec.columns, ours)
+            line(row.label, f"printed{trust}" + ("" if source.chosen else " (not run)"), printed)
+            if source.chosen:
+                line(row.label, "ours - printed", differences)
+    for label, about in ABOUT:
+        cells = [Cell(_about(c, about, list(sources.values()))) for c in spec.columns]
+        if any(c.text for c in cells):
+            line(label, "", cells)
+    ran = any(s.chosen for s in sources.values())
+    title = "Ours, ± the 95 % interval" if ran or not beside else "As printed: nothing of it was run here"
     return Table(
         title=spec.title,
         lead=tuple(filter(None, dict.fromkeys(scale(p.record) for s in sources.values() for p in s.chosen))),
-        blocks=(Block("Ours, ± the 95 % interval", ("row", *columns), tuple(rows)),),
+        blocks=(Block(title, ("row", *(["numbers"] if beside else []), *columns), tuple(rows)),),
         conclusions=_verdicts(sources),
         notes=(*_notes(spec, sources), *_to_run(missing)),
     )
@@ -182,9 +203,7 @@ def _ours(source: _Source, column: Column, ours: _Ours | None) -> Cell:
     return Cell(DASH if column.recovery_of else "not in Record")
 
 
-def _beside(
-    row: TableRow, columns: Sequence[Column], ours: Sequence[_Ours | None]
-) -> list[tuple[str, tuple[Cell, ...]]]:
+def _beside(row: TableRow, columns: Sequence[Column], ours: Sequence[_Ours | None]) -> tuple[list[Cell], list[Cell]]:
     """The printed numbers, and ours minus printed with our interval."""
     printed_cells, differences = [], []
     for column, own in zip(columns, ours, strict=True):
@@ -193,23 +212,20 @@ def _beside(
             printed_cells.append(Cell(DASH))
             differences.append(Cell(DASH))
             continue
-        printed = given if isinstance(given, Printed) else Printed(value=float(given))
+        printed = given if isinstance(given, Printed) else Printed(value=given)
         tag = f" [{printed.trust}]" if printed.trust and printed.trust != row.trust else ""
         mark = f" ({printed.footnote})" if printed.footnote else ""
-        known = Interval(printed.value, float("nan"), float("nan"), 0)
-        printed_cells.append(Cell(f"{printed.value:g}{tag}{mark}", (Number("printed", known, "as printed"),)))
+        theirs = float(printed.value)
+        known = Interval(theirs, float("nan"), float("nan"), 0)
+        printed_cells.append(Cell(f"{Decimal(printed.value):f}{tag}{mark}", (Number("printed", known, "as printed"),)))
         if own is None:
             differences.append(Cell(DASH))
         else:
             x = own.shown
-            shifted = Interval(x.value - printed.value, x.low - printed.value, x.high - printed.value, x.n)
+            shifted = Interval(x.value - theirs, x.low - theirs, x.high - theirs, x.n)
             text = plus_minus(shifted, digits=1, sign=True)
             differences.append(Cell(text, (Number("ours - printed", shifted, "as printed"),)))
-    trust = f" [{row.trust}]" if row.trust else ""
-    return [
-        (f"{row.label}: printed{trust}", tuple(printed_cells)),
-        (f"{row.label}: difference", tuple(differences)),
-    ]
+    return printed_cells, differences
 
 
 def _about(column: Column, what: str, sources: Sequence[_Source]) -> str:
@@ -234,13 +250,16 @@ def _verdicts(sources: dict[tuple[str, ...], _Source]) -> tuple[str, ...]:
 
 
 def _notes(spec: Spec, sources: dict[tuple[str, ...], _Source]) -> tuple[str, ...]:
-    lines = [
-        "scores in %, ± the longer side of the 95 % interval (bootstrap over items, paired); perplexity: smaller is "
-        "better.",
-        "(guessing): share right by a blind guess. (exposed %): share of scored tokens at which the linear branch has "
-        "anything to see.",
-    ]
-    margins = sorted({p.record.margin for s in sources.values() for p in s.chosen})
+    chosen = [p for s in sources.values() for p in s.chosen]
+    lines = []
+    if chosen:
+        lines += [
+            "scores in %, ± the longer side of the 95 % interval (bootstrap over items, paired); perplexity: smaller is "
+            "better.",
+            "(guessing): share right by a blind guess. (exposed %): share of scored tokens at which the linear branch has "
+            "anything to see.",
+        ]
+    margins = sorted({p.record.margin for p in chosen})
     if margins:
         lines.append(
             f"margin of the rule: {', '.join(f'{m:g}' for m in margins)} (of a score in 0..1; nats of log-loss)."
@@ -260,9 +279,7 @@ def _notes(spec: Spec, sources: dict[tuple[str, ...], _Source]) -> tuple[str, ..
     }
     if any(r.printed for r in spec.rows):
         paper = spec.paper or "the paper"
-        lines.append(
-            f"printed: what {paper} prints; difference: ours - printed, with our interval (the printed has none)."
-        )
+        lines.append(f"printed: what {paper} prints" + ("; ours - printed has our interval." if chosen else "."))
         lines += [f"[{t}]: {TRUST[t]}." for t in TRUST if t in tags]
     lines += [f"({number}) {text}" for number, text in enumerate(spec.footnotes, start=1)]
     for names, source in sources.items():
@@ -278,8 +295,9 @@ def _notes(spec: Spec, sources: dict[tuple[str, ...], _Source]) -> tuple[str, ..
 
 
 def _to_run(missing: dict[str, None]) -> tuple[str, ...]:
-    """What must still be run, as the commands to type."""
-    return tuple(f"still to run: recipelin run {name}, then recipelin publish with its folder" for name in missing)
+    """What must still be run, as the commands to type; the points of a grid are one command."""
+    names = dict.fromkeys(name.rpartition("/")[0] if "=" in name else name for name in missing)
+    return tuple(f"still to run: recipelin run {name}, then recipelin publish with its folder" for name in names)
 
 
 def table_command(arguments: argparse.Namespace) -> int:

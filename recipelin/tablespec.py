@@ -1,5 +1,7 @@
 """The schema of a table spec: rows, columns, what the paper printed, and which recipe fills a cell (no torch)."""
 
+import math
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,9 +21,9 @@ TRUST = {
 
 
 class Printed(Config):
-    """A number as the paper prints it. Sample YAML: `{value: 92.26, footnote: 1}`"""
+    """A number as the paper prints it, with its decimals. Sample YAML: `{value: 92.26, footnote: 1}`"""
 
-    value: float
+    value: Decimal | int
     trust: Trust | None = Field(None, description="how it is known; default: the row's")
     footnote: Annotated[int, Field(ge=1)] | None = None
 
@@ -58,7 +60,7 @@ class TableRow(Config):
     recipe: str | Annotated[tuple[str, ...], Field(min_length=1)]
     state: str
     trust: Trust | None = None
-    printed: dict[str, float | Printed] = Field({}, description="column: number as printed")
+    printed: dict[str, Decimal | int | Printed] = Field({}, description="column: number as printed")
 
     @property
     def recipes(self) -> tuple[str, ...]:
@@ -153,7 +155,8 @@ def _value(node: yaml.Node, path: Path, mistakes: list[str], seen: set[int]) -> 
             else:
                 found[key.value] = _value(value, path, mistakes, seen)
         return found
-    return yaml.SafeLoader("").construct_object(node)
+    value = yaml.SafeLoader("").construct_object(node)
+    return Decimal(node.value) if isinstance(value, float) and math.isfinite(value) else value  # 78.40 keeps its 0
 
 
 def _line(node: yaml.Node, place: tuple[int | str, ...]) -> int:

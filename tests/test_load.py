@@ -163,6 +163,21 @@ def test_a_grid_is_many_recipes(tmp_path):
     assert "12:22: method.window: found 0" in mistakes(worse)[0]
 
 
+def test_an_axis_takes_maps_and_is_named_by_their_keys(tmp_path):
+    axis = "grid:\n  method.objective:\n    - {weights: 1.0}\n    - {outputs: 1000.0, weights: 1}\n"
+    points = expand(load(write(tmp_path, GOOD + axis)))
+    assert [p.recipe.name for p in points] == ["mine/objective=weights", "mine/objective=outputs+weights"]
+    assert [p.recipe.method.objective for p in points] == [{"weights": 1.0}, {"outputs": 1000.0, "weights": 1.0}]
+    assert [plan(p).steps[2].what for p in points] == ["1 x weights", "1000 x outputs + 1 x weights"]
+    same = axis.replace("{outputs: 1000.0, weights: 1}", "{weights: 2.0}")
+    assert [p.recipe.name for p in expand(load(write(tmp_path, GOOD + same)))] == [
+        "mine/objective=weights-1.0",
+        "mine/objective=weights-2.0",
+    ]
+    bad = write(tmp_path, GOOD + axis.replace("outputs: 1000.0", "outputs: -1"))
+    assert "14:17: method.objective.outputs: found -1" in mistakes(bad)[0]
+
+
 def test_names_are_found(tmp_path, monkeypatch):
     assert load("pocket/lolcats").recipe.name == "pocket/lolcats"
     monkeypatch.chdir(tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from recipelin import lookup
+from recipelin.exposure import exposed_from
 from recipelin.load import RECIPES, expand, load
 from recipelin.plan import PlanError, lora_parameters, plan, show
 from recipelin.schedule import Schedule, optimiser_steps
@@ -99,6 +100,17 @@ def test_states_that_need_a_swap_are_refused(tmp_path):
         path.write_text(text.replace("states: [softmax]", f"states: [{state}]"))
         with pytest.raises(PlanError, match=words):
             plan(load(path))
+
+
+def test_a_published_checkpoint_is_planned_without_its_files():
+    planned = plan(load("untangling/llama3.1-8b-lolcats"))
+    swap, switch, _ = planned.steps
+    assert swap.what.endswith("16,779,264 new parameters, published weights (lolcats)")
+    assert "finetune lolcats-llama-3.1-8b-ft-lora/model.pt (not here)" in swap.reads
+    assert switch.what.startswith("window 64, terraced, lolcats_tk_v1 + linear over keys outside")
+    assert planned.hybrid.most_keys == 128 == exposed_from(planned.hybrid) and planned.parameters == 8_030_261_248
+    corrected = plan(load("untangling/llama3.1-8b-lolcats-corrected"))
+    assert corrected.hybrid.compat is None and corrected.steps[0].hash == swap.hash
 
 
 def test_a_tune_is_described_with_its_share():

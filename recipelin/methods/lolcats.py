@@ -56,11 +56,12 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     )
     found: list[Step] = [Swap(form="hybrid", config=method.form), Switch(state=state)]
     if schedule := recipe.schedule["transfer"]:
+        hybrid = any(name.startswith("hybrid") for name in method.objective)  # the pure linear ones never see the mix
         found.append(
             Transfer(
                 stage="transfer",
                 objective=method.objective,
-                trains=("feature_maps", "mix"),
+                trains=("feature_maps", "mix") if hybrid else ("feature_maps",),
                 schedule=schedule,
                 data=schedule.data or recipe.data,
             )

@@ -1,15 +1,19 @@
 """Ours beside what was printed: nothing invented, what is missing is listed, mistakes have a line."""
 
 import argparse
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from recipelin.load import expand, load
+from recipelin.plan import Plan, plan
 from recipelin.records import write_record
-from recipelin.render import DASH, Table, render
+from recipelin.render import DASH, Cell, Table, render
+from recipelin.steps import Evaluate
 from recipelin.tables import Published, TableError, read_spec, table_command, tabulate
-from recipelin.tablespec import SpecError
+from recipelin.tablespec import Printed, SpecError
 
 SPEC = """\
 name: paper-table1
@@ -39,8 +43,18 @@ def spec(tmp_path: Path) -> Any:
 
 
 def texts(table: Table) -> dict[tuple[str, str], str]:
+    """(row, column) -> text; printed and difference lines as `row: what the numbers are`."""
     block = table.blocks[0]
-    return {(label, c): cell.text for label, row in block.rows for c, cell in zip(block.columns[1:], row, strict=True)}
+    assert block.columns[1] == "numbers"
+    found = {}
+    for label, (whose, *cells) in block.rows:
+        name = label if whose.text in ("ours", "") else f"{label}: {whose.text}"
+        found |= {(name, c): cell.text for c, cell in zip(block.columns[2:], cells, strict=True)}
+    return found
+
+
+def ours(table: Table, label: str) -> tuple[Cell, ...]:
+    return next(cells[1:] for name, cells in table.blocks[0].rows if name == label and cells[0].text == "ours")
 
 
 def test_ours_theirs_difference(spec: Any, make: Any) -> None:
@@ -48,11 +62,11 @@ def test_ours_theirs_difference(spec: Any, make: Any) -> None:
     found = texts(table)
     assert found["SWA", "long"] == "38.5 ±7.0"
     assert found["SWA: printed [T]", "long"] == "92.26 (1)"
-    assert found["SWA: difference", "long"] == "-53.8 ±7.0"
-    assert found["SWA: printed [T]", "AVG"] == "40 [M]"
+    assert found["SWA: ours - printed", "long"] == "-53.8 ±7.0"
+    assert found["SWA: printed [T]", "AVG"] == "40.0 [M]"
     assert found["SWA: printed [T]", "short"] == DASH
     assert found["base", "Rec"] == "100.0"
-    assert found["base: difference", "Rec"] == "0.0"
+    assert found["base: ours - printed", "Rec"] == "0.0"
     assert found["(items n)", "long"] == "200"
     assert (found["(exposed %)", "long"], found["(exposed %)", "short"], found["(guessing)", "far"]) == (
         "90",
@@ -72,7 +86,7 @@ def test_the_average_and_its_recoveries(spec: Any, make: Any) -> None:
     def mean(state: str) -> float:
         return (value[state, "next_line_short"] + value[state, "next_line_long"]) / 2
 
-    cells = dict(table.blocks[0].rows)["SWA"]
+    cells = ours(table, "SWA")
     average, plain, corrected = (cells[i].numbers[0].interval.value for i in (3, 4, 5))
     assert average == pytest.approx(mean("window"))
     assert plain == pytest.approx(mean("window") / mean("teacher"))
@@ -82,10 +96,18 @@ def test_the_average_and_its_recoveries(spec: Any, make: Any) -> None:
 def test_what_was_not_run_is_neither_zero_nor_the_papers(spec: Any, make: Any) -> None:
     table = tabulate(spec, [Published(*make(), Path("a.json"))])
     found = texts(table)
-    assert {found["other", c] for c in ("PPL", "short", "long", "AVG", "Rec", "far")} == {"not run"}
-    assert found["other: printed", "long"] == "33.3" and found["other: difference", "long"] == DASH
-    row = dict(table.blocks[0].rows)["other"]
-    assert all(c.numbers == () for c in row)
+    assert found["other: printed (not run)", "long"] == "33.3"
+    assert {found["other: printed (not run)", c] for c in ("PPL", "short", "AVG", "Rec", "far")} == {DASH}
+    assert [cells[0].text for label, cells in table.blocks[0].rows if label == "other"] == ["printed (not run)"]
+    assert [n.quantity for c in dict(table.blocks[0].rows)["other"] for n in c.numbers] == ["printed"]
+    unprinted = tuple(r.model_copy(update={"printed": {}}) if r.label == "other" else r for r in spec.rows)
+    bare = tabulate(spec.model_copy(update={"rows": unprinted}), [])
+    whose, *rest = dict(bare.blocks[0].rows)["other"]
+    assert whose.text == "not run" and {c.text for c in rest} == {DASH} and not any(c.numbers for c in rest)
+    plain = tuple(r.model_copy(update={"printed": {}}) for r in spec.rows)
+    rows = dict(tabulate(spec.model_copy(update={"rows": plain}), []).blocks[0].rows)
+    assert {c.text for cells in rows.values() for c in cells} == {"not run"} and list(rows) == ["base", "SWA", "other"]
+    assert bare.blocks[0].title.startswith("As printed") and "(guessing)" not in dict(bare.blocks[0].rows)
     assert [n for n in table.notes if n.startswith("still to run")] == [
         "still to run: recipelin run pocket/absolute, then recipelin publish with its folder"
     ]
@@ -93,10 +115,10 @@ def test_what_was_not_run_is_neither_zero_nor_the_papers(spec: Any, make: Any) -
 
 def test_unfinished_records_fill_nothing_and_absent_states_are_named(spec: Any, make: Any) -> None:
     table = tabulate(spec, [Published(*make(status="failed"), Path("a.json"))])
-    assert texts(table)["SWA", "long"] == "not run"
+    assert ("SWA", "long") not in texts(table) and texts(table)["SWA: printed [T] (not run)", "long"] == "92.26 (1)"
     figures = {"teacher": (2.9, 0.5, 0.5, 1.0, 1.0), "hybrid": (2.9, 0.5, 0.5, 1.0, 1.0)}
     table = tabulate(spec, [Published(*make(figures), Path("a.json"))])
-    assert texts(table)["SWA", "long"] == "not in Record" and texts(table)["SWA: difference", "long"] == DASH
+    assert texts(table)["SWA", "long"] == "not in Record" and texts(table)["SWA: ours - printed", "long"] == DASH
 
 
 def test_the_newest_plan_counts_and_its_seeds_are_pooled(spec: Any, make: Any) -> None:
@@ -110,7 +132,7 @@ def test_the_newest_plan_counts_and_its_seeds_are_pooled(spec: Any, make: Any) -
     assert any("2 seeds, resampled" in n for n in table.notes)
     assert any("1 older Records" in n for n in table.notes)
     assert not any("old.json" in n for n in table.notes)
-    pooled, one = (dict(t.blocks[0].rows)["SWA"][0].numbers[1].interval for t in (table, tabulate(spec, records[1:2])))
+    pooled, one = (ours(t, "SWA")[0].numbers[1].interval for t in (table, tabulate(spec, records[1:2])))
     assert pooled.value != one.value and pooled.n == one.n == 120
 
 
@@ -159,7 +181,7 @@ def test_check_compares_with_the_committed_table(make: Any, tmp_path: Path, caps
     assert table_command(argparse.Namespace(path=str(path), format="markdown", check=False)) == 0
     path.with_suffix(".md").write_text(capsys.readouterr().out)
     assert table_command(check) == 0
-    path.with_suffix(".md").write_text(path.with_suffix(".md").read_text().replace("not run", "65.5   ", 1))
+    path.with_suffix(".md").write_text(path.with_suffix(".md").read_text().replace("not run", "65.5", 1))
     capsys.readouterr()
     assert table_command(check) == 1
     shown = capsys.readouterr().out
@@ -176,10 +198,56 @@ def test_the_command_shows_a_run(make: Any, tmp_path: Path, capsys: Any) -> None
     assert "no such file" in capsys.readouterr().err
 
 
+SPECS = sorted((Path(__file__).parents[2] / "results" / "tables").glob("*.yaml"))
+
+
 def test_the_shipped_specs_are_valid_and_fit_a_terminal() -> None:
-    folder = Path(__file__).parents[2] / "results" / "tables"
-    specs = sorted(folder.glob("*.yaml"))
-    assert specs
-    for path in specs:
+    assert len(SPECS) >= 5
+    for path in SPECS:
         assert read_spec(path).name == path.stem
         assert max(map(len, render(tabulate(read_spec(path), []), "markdown").splitlines())) <= 140
+
+
+def test_every_cell_has_a_recipe_that_fills_it() -> None:
+    """Of every row: its recipe is there, measures its state, and its suites have every task of the columns."""
+    plans: dict[str, Plan] = {}
+    covered = 0
+    for spec in map(read_spec, SPECS):
+        for row in spec.rows:
+            for name in row.recipes:
+                if name not in plans:
+                    head = name.rpartition("/")[0] if "=" in name else name
+                    plans |= {p.recipe.name: plan(p) for p in expand(load(head))}
+                step = plans[name].steps[-1].step
+                assert isinstance(step, Evaluate)
+                assert row.state in {s.name for s in step.states}, (spec.name, row.label)
+                found = [t["task"] for s in step.suites for e in s.model_dump()["evals"] for t in e.get("tasks", ())]
+                found += [e["eval"] for s in step.suites for e in s.model_dump()["evals"]]
+                assert not [c.task for c in spec.columns if c.task and c.task not in found], (spec.name, row.label)
+                covered += 1
+    assert covered >= 19 + 18 + 5 + 5 + 7
+
+
+def test_printed_means_and_recoveries_follow_from_the_printed_cells() -> None:
+    """Within the rounding of what is printed; a cell that contradicts its row has a footnote."""
+    means = recoveries = 0
+    for spec in map(read_spec, SPECS):
+        teacher: dict[str, float] = {}
+        for row in spec.rows:
+            value = {c: p if isinstance(p, Printed) else Printed(value=p) for c, p in row.printed.items()}
+            teacher = {c: float(p.value) for c, p in value.items()} if row.state == "teacher" else teacher
+            for column in spec.columns:
+                printed = value.get(column.label)
+                if printed is None:
+                    continue
+                half = 0.5 * 10.0 ** int(Decimal(printed.value).as_tuple().exponent)
+                if column.mean_of and set(column.mean_of) <= set(value):
+                    means += 1
+                    mean = sum(float(value[c].value) for c in column.mean_of) / len(column.mean_of)
+                    assert abs(mean - float(printed.value)) <= half + 0.005 + 1e-9, (row.label, mean)
+                if column.recovery_of:
+                    recoveries += 1
+                    ratio = 100 * float(value[column.recovery_of].value) / teacher[column.recovery_of]
+                    fits = abs(ratio - float(printed.value)) <= half + 0.02
+                    assert fits != bool(printed.footnote), (spec.name, row.label, ratio)
+    assert (means, recoveries) == (33, 34)
