@@ -94,6 +94,7 @@ def family(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+LAYOUT = 1  # version of `recipelin` in a student's config.json
 PREFIX = "recipelin_"  # of a student's model_type: recipelin_llama is a converted llama
 
 

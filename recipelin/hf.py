@@ -25,7 +25,6 @@ from .steps import Swap
 from .swap import forms, mark_merged, swap, switch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-VERSION = 1  # of the layout of `config.recipelin`
 
 _REMOTE = '''"""Loads a recipelin student with trust_remote_code; needs recipelin installed (pip install recipelin)."""
 
@@ -87,9 +86,9 @@ class _StudentForCausalLM(_Student):
         layout = config.recipelin
         if not layout:
             raise ValueError("config.recipelin is missing: this is not the folder of a recipelin student")
-        if layout["version"] != VERSION:
+        if layout["version"] != families.LAYOUT:
             raise ValueError(
-                f"config.recipelin has version {layout['version']}; this recipelin reads version {VERSION}"
+                f"config.recipelin has version {layout['version']}; this recipelin reads version {families.LAYOUT}"
             )
         PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]  # not the family's own: it would make its own layers
         self.model = self._inner(config)
@@ -144,10 +143,18 @@ STUDENTS = {row.model_type: _student_classes(row) for row in families.FAMILIES.v
 globals().update({each.__name__: each for pair in STUDENTS.values() for each in pair})
 
 
-def export(model: Any, tokenizer: Any, folder: Path, *, hybrid: State | None) -> None:
+def export(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    hybrid: State | None,
+    teacher: dict[str, str | None] | None = None,
+) -> None:
     """Write a student (or, where no layer is swapped, a plain model) as a folder that from_pretrained loads.
 
-    Made beside `folder` and renamed, so that no reader meets half of it. `hybrid`: the state that it generates in.
+    Made beside `folder` and renamed, so that no reader meets half of it. `hybrid`: the state that it generates in;
+    `teacher`: {source, revision, digest} of its teacher, for the diagnosis of the folder.
     """
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
@@ -158,7 +165,7 @@ def export(model: Any, tokenizer: Any, folder: Path, *, hybrid: State | None) ->
         if found:
             if hybrid is None:
                 raise ValueError("export: a swapped model needs the state that it is to run in")
-            _layout(partial, model, found, hybrid)
+            _layout(partial, found, hybrid, teacher)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -166,7 +173,7 @@ def export(model: Any, tokenizer: Any, folder: Path, *, hybrid: State | None) ->
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _layout(folder: Path, model: Any, found: list[Any], hybrid: State) -> None:
+def _layout(folder: Path, found: list[Any], hybrid: State, teacher: dict[str, str | None] | None) -> None:
     """Turn a saved config.json into the student's."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -181,11 +188,12 @@ def _layout(folder: Path, model: Any, found: list[Any], hybrid: State) -> None:
             "AutoModelForCausalLM": f"{file}.{model_class.__name__}",
         },
         "recipelin": {
-            "version": VERSION,
+            "version": families.LAYOUT,
             "form": found[0].NAME,
             "config": found[0].config.model_dump(mode="json"),
             "layers": [f.layer_index for f in found],
             "state": hybrid.model_dump(mode="json"),
+            "teacher": teacher,
         },
     }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -249,8 +257,12 @@ def _load(source: str | Path, *, dtype: str, device: str, revision: str | None =
     wrong = sorted([*report["missing_keys"], *report["unexpected_keys"]])
     if wrong:
         raise ValueError(f"{source}: the weights do not fit the model, first {wrong[0]!r} ({len(wrong)} in all)")
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), load_tokenizer(source, revision=revision)
+
+
+def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer of a folder or a hub id."""
+    return AutoTokenizer.from_pretrained(source, revision=revision)
 
 
 def new_model(architecture: Architecture, tokenizer: Any, *, embedding_std: float, seed: int) -> Any:

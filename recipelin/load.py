@@ -15,9 +15,9 @@ from pydantic import BaseModel, ValidationError
 from . import families, lookup
 from .base import Config
 from .mistakes import describe, listed, located, nearest, placed
-from .recipe import Recipe, StateOf, Suite
+from .recipe import Recipe, StateOf, Student, Suite
 from .schedule import Schedule
-from .states import NAMES
+from .states import NAMES, State
 from .strict_yaml import Mistake, RecipeError, Where, read_yaml
 
 RECIPES = "recipes"
@@ -150,6 +150,7 @@ def _build(raw: Mapping[str, Any], places: Mapping[Where, Mistake], path: Path, 
         found["method"] = method or Config()
     found["schedule"] = {} if stages is None else _schedule(found.get("schedule"), stages, places, mistakes)
     _architecture(found, places, path, mistakes)
+    _student(found, places, path, mistakes)
     _suites(found, places, path, mistakes)
     _state_names(found, places, mistakes)
     try:
@@ -256,6 +257,58 @@ def _architecture(found: dict[str, Any], places: Mapping[Where, Mistake], path: 
         mistakes.append(placed(places, where, f"{file}: {error}"))
     if isinstance(found["model"]["architecture"], str):
         found["model"] = {k: v for k, v in model.items() if k != "architecture"}
+
+
+def _student(found: dict[str, Any], places: Mapping[Where, Mistake], path: Path, mistakes: list[Mistake]) -> None:
+    """`model.student` as the folder of an exported student; its numbers are the architecture where no teacher gives them."""
+    model = found.get("model")
+    if not isinstance(model, Mapping) or not isinstance(model.get("student"), str):
+        return
+    given, where = model["student"], ("model", "student")
+    rest = {k: v for k, v in model.items() if k != "student"}
+    try:
+        student, architecture = read_student(path.parent / given)
+    except ValueError as error:
+        mistakes.append(placed(places, where, str(error)))
+        found["model"] = {"teacher": "pocket", **rest}  # stands in, so that the rest is still checked
+        return
+    found["model"] = {"architecture": architecture, **rest, "student": student.model_copy(update={"folder": given})}
+
+
+def read_student(folder: Path) -> tuple[Student, families.Architecture]:
+    """What the config.json of an exported folder says. Raises ValueError: no folder, no student, another version."""
+    file = folder / "config.json"
+    try:
+        numbers = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        known = [p.parent.name for p in folder.parent.glob("*/config.json")] if folder.parent.is_dir() else []
+        raise ValueError(
+            f"no exported student at {folder}: {file.name} is not there{nearest(folder.name, known)}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    layout = numbers.get("recipelin") if isinstance(numbers, dict) else None
+    if not isinstance(layout, dict):
+        raise ValueError(
+            f"{file} is no student of recipelin: it has no `recipelin` entry (a teacher goes to model.teacher)"
+        )
+    if layout.get("version") != families.LAYOUT:
+        raise ValueError(
+            f"{file}: layout version {layout.get('version')}; this recipelin reads version {families.LAYOUT}"
+        )
+    try:
+        form = lookup.lookup("attention", layout["form"])
+        student = Student(
+            folder=str(folder),
+            form=layout["form"],
+            config=form.Config.model_validate_json(json.dumps(layout["config"])),
+            layers=tuple(layout["layers"]),
+            state=State.model_validate_json(json.dumps(layout["state"])),
+        )
+        base = {**numbers, "model_type": families.base_type(str(numbers.get("model_type")))}
+        return student, families.architecture(base)
+    except (KeyError, ValidationError, lookup.LookupFailed) as error:
+        raise ValueError(f"{file}: not a student that this recipelin can read: {error}") from error
 
 
 def load_suite(name: str, recipe: Path) -> Suite:

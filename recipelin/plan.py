@@ -129,11 +129,15 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
             f"model.converted: method {name!r} starts from the teacher and would not read it; "
             "use method: {name: converted}, or leave model.converted out"
         )
+    if recipe.model.student and name != "exported":
+        raise PlanError(
+            f"model.student: method {name!r} starts from a teacher and would not read it; use method: {{name: exported}}"
+        )
     hybrid = next((s.state for s in reversed(found) if isinstance(s, Switch)), None)
     found.append(
         Evaluate(
             suites=recipe.eval.suites,
-            states=_states(recipe.eval.states, hybrid, recipe.eval.suites, scratch=recipe.model.scratch is not None),
+            states=_states(recipe.eval.states, hybrid, teacher=recipe.model.teacher is not None),
             hybrid=hybrid,
             seeds=recipe.eval.seeds,
             margin=recipe.eval.margin,
@@ -167,15 +171,13 @@ def _watched(step: Step) -> list[str]:
     return []
 
 
-def _states(
-    asked: Sequence[str | StateOf], hybrid: State | None, suites: Sequence[Suite], *, scratch: bool
-) -> tuple[NamedState, ...]:
+def _states(asked: Sequence[str | StateOf], hybrid: State | None, *, teacher: bool) -> tuple[NamedState, ...]:
     """The states to evaluate, resolved; the subsets that Shapley values need are added at the end."""
     found: list[NamedState] = []
     for entry in asked:
         name = entry if isinstance(entry, str) else entry.of
-        if name == "teacher" and scratch:
-            raise PlanError("eval.states: a model made from nothing has no teacher; use [softmax]")
+        if name == "teacher" and not teacher:
+            raise PlanError("eval.states: `teacher` needs model.teacher; without one leave it out, e.g. [softmax]")
         if hybrid is None:
             if name not in ("teacher", "softmax") or not isinstance(entry, str):
                 raise PlanError(

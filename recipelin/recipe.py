@@ -8,7 +8,7 @@ from .base import Config
 from .families import Architecture
 from .schedule import Schedule
 from .sources import Data
-from .states import Branch, Join
+from .states import Branch, Join, State
 
 
 class About(Config):
@@ -64,6 +64,19 @@ SOURCES = {
 }
 
 
+class Student(Config):
+    """An exported student, as its config.json describes it. In YAML: the path of its folder.
+
+    Sample YAML: `student: runs/pocket-lolcats--1a2b3c4d/model`
+    """
+
+    folder: str = Field(description="as the recipe gives it; relative paths start at the recipe's folder")
+    form: str
+    config: SerializeAsAny[Config]
+    layers: tuple[int, ...]
+    state: State
+
+
 class Model(Config):
     """The model that is converted, or made from nothing.
 
@@ -84,8 +97,16 @@ class Model(Config):
         None, description="a published conversion of the teacher, for `method: {name: converted}`"
     )
 
+    student: Student | None = Field(
+        None, description="in YAML the folder of an exported student, for `method: {name: exported}`; teacher: its own"
+    )
+
     @model_validator(mode="after")
     def _one_origin(self) -> "Model":
+        if self.student:
+            if self.scratch or self.converted:
+                raise ValueError("a student is evaluated as it is; scratch and converted have no place beside it")
+            return self
         if (self.teacher is None) == (self.scratch is None):
             raise ValueError("give exactly one of teacher and scratch")
         if self.converted and self.scratch:

@@ -79,13 +79,23 @@ def digests(loaded: Loaded, planned: Plan) -> dict[str, str]:
     model = loaded.recipe.model
     for name, path in published(loaded).items():
         found[f"converted.{name}"] = digest_file(path) if path.is_file() else "absent"
+    student = student_folder(loaded)
+    if student is not None:
+        found["student"] = digest_folder(student)
+        found["tokenizer"] = digest_folder(student, ("tokenizer*",))
     if folder is not None:
         found["teacher"] = digest_folder(folder)
-        found["tokenizer"] = digest_folder(folder, ("tokenizer*",))
-    else:
+        found.setdefault("tokenizer", digest_folder(folder, ("tokenizer*",)))
+    elif model.teacher or model.scratch:
         found["teacher"] = digest(model.model_dump(mode="json", exclude={"dtype", "converted"}))
     found["data"] = digest({s.model_dump_json(): fingerprint(s, loaded.path.parent) for s in sources(planned)})
     return found
+
+
+def student_folder(loaded: Loaded) -> Path | None:
+    """The folder of `model.student`; None where there is none."""
+    student = loaded.recipe.model.student
+    return (loaded.path.parent / student.folder).resolve() if student else None
 
 
 def published(loaded: Loaded) -> dict[str, Path]:

@@ -103,7 +103,7 @@ def _refuse_other_run(folder: Path, planned: Plan) -> None:
 
 def _refuse_other_teacher(loaded: Loaded, planned: Plan) -> None:
     """A teacher that is not here, or whose numbers are not those that were planned with, before any work."""
-    if loaded.recipe.model.scratch:
+    if loaded.recipe.model.teacher is None:
         return
     source = teacher_folder(loaded) or loaded.recipe.model.teacher
     assert source is not None
@@ -191,8 +191,10 @@ class _Walk:
         return self.folder
 
     def _begin(self) -> tuple[Any, Any]:
-        """The model that the first step meets: the teacher, or a new one with its tokenizer."""
+        """The model that the first step meets: the teacher, a new one, or none where a student is only evaluated."""
         recipe = self.loaded.recipe
+        if student := reuse.student_folder(self.loaded):
+            return None, hf.load_tokenizer(student)
         if recipe.model.scratch:
             tokenizer = self._tokenizer()
             scratch = recipe.model.scratch
@@ -221,7 +223,9 @@ class _Walk:
         _reset_peak(self.device)
         clock = time.monotonic()
         if isinstance(step, (Swap, Switch)):
-            if isinstance(step, Swap):
+            if self.model is None:
+                pass  # the student's folder has been swapped and switched
+            elif isinstance(step, Swap):
                 swap.swap(self.model, step, seed=self.plan.seed)
                 if self.published:
                     lolcats_checkpoint.lay(self.model, self.published)
@@ -395,8 +399,10 @@ class _Walk:
 
     def _evaluate(self, step: Evaluate, key: str) -> None:
         """Export, reload, then every (state, suite, seed); each unit's result is kept, so a killed run goes on."""
-        exported = self.folder / "model"
-        hf.export(self.model, self.tokenizer, exported, hybrid=step.hybrid)
+        student = reuse.student_folder(self.loaded)
+        exported = student or self.folder / "model"
+        if student is None:
+            hf.export(self.model, self.tokenizer, exported, hybrid=step.hybrid, teacher=self._named_teacher())
         del self.model
         units = [
             (named, suite, config, seed)
@@ -447,6 +453,8 @@ class _Walk:
                         else hf.load_student(exported, dtype=self.around.dtype, device=self.device)
                     )
                     weights = named.weights
+                    if found_forms := swap.forms(model):
+                        self.kernels["hybrid_attention"] = found_forms[0].kernel
                 results = self._run_eval(config, model, tokenizer, named, seed=seed)
                 write_atomically(path, json.dumps([r.model_dump_json() for r in results]).encode())
             found.append((named, suite, seed, results))
@@ -460,6 +468,15 @@ class _Walk:
                 self.rows.append(row)
                 if result.items:
                     self.items.append((row, result))
+
+    def _named_teacher(self) -> dict[str, str | None] | None:
+        """Which teacher an exported student came from, so that `diagnose` finds it again."""
+        model = self.loaded.recipe.model
+        if model.teacher is None:
+            return None
+        folder = teacher_folder(self.loaded)
+        source = model.teacher if folder is None or model.teacher == "pocket" else str(folder)
+        return {"source": source, "revision": model.revision, "digest": self.around.digests["teacher"]}
 
     def _write(
         self, status: Literal["finished", "failed", "interrupted"], started: datetime.datetime, seconds: float
