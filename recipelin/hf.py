@@ -206,6 +206,14 @@ def load_student(folder: Path, *, dtype: str, device: str) -> tuple[Any, Any]:
     return _load(folder, dtype=dtype, device=device)
 
 
+def tiny_teacher(architecture: Architecture, folder: Path, tokenizer: str | Path) -> Path:
+    """A random model of these numbers in `folder`, with the tokenizer of another; made once. For `shrink`."""
+    if not (folder / "config.json").is_file():
+        words = load_tokenizer(tokenizer)
+        export(new_model(architecture, words, embedding_std=0.1, seed=0), words, folder, hybrid=None)
+    return folder
+
+
 class TeacherError(ValueError):
     """A teacher that cannot be had or converted; the message says what to do."""
 
@@ -283,4 +291,13 @@ def new_model(architecture: Architecture, tokenizer: Any, *, embedding_std: floa
         return model
 
 
-__all__ = ["STUDENTS", "TeacherError", "export", "load_student", "load_teacher", "new_model", "teacher_architecture"]
+__all__ = [
+    "STUDENTS",
+    "TeacherError",
+    "export",
+    "load_student",
+    "load_teacher",
+    "new_model",
+    "teacher_architecture",
+    "tiny_teacher",
+]

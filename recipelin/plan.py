@@ -14,6 +14,7 @@ from . import families, lookup
 from .base import Config
 from .families import Architecture
 from .load import Loaded, load_suite
+from .mistakes import listed, nearest
 from .recipe import Converted, StateOf, Suite
 from .schedule import Schedule, optimiser_steps
 from .sources import Data, LocalFile, Recall
@@ -133,6 +134,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
         raise PlanError(
             f"model.student: method {name!r} starts from a teacher and would not read it; use method: {{name: exported}}"
         )
+    _refuse_idle_rates(found)
     hybrid = next((s.state for s in reversed(found) if isinstance(s, Switch)), None)
     found.append(
         Evaluate(
@@ -162,6 +164,19 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
         steps=tuple(planned),
         hash=chain,
     )
+
+
+def _refuse_idle_rates(steps: Sequence[Step]) -> None:
+    """A learning rate of its own for a group that does not train in a stage would do nothing. Raises PlanError."""
+    for step in steps:
+        if isinstance(step, (Transfer, Tune)):
+            groups = [*step.trains, *(["lora"] if isinstance(step, Tune) and step.lora else [])]
+            for name in step.schedule.optimizer.group_lr:
+                if name not in groups:
+                    raise PlanError(
+                        f"schedule.{step.stage}.optimizer.group_lr: {name!r} does not train in this stage"
+                        f"{nearest(name, groups)}; groups that do: {listed(groups) or 'none'}"
+                    )
 
 
 def _watched(step: Step) -> list[str]:

@@ -1,0 +1,103 @@
+"""Every recipe of the project, run from end to end at tiny size; what plans the same runs once."""
+
+import time
+
+import pytest
+
+from recipelin import hf, lookup
+from recipelin.families import Architecture, architecture, parameters
+from recipelin.load import CHECKOUT, Loaded, expand, load
+from recipelin.plan import digest, plan
+from recipelin.records import read_record
+from recipelin.run import run
+from recipelin.shrink import LENGTH, ShrinkError, shrink, tiny_architecture, tiny_folder, tiny_of
+from recipelin.steps import Swap, Transfer, Tune
+
+POCKET = hf.__file__.replace("hf.py", "pocket")
+
+
+def points() -> list[Loaded]:
+    paths = [p for p in sorted(CHECKOUT.rglob("*.yaml")) if p.parent.name != "suites"]
+    return [point for path in paths for point in expand(load(path))]
+
+
+def small(point: Loaded, home) -> Loaded | None:
+    """The point at tiny size, its teacher made; None for one that starts from given weights."""
+    numbers = tiny_of(point)
+    folder = tiny_folder(home, numbers, digest(numbers.model_dump(mode="json")))
+    try:
+        made = shrink(point, str(folder))
+    except ShrinkError:
+        return None
+    if made.recipe.model.teacher:
+        hf.tiny_teacher(numbers, folder, POCKET)
+    return made
+
+
+@pytest.mark.slow
+def test_every_recipe_runs_at_tiny_size(home, capsys, monkeypatch):
+    found = [(point, small(point, home)) for point in points()]
+    runs = {plan(made).hash: made for _, made in found if made is not None}
+    left_out = [point.recipe.name for point, made in found if made is None]
+    methods, families, started = set(), set(), time.monotonic()
+    for made in runs.values():
+        record = read_record(run(made, device="cpu"))
+        assert record.status == "finished" and record.rows, made.recipe.name
+        planned = plan(made)
+        assert {s.step for s in record.steps} >= {getattr(p.step, "stage", p.step.step) for p in planned.steps}
+        methods.add(made.recipe.method.name)
+        families.add(planned.architecture.model_type)
+    with capsys.disabled():
+        total = len(found) - len(left_out)
+        print(
+            f"\n    {len(runs)} unique of {total} recipe points ran at tiny size in {time.monotonic() - started:.0f} s; "
+            f"{len(left_out)} start from given weights"
+        )
+    assert methods >= set(lookup.names("methods")) - {"converted", "exported"}
+    assert families >= {"llama", "mistral"}
+    assert all(name.startswith("untangling/llama3.1-8b") for name in left_out)
+
+
+def test_a_small_recipe_keeps_what_matters(home):
+    for point in points():
+        made = small(point, home)
+        if made is None:
+            continue
+        large, tiny = plan(point), plan(made)
+        assert [p.step.step for p in tiny.steps] == [p.step.step for p in large.steps], point.recipe.name
+        assert tiny.parameters < 100_000
+        for one, other in zip(large.steps, tiny.steps, strict=True):
+            if isinstance(one.step, Swap):
+                assert one.step == other.step, "form and feature map as they are"
+            if isinstance(one.step, (Transfer, Tune)):
+                assert other.optimiser_steps == 3 and other.step.schedule.length == LENGTH
+                assert (
+                    one.step.trains == other.step.trains
+                    and one.step.schedule.optimizer == other.step.schedule.optimizer
+                )
+            if isinstance(one.step, Transfer):
+                assert one.step.objective == other.step.objective
+
+
+def test_a_tiny_architecture_keeps_its_family():
+    base = {
+        "hidden_size": 4096,
+        "intermediate_size": 9,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 9,
+    }
+    for config, group in (
+        ({"model_type": "llama", "num_key_value_heads": 8, "attention_bias": True}, 4),
+        ({"model_type": "mistral", "num_key_value_heads": 8, "sliding_window": 4096}, 4),
+        ({"model_type": "qwen2", "num_key_value_heads": 16, "use_sliding_window": True, "sliding_window": 9}, 2),
+        ({"model_type": "qwen3", "num_key_value_heads": 32}, 1),
+    ):
+        large = architecture({**base, **config})
+        tiny = tiny_architecture(large)
+        assert isinstance(tiny, Architecture) and tiny.num_attention_heads // tiny.num_key_value_heads == group
+        assert tiny.attention_bias == large.attention_bias and (tiny.sliding_window is None) == (
+            large.sliding_window is None
+        )
+        assert tiny.layer_types == (("full_attention", "sliding_attention") if large.layer_types else None)
+        assert parameters(tiny)["total"] < 100_000
