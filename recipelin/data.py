@@ -1,9 +1,6 @@
 """Text -> packed token batches. Every batch is a pure function of (seed, step, micro-batch): resuming needs no more."""
 
-import difflib
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,19 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .files import write_atomically
-from .sources import (
-    Data,
-    LocalFile,
-    Part,
-    Recall,
-    SourceError,
-    Stdlib,
-    fingerprint,
-    local_path,
-    part_of,
-    stdlib_modules,
-)
+from .documents import documents
+from .sources import Data, Part, Recall, SourceError
+from .spool import stream
 
 MARKER = "<k>"  # one token before each key of a recall row; a special token of the pocket's tokenizer
 IGNORED = -100  # label without loss, as torch's cross_entropy has it
@@ -45,106 +32,14 @@ class Batch:
         return Batch(**moved)
 
 
-def documents(source: Stdlib | LocalFile, part: Part, folder: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of the documents of one part. Raises SourceError for a file that is missing or not as named."""
-    if isinstance(source, Stdlib):
-        for name, path in stdlib_modules().items():
-            if part_of(name) == part:
-                yield name, path.read_text(encoding="utf-8", errors="replace")
-        return
-    path = local_path(source, folder)
-    for number, text in enumerate(_texts(source, path)):
-        name = f"{path.name}:{number}"
-        if part_of(name) == part:
-            yield name, text
-
-
-def _texts(source: LocalFile, path: Path) -> Iterator[str]:
-    if source.source == "parquet":
-        try:
-            from datasets import load_dataset
-        except ModuleNotFoundError as error:
-            raise SourceError("parquet needs the datasets library: pip install 'recipelin[data]'") from error
-        table = load_dataset("parquet", data_files=str(path), split="train")
-        if source.field not in table.column_names:
-            raise SourceError(f"{path}: {_no_field(source.field, table.column_names)}")
-        yield from table[source.field]
-        return
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: not UTF-8 at byte {error.start}") from error
-    if source.source == "text":
-        yield from [content] if source.documents == "file" else (p for p in content.split("\n\n") if p.strip())
-        return
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SourceError(f"{path}:{number}:{error.colno}: not JSON: {error.msg}") from error
-        if not isinstance(record, dict) or not isinstance(record.get(source.field), str):
-            found = list(record) if isinstance(record, dict) else []
-            raise SourceError(f"{path}:{number}: {_no_field(source.field, found)}")
-        yield record[source.field]
-
-
-def _no_field(field: str, found: Sequence[str]) -> str:
-    near = difflib.get_close_matches(field, found, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"no text field {field!r}, found {', '.join(map(repr, found)) or 'no fields'}{hint}"
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Tokens of a source's part in one array, and the document that each token belongs to."""
-
-    tokens: np.ndarray
-    document: np.ndarray
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 of a fast tokenizer's whole definition."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-
-
-def stream(source: Stdlib | LocalFile, tokenizer: Any, *, part: Part, folder: Path, cache: Path | None) -> Stream:
-    """The tokenised part of a source, each document as [BOS] text [EOS] where the tokenizer has them.
-
-    Kept under `cache` by fingerprint and tokenizer. Raises SourceError if the part holds no text.
-    """
-    key = f"{fingerprint(source, folder)}|{source.model_dump_json()}|{tokenizer_digest(tokenizer)}|{part}"
-    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy" if cache else None
-    if path and path.is_file():
-        both = np.load(path)
-        return Stream(both[0], both[1])
-    texts = [text for _, text in documents(source, part, folder)]
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = [start + e.ids + end for e in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
-    if not encoded:
-        raise SourceError(f"{source.source}: the {part} part holds no document")
-    both = np.stack(
-        [
-            np.concatenate([np.asarray(ids, dtype=np.int32) for ids in encoded]),
-            np.repeat(np.arange(len(encoded), dtype=np.int32), [len(ids) for ids in encoded]),
-        ]
-    )
-    if path:
-        import io
-
-        buffer = io.BytesIO()
-        np.save(buffer, both)
-        write_atomically(path, buffer.getvalue())
-    return Stream(both[0], both[1])
-
-
 class Batches:
     """Batches of a mixture; `batch(step, micro)` depends on nothing but its arguments and the constructor's.
 
     Row g = (step * accumulation + micro) * batch + row takes a source at random by weight, and that source's row g of a
-    seeded permutation made anew for each epoch: one source alone is read completely before any row comes twice.
+    seeded permutation made anew for each epoch: one source alone is read completely before any row comes twice. Documents
+    are concatenated and cut at `length`; the remainder is dropped, and so are rows in which no token with loss is predicted.
+    (LoLCATs keeps a row whose only label is its first token, which is never predicted, and drops the last row where the
+    tokens are a multiple of the length: facts/peers.md §A.5, its packing.py.)
     """
 
     def __init__(
@@ -171,6 +66,12 @@ class Batches:
                 raise SourceError(
                     f"{source.source}: the {part} part has {len(found.tokens)} tokens, fewer than one row of {length}"
                 )
+        self._scored = [found.scored_rows(length, separate=data.separate) for found in self._streams]
+        for source, rows in zip(data.mix, self._scored, strict=True):
+            if not len(rows):
+                raise SourceError(
+                    f"{source.source}: no row of {length} tokens of the {part} part has a token with loss"
+                )
         self._words = {
             i: recall_words(tokenizer, source.keys, source.values)
             for i, source in enumerate(data.mix)
@@ -183,8 +84,10 @@ class Batches:
     @cached_property
     def rows(self) -> int:
         """Rows of one epoch: of the largest source that is read, not generated (else of the text around the slots)."""
-        read = [s for s, source in zip(self._streams, self.data.mix, strict=True) if not isinstance(source, Recall)]
-        return max(len(s.tokens) // self.length for s in read or self._streams)
+        read = [
+            rows for rows, source in zip(self._scored, self.data.mix, strict=True) if not isinstance(source, Recall)
+        ]
+        return max(len(rows) for rows in read or self._scored)
 
     def batch(self, step: int, micro: int = 0) -> Batch:
         """The rows of one micro-batch of one optimiser step."""
@@ -208,14 +111,12 @@ class Batches:
             tokens = found.tokens[start : start + self.length].astype(np.int64)
             labels = _scatter_pairs(tokens, source, self._words[which], marker_id(self.tokenizer), draw)
             return tokens, labels, positions, np.zeros_like(positions)
-        count = len(found.tokens) // self.length
-        start = int(self._permutation(which, index // count, count)[index % count]) * self.length
-        cut = slice(start, start + self.length)
-        tokens = found.tokens[cut].astype(np.int64)
-        segments = (found.document[cut] - found.document[start]).astype(np.int64)
+        rows = self._scored[which]
+        turn = int(self._permutation(which, index // len(rows), len(rows))[index % len(rows)])
+        tokens, segments, scored = found.row(int(rows[turn]) * self.length, self.length)
         if self.data.positions == "restart":
             positions = positions - np.searchsorted(segments, segments)
-        labels = tokens.copy()
+        labels = np.where(scored, tokens, IGNORED)
         if self.data.separate:
             labels[1:][segments[1:] != segments[:-1]] = IGNORED
         return tokens, labels, positions, segments

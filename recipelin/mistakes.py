@@ -83,15 +83,20 @@ def _say(error: Any, model: type[BaseModel]) -> str:
 
 
 def _fieldsat(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
-    """Names of the fields of the model that `loc` leads to from `model`; of all models of a union."""
+    """Names of the fields of the model that `loc` leads to from `model`; of all models of a union without a tag."""
     here: list[type[BaseModel]] = [model]
     for part in loc:
         following: list[type[BaseModel]] = []
         for each in here:
             if isinstance(part, str) and part in each.model_fields:
                 following += _models(each.model_fields[part].annotation)
-        here = following or here
+        here = following or [m for m in here if part in _tags(m)] or here
     return sorted({name for each in here for name in each.model_fields})
+
+
+def _tags(model: type[BaseModel]) -> list[str]:
+    """What tells a model from the others of its union: the values of its Literal fields."""
+    return [tag for field in model.model_fields.values() for tag in get_args(field.annotation) if isinstance(tag, str)]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

@@ -10,16 +10,17 @@ from typing import Any
 
 from pydantic import Field, SerializeAsAny
 
-from . import families, lookup
+from . import families, lookup, reads
 from .base import Config
 from .families import Architecture
 from .load import Loaded, load_suite
 from .mistakes import listed, nearest
 from .recipe import Converted, StateOf, Suite
 from .schedule import Schedule, optimiser_steps
-from .sources import Data, LocalFile, Recall
+from .sources import Data, Hub, LocalFile, Recall, Rows, SourceError, Stdlib
 from .states import NAMES, NamedState, State, resolve, subsets
 from .steps import Calibrate, Evaluate, Lora, Step, StepsError, Swap, Switch, Transfer, Tune
+from .templates import name_of
 
 BYTES_PER_TOKEN = 4  # of English text under a vocabulary of tens of thousands; only sizes `epochs` before tokenising
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -145,6 +146,12 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
             margin=recipe.eval.margin,
         )
     )
+    if recipe.model.scratch and any(isinstance(s, Hub) and s.streaming for s in recipe.data.mix):
+        raise PlanError("data: a new model's tokenizer is trained on whole sources; give one that does not stream")
+    try:
+        reads.refuse_leaks(found)
+    except SourceError as error:
+        raise PlanError(f"data: {error}") from error
     counting = _Counting(loaded, arch, tuple(found))
     model = recipe.model.model_dump(mode="json", exclude={"architecture", "converted"})  # the Swap has the latter
     chain = digest({"model": model, "seed": recipe.seed})
@@ -415,9 +422,29 @@ def describe_state(state: State) -> str:
 def describe_data(data: Data) -> str:
     """The mixture in words."""
     total = sum(s.weight for s in data.mix)
-    return " + ".join(
-        f"{s.weight / total:.0%} {s.source}" + (f" {s.path}" if isinstance(s, LocalFile) else "") for s in data.mix
-    )
+    return " + ".join(f"{s.weight / total:.0%} {_source(s)}" for s in data.mix)
+
+
+def _source(source: Stdlib | LocalFile | Hub | Recall) -> str:
+    """A source in words: what is read, by which template, and which tokens carry loss."""
+    if not isinstance(source, Rows):
+        return source.source
+    facts = []
+    if isinstance(source, LocalFile):
+        name = source.path
+    else:
+        name = source.label
+        facts = [x for x in (source.name, source.split if source.split != "train" else None) if x]
+        if source.tokens:
+            facts.append(f"the first {count(source.tokens)} tokens" + (" shuffled" if source.shuffle else ""))
+    if source.template:
+        facts.append(f"template {name_of(source.template)}")
+    if source.loss == "response":
+        facts.append("loss on the response")
+    if source.parts:
+        held = {part: getattr(source.parts, part) for part in ("selection", "test")}
+        facts.append(", ".join(f"{part} rows {first} to {end - 1}" for part, (first, end) in held.items()))
+    return f"{source.source} {name}" + (f" ({', '.join(facts)})" if facts else "")
 
 
 def count(value: float | None, unit: str = "") -> str:

@@ -1,7 +1,5 @@
 """Which finished work still holds: digests, run keys and the store of finished steps (no torch)."""
 
-import fcntl
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -14,21 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from .files import write_atomically
+from . import reads
+from .files import digest_file as digest_file
+from .files import home as home
+from .files import locked, write_atomically
 from .load import Loaded
 from .plan import Plan, Planned, digest, teacher_folder
-from .sources import LocalFile, Recall, Source, Stdlib, fingerprint
+from .sources import fingerprint
 from .steps import Calibrate, Evaluate, Step, Swap, Switch, Transfer, Tune
 
 PACKAGE = Path(__file__).parent
 LIBRARIES = ("torch", "transformers", "peft", "lm_eval", "tokenizers", "numpy")
-
-
-def home() -> Path:
-    """Where finished steps and caches live: $RECIPELIN_HOME, or `runs` in the current folder."""
-    return Path(os.environ.get("RECIPELIN_HOME") or "runs").resolve()
 
 
 def threads() -> int:
@@ -45,21 +39,6 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
-    return found
-
-
-def digest_file(path: Path) -> str:
-    """sha256 of a file, remembered by (path, size, modification time) so that large weights are read once."""
-    stat = path.stat()
-    known = (
-        home() / "digests" / hashlib.sha256(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
-    )
-    if known.is_file():
-        return known.read_text(encoding="ascii")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if stat.st_size > 1 << 24:
-        write_atomically(known, found.encode("ascii"))
     return found
 
 
@@ -88,7 +67,9 @@ def digests(loaded: Loaded, planned: Plan) -> dict[str, str]:
         found.setdefault("tokenizer", digest_folder(folder, ("tokenizer*",)))
     elif model.teacher or model.scratch:
         found["teacher"] = digest(model.model_dump(mode="json", exclude={"dtype", "converted"}))
-    found["data"] = digest({s.model_dump_json(): fingerprint(s, loaded.path.parent) for s in sources(planned)})
+    found["data"] = digest(
+        {s.model_dump_json(): fingerprint(s, loaded.path.parent) for s in reads.sources(p.step for p in planned.steps)}
+    )
     return found
 
 
@@ -105,42 +86,9 @@ def published(loaded: Loaded) -> dict[str, Path]:
     return {name: (loaded.path.parent / path).resolve() for name, path in files.items()}
 
 
-def sources(planned: Plan) -> list[Stdlib | LocalFile | Recall]:
-    """Every source that a plan reads, in training and in evaluation."""
-    found: list[Stdlib | LocalFile | Recall] = []
-    for step in (p.step for p in planned.steps):
-        if isinstance(step, (Calibrate, Transfer, Tune)):
-            found += step.data.mix
-        if isinstance(step, Evaluate):
-            found += [
-                TypeAdapter(Source).validate_python(text)
-                for suite in step.suites
-                for text in _texts(suite.model_dump())
-            ]
-    return found
-
-
-def local_sources(planned: Plan) -> list[LocalFile]:
-    """The local files among them."""
-    texts = [s.text if isinstance(s, Recall) else s for s in sources(planned)]
-    return [t for t in texts if isinstance(t, LocalFile)]
-
-
-def _texts(value: object) -> Iterator[dict[str, Any]]:
-    """Every source named anywhere inside a suite."""
-    if isinstance(value, Mapping):
-        if "source" in value:
-            yield dict(value)
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _texts(inner)
-
-
 # The source files that compute a step: a mended bug must never meet weights of before. Patterns below the package.
 _MODEL = ("swap.py", "masks.py", "cache.py", "states.py", "families.py", "attention/**/*.py")
-_DATA = ("data.py", "sources.py")
+_DATA = ("data.py", "sources.py", "templates.py", "hub.py", "documents.py", "spool.py")
 _LOOP = ("stages.py", "loop.py", "losses.py", "adapters.py", "checkpoint.py", "optimizer.py")
 _TRAINING = (*_MODEL, *_DATA, *_LOOP, "hf.py", "schedule.py", "branches.py")
 _SOURCES: Mapping[type, tuple[str, ...]] = {
@@ -246,10 +194,7 @@ class Store:
     @contextmanager
     def lock(self, key: str) -> Iterator[None]:
         """One process at a time makes a step; the next one finds it finished."""
-        path = self.root / "locks" / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.root / "locks" / key):
             yield
 
     def list(self) -> list[tuple[str, dict[str, Any]]]:

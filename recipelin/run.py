@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers.utils import logging
 
-from . import data, hf, lolcats_checkpoint, lookup, records, reuse, stages, swap
+from . import data, hf, lolcats_checkpoint, lookup, reads, records, reuse, spool, stages, swap
 from .exposure import exposed_from
 from .files import write_atomically
 from .load import Loaded, load_suite
 from .plan import Plan, Planned, digest, plan, suites_of, teacher_folder
 from .records import Record, Result, Row, StepTime
 from .reuse import Store, Surroundings
-from .sources import Data, Part, local_path
+from .sources import Data, Part
 from .states import NamedState, resolve
 from .steps import Calibrate, Evaluate, Swap, Switch, Transfer, Tune
 
@@ -49,8 +49,8 @@ def run(
     """
     planned = plan(loaded, allow_code=allow_code)
     place = choose_device(device)
-    for source in reuse.local_sources(planned):
-        local_path(source, loaded.path.parent)
+    for source in reads.texts(p.step for p in planned.steps):
+        spool.ready(source, loaded.path.parent, reuse.home() / "tokens")
     folder = (out or reuse.home() / default_folder(planned)).resolve()
     _refuse_other_run(folder, planned)
     published = lolcats_checkpoint.of_run(loaded, planned)
@@ -425,7 +425,7 @@ class _Walk:
             unit = digest(
                 {
                     "weights": digests[named.weights],
-                    "tokenizer": data.tokenizer_digest(self.tokenizer),
+                    "tokenizer": spool.tokenizer_digest(self.tokenizer),
                     "surroundings": [
                         self.around.digests["data"],
                         self.around.device,

@@ -1,18 +1,23 @@
 """Where text comes from: the `data:` block of a recipe, and fingerprints of what it names (no torch)."""
 
-import difflib
 import hashlib
 import os
+import re
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
 from .base import Config
+from .files import digest_file
+from .mistakes import nearest
+from .templates import NamedTemplate, Template
 
 Part = Literal["training", "selection", "test"]
+PARTS: tuple[Part, ...] = ("training", "selection", "test")
+_T = TypeVar("_T")
 
 
 class Stdlib(Config):
@@ -25,17 +30,193 @@ class Stdlib(Config):
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
-class LocalFile(Config):
+class Parts(Config):
+    """Rows [first, end) of the held-out parts, counted from 0 in the order they are read; all other rows are training.
+
+    Sample YAML: `{selection: [0, 100], test: [100, 200]}`. Without it a row's part follows from the hash of its name.
+    """
+
+    selection: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
+    test: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> "Parts":
+        for name, (first, end) in (("selection", self.selection), ("test", self.test)):
+            if first >= end:
+                raise ValueError(f"{name} [{first}, {end}] holds no row; expected [first, end) with first < end")
+        low, high = max(self.selection[0], self.test[0]), min(self.selection[1], self.test[1])
+        if low < high:
+            raise ValueError(
+                f"selection and test share rows {low} to {high - 1}: what selects a model must not also judge it"
+            )
+        return self
+
+    @property
+    def end(self) -> int:
+        """Rows that the source must have at least."""
+        return max(self.selection[1], self.test[1])
+
+    def of(self, number: int) -> Part:
+        """The part of a row."""
+        if self.selection[0] <= number < self.selection[1]:
+            return "selection"
+        return "test" if self.test[0] <= number < self.test[1] else "training"
+
+
+class Rows(Config):
+    """What all sources of rows share: which columns make a document, which tokens carry loss, which rows are held out."""
+
+    field: str = Field("text", description="key or column that holds the text, where no template is given")
+    template: NamedTemplate | None = Field(None, description="`alpaca`, or a map with prompt and response")
+    loss: Literal["all", "response"] = Field("all", description="response: no loss on BOS and prompt (LoLCATs)")
+    parts: Parts | None = Field(None, description="held-out rows by number; null: by the hash of the row's name")
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @field_validator("template")
+    @classmethod
+    def _instead_of_a_field(cls, value: Template | None, info: ValidationInfo) -> Template | None:
+        if value is not None and info.data.get("field") != "text":
+            raise ValueError(f"give one of field and template; found field {info.data.get('field')!r} and a template")
+        return value
+
+    @field_validator("loss")
+    @classmethod
+    def _response_of_a_template(cls, value: str, info: ValidationInfo) -> str:
+        if value == "response" and "template" in info.data and info.data["template"] is None:
+            raise ValueError("response needs a template: without one a document has no prompt")
+        return value
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that a row must have."""
+        return self.template.columns if self.template else (self.field,)
+
+
+class LocalFile(Rows):
     """A local file: one document a line (jsonl), a row (parquet), or a paragraph or file (text).
 
-    Sample YAML: `{source: jsonl, path: corpus.jsonl, field: text}`; a relative path starts at the recipe's folder.
+    A relative path starts at the recipe's folder. Sample YAML: `{source: jsonl, path: corpus.jsonl, field: text}`,
+    `{source: parquet, path: alpaca.parquet, template: alpaca, loss: response}`
     """
 
     source: Literal["jsonl", "parquet", "text"]
     path: str
-    field: str = Field("text", description="key or column that holds the text (jsonl, parquet)")
     documents: Literal["paragraph", "file"] = Field("paragraph", description="what one document is in a text file")
-    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @field_validator("source")
+    @classmethod
+    def _text_has_no_columns(cls, value: str, info: ValidationInfo) -> str:
+        if value == "text" and info.data.get("template") is not None:
+            raise ValueError("text has no columns for a template; use jsonl, parquet or hub")
+        return value
+
+
+class Shuffle(Config):
+    """How a stream is shuffled: its files in a seeded order, then rows through a buffer.
+
+    Sample YAML: `{seed: 0, buffer: 10000}`
+    """
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    buffer: Annotated[int, Field(ge=2)] = Field(10_000, description="rows held in memory; one of them comes next")
+
+
+class Hub(Rows):
+    """A dataset of the Hugging Face hub at one commit, or a local folder that `datasets.load_dataset` reads.
+
+    Sample YAML::
+
+        # LoLCATs' data: masked prompts, rows 0 to 199 held out (facts/peers.md §A.5)
+        {source: hub, dataset: yahma/alpaca-cleaned, revision: 12567cabf869d7c92e573c7c783905fc160e9639,
+         template: alpaca, loss: response, parts: {selection: [0, 100], test: [100, 200]}}
+        # Taylor-Calibrate's data, its first 200 M tokens (papers/taylor-calibrate.md); never held in memory
+        {source: hub, dataset: HuggingFaceFW/fineweb-edu, revision: 87f09149ef4734204d70ed1d046ddc9ca3f2b8f9,
+         name: sample-10BT, field: text, streaming: true, tokens: 200000000, shuffle: {seed: 0, buffer: 10000}}
+        # togethercomputer/RedPajama-Data-1T-Sample comes with a loading script, which the datasets library refuses to run:
+        # put its .jsonl files into a folder
+        {source: hub, dataset: ./RedPajama-Data-1T-Sample, field: text, streaming: true, tokens: 20000000}
+
+    A folder begins with `./`, `../` or `/` and starts at the recipe's folder; its files are fingerprinted instead of a revision.
+    """
+
+    source: Literal["hub"]
+    dataset: str = Field(description="owner/name, or a folder: ./name")
+    revision: str | None = Field(None, description="commit, 40 hexadecimal digits; none for a folder")
+    name: str | None = Field(None, description="the dataset's configuration, where it has several")
+    split: str = "train"
+    streaming: bool = Field(False, description="read rows as they come, without the whole dataset on disk")
+    tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="streaming: tokens to keep, of all three parts together; read once and kept on disk"
+    )
+    shuffle: Shuffle | None = Field(
+        None,
+        description="streaming: shuffle before `tokens` are cut off; a dataset read whole needs none, rows are drawn",
+    )
+
+    @field_validator("dataset")
+    @classmethod
+    def _owner_and_name(cls, value: str) -> str:
+        if not _is_folder(value) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
+            raise ValueError(f"found {value!r}; expected owner/name on the hub, or a folder that begins with ./ or /")
+        return value
+
+    @field_validator("revision")
+    @classmethod
+    def _one_commit(cls, value: str | None, info: ValidationInfo) -> str | None:
+        dataset = info.data.get("dataset", "")
+        if _is_folder(dataset):
+            if value is not None:
+                raise ValueError("a folder has none, its files are fingerprinted; leave revision out")
+        elif value is None or not re.fullmatch(r"[0-9a-f]{40}", value):
+            found = "none" if value is None else repr(value)
+            raise ValueError(
+                f"found {found}; expected the 40 hexadecimal digits of a commit: a branch such as main moves on, a tag can "
+                "be moved, and the same recipe would then read other data; commits are listed at "
+                f"https://huggingface.co/datasets/{dataset}/commits/main"
+            )
+        return value
+
+    @field_validator("tokens")
+    @classmethod
+    def _of_a_stream(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if info.data.get("streaming") and value is None:
+            raise ValueError("streaming: true needs tokens: how many of the stream's first tokens are kept on disk")
+        return _of_a_stream(value, info)
+
+    @field_validator("shuffle")
+    @classmethod
+    def _of_a_shuffled_stream(cls, value: Shuffle | None, info: ValidationInfo) -> Shuffle | None:
+        return _of_a_stream(value, info)
+
+    @property
+    def local(self) -> bool:
+        """Whether `dataset` is a folder."""
+        return _is_folder(self.dataset)
+
+    @property
+    def label(self) -> str:
+        """dataset@revision, as messages and plans name it."""
+        return f"{self.dataset}@{self.revision[:8]}" if self.revision else self.dataset
+
+
+def _is_folder(dataset: str) -> bool:
+    return dataset in (".", "..") or dataset.startswith(("./", "../", "/"))
+
+
+def _of_a_stream(value: _T | None, info: ValidationInfo) -> _T | None:
+    if value is not None and info.data.get("streaming") is False:
+        raise ValueError("belongs to streaming: true; a dataset that is read whole is drawn in a seeded order")
+    return value
+
+
+def _all_scored(source: "Stdlib | LocalFile | Hub") -> "Stdlib | LocalFile | Hub":
+    if isinstance(source, Rows) and source.loss != "all":
+        raise ValueError("loss: response is for training data; here the whole text is read")
+    return source
+
+
+Text = Annotated[Stdlib | LocalFile | Hub, Field(discriminator="source"), AfterValidator(_all_scored)]
+"""A source of plain text, for generated rows and evaluations."""
 
 
 class Recall(Config):
@@ -50,11 +231,11 @@ class Recall(Config):
     values: Annotated[int, Field(ge=2)] = Field(64, description="distinct values (facts/pocket.md §A)")
     pairs: Annotated[int, Field(ge=1)] = Field(8, description="pairs alive in a row of 256 tokens (facts/pocket.md §A)")
     spacing: Annotated[int, Field(ge=3)] = Field(10, description="tokens of a row for each slot of three")
-    text: Stdlib | LocalFile = Field(Stdlib(source="python-stdlib"), description="the text between the slots")
+    text: Text = Field(Stdlib(source="python-stdlib"), description="the text between the slots")
     loss: Literal["values", "all"] = Field("values", description="tokens that carry loss: recalled values only, or all")
 
 
-Source = Annotated[Stdlib | LocalFile | Recall, Field(discriminator="source")]
+Source = Annotated[Stdlib | LocalFile | Hub | Recall, Field(discriminator="source")]
 
 
 class Data(Config):
@@ -126,27 +307,44 @@ def local_path(source: LocalFile, folder: Path) -> Path:
     path = (folder / source.path).resolve()
     if path.is_file():
         return path
-    near = difflib.get_close_matches(
-        path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else [], 1
-    )
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise SourceError(f"data: {source.source} file {path} is not there{hint}")
+    names = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+    raise SourceError(f"data: {source.source} file {path} is not there{nearest(path.name, names)}")
 
 
-def fingerprint(source: Stdlib | LocalFile | Recall | Mapping[str, object], folder: Path) -> str:
-    """sha256 of what a source reads: names and contents of the modules, or the file's bytes; `absent` if it is not here."""
+def dataset_folder(source: Hub, folder: Path) -> Path:
+    """The folder of a local dataset; relative paths start at the recipe's folder. Raises SourceError with a near match."""
+    path = (folder / source.dataset).resolve()
+    if path.is_dir():
+        return path
+    names = [p.name for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
+    raise SourceError(f"data: the dataset's folder {path} is not there{nearest(path.name, names)}")
+
+
+def fingerprint(source: Stdlib | LocalFile | Hub | Recall | Mapping[str, object], folder: Path) -> str:
+    """What a source reads: a hub's dataset@revision, else the sha256 of names and contents; `absent` if it is not here."""
     if isinstance(source, Mapping):
         source = TypeAdapter(Source).validate_python(dict(source))
     if isinstance(source, Recall):
         return fingerprint(source.text, folder)
-    total = hashlib.sha256()
+    if isinstance(source, Hub) and not source.local:
+        return f"{source.dataset}@{source.revision}"
     if isinstance(source, Stdlib):
+        total = hashlib.sha256()
         for name, path in stdlib_modules().items():
             total.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         return total.hexdigest()
     try:
-        path = local_path(source, folder)
+        if isinstance(source, LocalFile):
+            return digest_file(local_path(source, folder))
+        root = dataset_folder(source, folder)
     except SourceError:
         return "absent"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    total = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root))):
+        total.update(str(path.relative_to(root)).encode() + b"\0" + digest_file(path).encode())
+    return total.hexdigest()
+
+
+def _hidden(path: Path) -> bool:
+    """`datasets` reads no such file: .git, .cache of a download."""
+    return any(part.startswith((".", "__")) for part in path.parts)

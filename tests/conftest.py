@@ -14,6 +14,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_home(tmp_path_factory):
+    """No test writes into the checkout's runs/; what several of them tokenise is kept for the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECIPELIN_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """$RECIPELIN_HOME of this test alone."""

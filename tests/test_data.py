@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from recipelin import data
-from recipelin.data import IGNORED, Batches, documents, stream
+from recipelin.data import IGNORED, Batches
+from recipelin.documents import documents
 from recipelin.sources import Data, LocalFile, Recall, SourceError, Stdlib, fingerprint, part_of, stdlib_modules
+from recipelin.spool import Stream, stream
+from recipelin.templates import TEMPLATES, Template
 
 STDLIB = Stdlib(source="python-stdlib")
 PARTS = ("training", "selection", "test")
@@ -124,35 +128,6 @@ def test_parts_of_generated_rows_differ(tokenizer):
     assert not torch.equal(rows[0], rows[1]) and not torch.equal(rows[1], rows[2])
 
 
-def test_jsonl_and_parquet_hold_the_same(tokenizer, tmp_path):
-    import datasets
-
-    texts = [f"document {i} " * 20 for i in range(60)]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t, "n": 1}) + "\n" for t in texts))
-    datasets.Dataset.from_dict({"text": texts}).to_parquet(str(tmp_path / "d.parquet"))
-    found = [
-        [t for part in PARTS for _, t in documents(LocalFile(source=kind, path=f"d.{kind}"), part, tmp_path)]
-        for kind in ("jsonl", "parquet")
-    ]
-    assert sorted(found[0]) == sorted(found[1]) == sorted(texts)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "field", "words"),
-    [
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "text", r"a.jsonl:2:\d+: not JSON"),
-        ("a.jsonl", b'{"txt": "x"}\n', "text", "a.jsonl:1: no text field 'text', found 'txt'; did you mean 'txt'"),
-        ("a.jsonl", b'["x"]\n', "text", "a.jsonl:1: no text field"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "text", "not UTF-8 at byte"),
-    ],
-)
-def test_files_that_are_not_as_named(tokenizer, tmp_path, name, content, field, words):
-    (tmp_path / name).write_bytes(content)
-    source = LocalFile(source="jsonl", path=name, field=field)
-    with pytest.raises(SourceError, match=words):
-        [list(documents(source, part, tmp_path)) for part in PARTS]
-
-
 def test_what_is_too_short_is_said(tokenizer, tmp_path):
     (tmp_path / "t.txt").write_text("one\n\ntwo\n\nthree\n\nfour\n\nfive")
     with pytest.raises(SourceError, match=r"fewer than one row of 64|holds no document"):
@@ -161,3 +136,145 @@ def test_what_is_too_short_is_said(tokenizer, tmp_path):
         data.recall_words(tokenizer, 5000, 5000)
     plain = data.train_tokenizer(["a b c"] * 3, 262)
     assert data.marker_id(plain) == 3
+
+
+# --- templates and masked prompts -------------------------------------------------------------------------------------
+
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Input:\n2 and 3\n\n### Response:\n"
+)
+WITHOUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Response:\n"
+)
+
+
+def alpaca(folder: Path, rows: int) -> LocalFile:
+    """A file of the format: every third row has an input; responses of very different lengths, one of them empty."""
+    with (folder / "alpaca.jsonl").open("w") as file:
+        for i in range(rows):
+            output = "" if i == 5 else f"answer {i} " * (1 if i % 4 else 40)
+            row = {"instruction": f"Say {i}.", "input": "" if i % 3 else f"number {i}", "output": output}
+            file.write(json.dumps(row) + "\n")
+    return LocalFile(
+        source="jsonl",
+        path="alpaca.jsonl",
+        template="alpaca",
+        loss="response",
+        parts={"selection": (0, 10), "test": (10, 20)},
+    )
+
+
+def pocket():
+    return PreTrainedTokenizerFast.from_pretrained(Path(data.__file__).parent / "pocket")
+
+
+def without_bos():
+    made = data.train_tokenizer([WITH_INPUT, WITHOUT, "answer number say 0123456789"] * 3, 300)
+    return PreTrainedTokenizerFast(tokenizer_object=made.backend_tokenizer, eos_token="</s>")
+
+
+def written_out(folder: Path, tokenizer, rows) -> list[tuple[list[int], list[int]]]:
+    """(ids, labels) of each training document, as LoLCATs' template_and_tokenize has them (facts/peers.md §A.5)."""
+    found = []
+    for number, line in enumerate((folder / "alpaca.jsonl").read_text().splitlines()):
+        row = json.loads(line)
+        if number not in rows:
+            continue
+        prompt = (WITH_INPUT.replace("2 and 3", row["input"]) if row["input"] else WITHOUT).replace(
+            "Add.", row["instruction"]
+        )
+        ids = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
+        if tokenizer.bos_token_id is not None:
+            ids = [tokenizer.bos_token_id, *ids]
+        answer = tokenizer.backend_tokenizer.encode(row["output"], add_special_tokens=False).ids
+        answer = [*answer, tokenizer.eos_token_id]
+        found.append((ids + answer, [IGNORED] * len(ids) + answer))
+    return found
+
+
+def test_the_alpaca_template_is_exact():
+    template = TEMPLATES["alpaca"]
+    row = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
+    assert template.render(row) == (WITH_INPUT, "5")
+    assert template.render({**row, "input": ""}) == template.render({**row, "input": None}) == (WITHOUT, "5")
+    empty = template.render({**row, "instruction": ""})
+    assert "### Input:\n2 and 3" in empty[0], "an empty instruction does not drop the input"
+    own = Template(prompt="{{{a b}}} {n}:", response=" {out.put}")
+    assert own.columns == ("a b", "n", "out.put")
+    assert own.render({"a b": "{x}", "n": 3, "out.put": "y"}) == ("{{x}} 3:", " y")
+    with pytest.raises(ValueError, match="column 'n' holds a list; expected text"):
+        own.render({"a b": "", "n": [1], "out.put": ""})
+
+
+@pytest.mark.parametrize("make", [pocket, without_bos])
+@pytest.mark.parametrize("separate", [False, True])
+def test_masking_and_packing_equal_the_written_out_loop(make, separate, tmp_path):
+    """Token by token: concatenate, cut, drop the remainder and the rows without a label that is predicted."""
+    tokenizer, length = make(), 48
+    assert (tokenizer.bos_token_id is None) == (make is without_bos)
+    source = alpaca(tmp_path, 90)
+    ids, labels, document, place = [], [], [], []
+    for number, (tokens, own) in enumerate(written_out(tmp_path, tokenizer, range(20, 90))):
+        ids, labels = ids + tokens, labels + ([IGNORED, *own[1:]] if separate else own)
+        document, place = document + [number] * len(tokens), place + list(range(len(tokens)))
+    expected, dropped = [], 0
+    for start in range(0, len(ids) // length * length, length):
+        cut = slice(start, start + length)
+        if all(y == IGNORED for y in labels[cut][1:]):
+            dropped += 1
+            continue
+        first = document[start]
+        segments = tuple(d - first for d in document[cut]) if separate else None
+        begun = place[start]
+        positions = [p - begun if d == first else p for p, d in zip(place[cut], document[cut], strict=True)]
+        expected.append(
+            (tuple(ids[cut]), tuple(labels[cut]), segments, tuple(positions if separate else range(length)))
+        )
+    assert dropped > 5 and len(expected) > 20
+    how = {"separate": separate, "positions": "restart" if separate else "run_on"}
+    made = batches(tokenizer, (source,), folder=tmp_path, length=length, batch=1, cache=tmp_path, **how)
+    assert made.rows == len(expected)
+    found = []
+    for step in range(made.rows):
+        batch = made.batch(step)
+        row = [batch.input_ids, batch.labels, batch.segment_ids, batch.position_ids]
+        found.append(tuple(None if x is None else tuple(x[0].tolist()) for x in row))
+    assert found != expected and sorted(found, key=str) == sorted(expected, key=str)
+
+
+def test_where_rows_are_scored_equals_counting(tmp_path):
+    """Stream.row and scored_rows beside loops, on random documents: empty prompts, no response, rows within one document."""
+    draw = np.random.default_rng(0)
+    for trial in range(200):
+        sizes = draw.integers(1, 14, draw.integers(1, 12))
+        masked = np.array([draw.integers(0, n + 1) for n in sizes], dtype=np.int32) * (trial % 5 > 0)
+        starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        found = Stream(np.arange(sizes.sum(), dtype=np.int32), starts, masked)
+        document = np.repeat(np.arange(len(sizes)), sizes)
+        place = np.arange(sizes.sum()) - starts[document]
+        for length in (2, 3, 7):
+            for separate in (False, True):
+                carries = (place >= masked[document]) & ((place > 0) | (not separate))
+                rows = [r for r in range(len(place) // length) if carries[r * length + 1 : (r + 1) * length].any()]
+                assert found.scored_rows(length, separate=separate).tolist() == rows
+            for start in range(len(place) - length + 1):
+                tokens, segments, scored = found.row(start, length)
+                cut = slice(start, start + length)
+                assert tokens.tolist() == list(range(start, start + length))
+                assert segments.tolist() == (document[cut] - document[start]).tolist()
+                assert scored.tolist() == (place[cut] >= masked[document[cut]]).tolist()
+
+
+def test_a_part_without_any_response_is_said(tmp_path):
+    source = alpaca(tmp_path, 90)
+    long = source.model_copy(update={"template": Template(prompt="{instruction}" * 9, response="{input}")})
+    (tmp_path / "alpaca.jsonl").write_text(
+        json.dumps({"instruction": "x y z " * 999, "input": "", "output": ""}) + "\n"
+    )
+    long = long.model_copy(update={"parts": None})
+    part = part_of("alpaca.jsonl:0")
+    with pytest.raises(SourceError, match=r"no row of 64 tokens of the .* part has a token with loss"):
+        batches(pocket(), (long,), folder=tmp_path, cache=None, part=part)

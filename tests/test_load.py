@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recipelin import lookup
 from recipelin.cli import main
 from recipelin.commands import checked
-from recipelin.load import RECIPES, expand, load
+from recipelin.load import RECIPES, expand, load, read_suite
 from recipelin.plan import plan
+from recipelin.sources import Hub
 from recipelin.strict_yaml import RecipeError
+from recipelin.templates import TEMPLATES
 
 ROOT = Path(__file__).parent.parent
 ALL = sorted((ROOT / RECIPES).rglob("*.yaml"))
@@ -57,6 +60,17 @@ def test_a_good_recipe_is_complete(tmp_path):
     assert recipe.eval.states[0] == "teacher"
 
 
+COMMIT = "12567cabf869d7c92e573c7c783905fc160e9639"
+HUB = f"""data:
+  mix:
+    - source: hub
+      dataset: yahma/alpaca-cleaned
+      revision: {COMMIT}
+      template: alpaca
+      loss: response
+      parts: {{selection: [0, 100], test: [100, 200]}}
+eval:"""
+
 # ruff: noqa: E501 (a case a line reads best)
 CASES = {
     "unknown key": ("window: 16", "windw: 16", "5:3: method.windw: unknown key; did you mean 'window'?"),
@@ -73,12 +87,33 @@ CASES = {
     "two durations": ("steps: 3,", "steps: 3, epochs: 1.0,", "give exactly one of steps, tokens, epochs; found steps, epochs"),
     "unknown choice": ("window: 16", "window: 16\n  cover: outsid", "6:10: method.cover: found the text 'outsid'; expected 'outside' or 'all'; did you mean 'outside'?"),
     "unknown source": ("eval:", "data: {mix: [{source: python-stdlibs}]}\neval:", "found 'python-stdlibs'; expected one of python-stdlib, jsonl"),
+    "floating revision": ("eval:", HUB.replace(COMMIT, "main"), "13:17: data.mix.0.revision: found 'main'; expected the 40 hexadecimal digits of a commit: a branch such as main moves on"),
+    "tag": ("eval:", HUB.replace(COMMIT, "v1.0"), "13:17: data.mix.0.revision: found 'v1.0'; expected the 40"),
+    "no revision": ("eval:", HUB.replace(f"      revision: {COMMIT}\n", ""), "11:7: data.mix.0.revision: found none; expected the 40"),
+    "revision of a folder": ("eval:", HUB.replace("yahma/alpaca-cleaned", "./alpaca"), "13:17: data.mix.0.revision: a folder has none"),
+    "no dataset's name": ("eval:", HUB.replace("yahma/alpaca-cleaned", "a/b/c"), "12:16: data.mix.0.dataset: found 'a/b/c'; expected owner/name"),
+    "unknown template": ("eval:", HUB.replace("template: alpaca", "template: alpacca"), "14:17: data.mix.0.template: no template 'alpacca'; did you mean 'alpaca'"),
+    "half a template": ("eval:", HUB.replace("template: alpaca", "template: {prompt: '{q}'}"), "14:17: data.mix.0.template.response: is missing"),
+    "brace in a template": ("eval:", HUB.replace("template: alpaca", "template: {prompt: '{q', response: '{a}'}"), "14:26: data.mix.0.template.prompt: '{q': expected '}' before end of string; a brace itself is written twice"),
+    "format in a template": ("eval:", HUB.replace("template: alpaca", "template: {prompt: '{q:>3}', response: '{a}'}"), "14:26: data.mix.0.template.prompt: '{q:>3}': braces hold the name of a column and nothing else"),
+    "response without a column": ("eval:", HUB.replace("template: alpaca", "template: {prompt: '{q}', response: yes}"), "14:17: data.mix.0.template: the response 'yes' names no column"),
+    "loss without a prompt": ("eval:", HUB.replace("      template: alpaca\n", ""), "14:13: data.mix.0.loss: response needs a template"),
+    "field and template": ("eval:", HUB.replace("loss: response", "field: txt"), "14:17: data.mix.0.template: give one of field and template; found field 'txt'"),
+    "parts overlap": ("eval:", HUB.replace("[100, 200]", "[50, 200]"), "16:14: data.mix.0.parts: selection and test share rows 50 to 99"),
+    "empty part": ("eval:", HUB.replace("[0, 100]", "[100, 100]"), "16:14: data.mix.0.parts: selection [100, 100] holds no row"),
+    "half of parts": ("eval:", HUB.replace(", test: [100, 200]", ""), "16:14: data.mix.0.parts.test: is missing"),
+    "a stream without an end": ("eval:", HUB.replace("loss: response", "streaming: true"), "11:7: data.mix.0.tokens: streaming: true needs tokens"),
+    "tokens of no stream": ("eval:", HUB.replace("loss: response", "tokens: 500"), "15:15: data.mix.0.tokens: belongs to streaming: true"),
+    "shuffle of no stream": ("eval:", HUB.replace("loss: response", "shuffle: {seed: 1}"), "15:16: data.mix.0.shuffle: belongs to streaming: true"),
+    "unknown key of a dataset": ("eval:", HUB.replace("loss: response", "stream: true"), "15:7: data.mix.0.stream: unknown key; did you mean 'streaming'?; fields here: dataset, field, loss, name, parts, revision,"),
+    "text file with a template": ("eval:", "data: {mix: [{source: text, path: a.txt, template: alpaca}]}\neval:", "9:23: data.mix.0.source: text has no columns for a template"),
+    "masked text of recall": ("eval:", "data: {mix: [{source: recall, text: {source: jsonl, path: a, template: alpaca, loss: response}}]}\neval:", "loss: response is for training data; here the whole text is read"),
     "no such file": ("eval:", "extends: nothing.yaml\neval:", "9:10: extends: nothing.yaml: no such file"),
     "itself": ("eval:", "extends: r.yaml\neval:", "9:10: extends: the recipe extends itself"),
     "negative": ("window: 16", "window: 0", "5:11: method.window: found 0; expected greater than or equal to 1"),
     "not finite": ("1e-2", ".inf", "found .inf; expected a finite number"),
     "tab": ("  window: 16", "\twindow: 16", "found a tab; indent with spaces"),
-    "tag": ("window: 16", "window: !!python/object/apply:os.system [ls]", "5:11: found the tag tag:yaml.org,2002:python/object/apply:os.system"),
+    "YAML tag": ("window: 16", "window: !!python/object/apply:os.system [ls]", "5:11: found the tag tag:yaml.org,2002:python/object/apply:os.system"),
     "foreign code": ("name: lolcats", "name: mylab.methods.foo", "4:9: 'mylab.methods.foo' is code outside recipelin and was not imported; it needs --allow-code mylab"),
 }  # fmt: skip
 
@@ -90,6 +125,23 @@ def test_a_mistake_is_named_with_its_place(tmp_path, case):
     found = mistakes(write(tmp_path, GOOD.replace(old, new, 1)))
     assert any(expected in text for text in found), found
     assert len(found) == 1, found
+
+
+def test_a_dataset_by_name_is_complete(tmp_path):
+    source = load(write(tmp_path, GOOD.replace("eval:", HUB))).recipe.data.mix[0]
+    assert source.label == "yahma/alpaca-cleaned@12567cab" and source.split == "train" and not source.streaming
+    assert source.columns == ("instruction", "input", "output"), "the template stands in the recipe, whole"
+    assert Hub.model_validate(source.model_dump()) == source
+    suite = "name: s\nevals:\n  - {eval: lm_eval, tasks: [{task: t, next_line: {context: [8, 20], text: {source: hub, dataset: ./a, streaming: true, tokens: 9}}}]}\n"
+    with pytest.raises(RecipeError, match=r"s\.yaml:3:\d+: .*next_line\.text: a stream's end is known in tokens only"):
+        read_suite(write(tmp_path, suite, "s.yaml"))
+    for name in lookup.names("evals"):
+        fields = lookup.lookup("evals", name).Config.model_fields
+        if "text" in fields:
+            text = {"source": "hub", "dataset": "./a", "template": TEMPLATES["alpaca"]}
+            assert lookup.lookup("evals", name).Config(text=text).text.local
+            with pytest.raises(ValueError, match="here the whole text is read"):
+                lookup.lookup("evals", name).Config(text={**text, "loss": "response"})
 
 
 def test_all_mistakes_of_a_file_at_once(tmp_path):

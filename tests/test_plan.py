@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -22,7 +23,7 @@ ALL = sorted(p for p in (ROOT / RECIPES).rglob("*.yaml") if "suites" not in p.pa
 FRONT = (
     "base", "states", "sources", "schedule", "steps", "families", "recipe", "load", "lookup", "plan", "reuse", "records",
     "statistics", "verdict", "measures", "render", "runtable", "tables", "tablespec", "publish", "commands", "schema",
-    "exposure", "files", "strict_yaml", "mistakes", "cli",
+    "exposure", "files", "strict_yaml", "mistakes", "templates", "hub", "documents", "reads", "cli",
 )  # fmt: skip
 
 
@@ -61,6 +62,41 @@ def test_an_8b_teacher_without_torch_or_download():
     assert isinstance(transfer.step, Transfer) and transfer.step.schedule.accumulation == 8
     assert tune.cost.memory["cuda"] > 16e9
     assert transfer.optimiser_steps is None, "alpaca is not here: its length is not known"
+    assert transfer.reads == (
+        "100% hub yahma/alpaca-cleaned@12567cab (template alpaca, loss on the response, "
+        "selection rows 0 to 99, test rows 100 to 199)"
+    )
+    assert "steps known once the data is read" in show(planned)
+
+
+def test_a_stream_is_described_and_trains_no_tokenizer(tmp_path):
+    """What is kept of a stream, and how, is in the plan; a model made from nothing cannot wait for its tokenizer."""
+    stream = "data: {mix: [{source: hub, dataset: ./set, streaming: true, tokens: 20000000, shuffle: {seed: 1}}]}\n"
+    hashes = []
+    for seed in (1, 2):
+        path = tmp_path / f"{seed}.yaml"
+        text = (ROOT / "recipes/pocket/lolcats.yaml").read_text()
+        path.write_text(_without(text, "data") + stream.replace("seed: 1", f"seed: {seed}"))
+        planned = plan(load(path))
+        hashes.append(planned.hash)
+        assert "reads     100% hub ./set (the first 20 M tokens shuffled)" in show(planned)
+    assert hashes[0] != hashes[1]
+    for change, words in (
+        (", parts: {selection: [0, 9], test: [9, 20]}", "different parts"),
+        ("", "different shuffle"),
+    ):
+        twice = stream.replace("]}\n", f", {{source: hub, dataset: ./set{change}}}]}}\n")
+        path.write_text(_without(text, "data") + twice)
+        with pytest.raises(PlanError, match=f"./set: read twice with {words}: "):
+            plan(load(path))
+    path.write_text(_without((ROOT / "recipes/pocket/teacher.yaml").read_text(), "data") + stream)
+    with pytest.raises(PlanError, match="a new model's tokenizer is trained on whole sources"):
+        plan(load(path))
+
+
+def _without(text: str, key: str) -> str:
+    """A recipe without one of its blocks."""
+    return re.sub(rf"^{key}:.*\n(?:[ \t]+.*\n|\n)*", "", text, flags=re.M)
 
 
 def test_lora_counts_are_pefts(tiny):
@@ -168,7 +204,20 @@ def test_a_front_command_is_quick(arguments):
 
 def test_imports_go_one_way():
     """base <- states, sources <- schedule <- steps <- recipe <- load <- plan <- reuse; nothing of it reads what comes later."""
-    order = ["base", "states", "sources", "families", "schedule", "steps", "recipe", "lookup", "load", "plan", "reuse"]
+    order = [
+        "base",
+        "states",
+        "templates",
+        "sources",
+        "families",
+        "schedule",
+        "steps",
+        "recipe",
+        "lookup",
+        "load",
+        "plan",
+        "reuse",
+    ]
     for index, name in enumerate(order):
         text = (ROOT / "recipelin" / f"{name}.py").read_text()
         for later in order[index + 1 :]:

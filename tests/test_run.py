@@ -200,7 +200,7 @@ def test_a_missing_corpus_is_said_before_any_work(folder, home, tmp_path, capsys
     )
     assert main(["run", str(folder / "lost.yaml"), "--out", str(tmp_path / "x"), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert "corpsu.txt is not there; did you mean corpus.txt?" in error
+    assert "corpsu.txt is not there; did you mean 'corpus.txt'?" in error
     assert not (tmp_path / "x").exists()
 
 

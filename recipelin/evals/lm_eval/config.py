@@ -2,10 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ...base import Config as Base
-from ...sources import LocalFile, Stdlib
+from ...sources import Hub, LocalFile, Stdlib, Text
 
 
 class NextLine(Base):
@@ -14,7 +14,7 @@ class NextLine(Base):
     Sample YAML: `{text: {source: python-stdlib}, items: 200, context: [72, 200], options: 4}`; context in tokens.
     """
 
-    text: Annotated[Stdlib | LocalFile, Field(discriminator="source")] = Stdlib(source="python-stdlib")
+    text: Text = Stdlib(source="python-stdlib")
     part: Literal["selection", "test"] = "test"
     items: Annotated[int, Field(ge=1)] = 200
     context: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
@@ -22,6 +22,13 @@ class NextLine(Base):
         (4, 11), description="least and most tokens of the lines that are asked for and offered"
     )
     options: Annotated[int, Field(ge=2)] = 4
+
+    @field_validator("text")
+    @classmethod
+    def _whole(cls, value: Stdlib | LocalFile | Hub) -> Stdlib | LocalFile | Hub:
+        if isinstance(value, Hub) and value.streaming:
+            raise ValueError("a stream's end is known in tokens only; next_line needs a source that is read whole")
+        return value
 
 
 class Task(Base):

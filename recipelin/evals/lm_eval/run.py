@@ -19,6 +19,7 @@ from ...exposure import exposed_share
 from ...files import write_atomically
 from ...records import Item, Result
 from ...sources import fingerprint
+from ...spool import tokenizer_digest
 from ...states import NamedState
 from .. import EvalError
 from .config import Config, Task
@@ -101,7 +102,7 @@ def write_task(task: Task, tokenizer: Any, *, folder: Path, base: Path, seed: in
         "settings": settings.model_dump(mode="json"),
         "seed": seed,
         "text": fingerprint(settings.text, base),
-        "tokenizer": data.tokenizer_digest(tokenizer),
+        "tokenizer": tokenizer_digest(tokenizer),
     }
     text = yaml.safe_dump(
         {

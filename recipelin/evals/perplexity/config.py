@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ...base import Config as Base
-from ...sources import LocalFile, Stdlib
+from ...sources import Stdlib, Text
 
 
 class Config(Base):
@@ -15,7 +15,7 @@ class Config(Base):
     """
 
     eval: Literal["perplexity"] = "perplexity"
-    text: Annotated[Stdlib | LocalFile, Field(discriminator="source")] = Stdlib(source="python-stdlib")
+    text: Text = Stdlib(source="python-stdlib")
     part: Literal["selection", "test"] = "test"
     rows: Annotated[int, Field(ge=2)] = 48
     length: Annotated[int, Field(ge=2)] = 256

@@ -8,6 +8,7 @@ import torch
 
 from ... import data
 from ...exposure import exposed_share
+from ...files import home
 from ...records import Item, Result
 from ...states import NamedState
 from .config import Config
@@ -62,7 +63,7 @@ def run(
 
 def held_out_rows(config: Any, tokenizer: Any, *, base: Path, seed: int) -> np.ndarray:
     """[rows, length] token ids of a part, evenly spread."""
-    tokens = data.stream(config.text, tokenizer, part=config.part, folder=base, cache=None).tokens
+    tokens = data.stream(config.text, tokenizer, part=config.part, folder=base, cache=home() / "tokens").tokens
     count = len(tokens) // config.length
     if count < config.rows:
         raise data.SourceError(

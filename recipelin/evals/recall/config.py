@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ...base import Config as Base
-from ...sources import LocalFile, Stdlib
+from ...sources import Stdlib, Text
 
 
 class Config(Base):
@@ -16,7 +16,7 @@ class Config(Base):
     """
 
     eval: Literal["recall"] = "recall"
-    text: Annotated[Stdlib | LocalFile, Field(discriminator="source")] = Stdlib(source="python-stdlib")
+    text: Text = Stdlib(source="python-stdlib")
     part: Literal["selection", "test"] = "test"
     distances: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (6, 24, 96, 150, 201)
     items: Annotated[int, Field(ge=1)] = Field(48, description="questions at each distance")

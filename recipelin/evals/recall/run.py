@@ -8,6 +8,7 @@ import torch
 
 from ... import data
 from ...exposure import exposed_share
+from ...files import home
 from ...records import Item, Result
 from ...states import NamedState
 from .config import Config
@@ -27,7 +28,7 @@ def run(
     device: str,
 ) -> tuple[Result, ...]:
     """A Result for each distance; an item is a question, its score 1 or 0; chance is the in-context guess 1 / pairs."""
-    tokens = data.stream(config.text, tokenizer, part=config.part, folder=base, cache=None).tokens
+    tokens = data.stream(config.text, tokenizer, part=config.part, folder=base, cache=home() / "tokens").tokens
     questions = data.recall_items(
         tokenizer,
         tokens,
