@@ -63,7 +63,9 @@ def run(config, model, tokenizer, folder, *, name="hybrid", seed=0, exposed_from
 
 
 def test_the_folder_is_covered():
-    assert lookup.names("evals") == ("lm_eval", "perplexity", "recall", "usage"), "a new evaluation: test it here"
+    assert lookup.names("evals") == ("lm_eval", "perplexity", "recall", "retrieval", "usage"), (
+        "a new evaluation: test it here"
+    )
 
 
 def test_exposure_by_hand():
@@ -165,6 +167,8 @@ def test_lm_eval_scores_are_the_log_likelihoods_of_the_lines(model, tokenizer, t
 @pytest.mark.parametrize(
     "config",
     [{"eval": "perplexity", "rows": 5, "length": 40}, {"eval": "recall", "distances": [6, 60], "items": 5, "length": 96},
+     {"eval": "retrieval", "format": "passkey", "distances": [40, 60], "items": 5, "length": 128,
+      "scoring": ["likelihood", "generate"]},
      {"eval": "usage", "rows": 5, "length": 40}],
     ids=lambda c: c["eval"],
 )  # fmt: skip

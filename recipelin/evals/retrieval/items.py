@@ -1,0 +1,297 @@
+"""Rows of facts in filler with questions at the end: exact in length and distance, pure in their arguments (no torch)."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...sources import Part, SourceError
+from .config import Config
+from .words import ADJECTIVES, CITIES, NOUNS
+
+DIGITS = 5  # of a pass key; the first is not 0
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A fact and its question, each a line of text; the question ends in the fact's value."""
+
+    fact: str
+    question: str
+    keys: tuple[str, ...]
+    values: Callable[[np.random.Generator], tuple[str, ...]]
+
+
+WORDINGS: Mapping[str, Wording] = {
+    "associative": Wording(
+        "\nThe code of {key} is {value}.\n", "\nThe code of {key} is {value}.\n", NOUNS[0::2], lambda _: NOUNS[1::2]
+    ),
+    "passkey": Wording(
+        "\nThe pass key is {value}. Remember it.\n",
+        "\nWhat is the pass key? The pass key is {value}.\n",
+        ("",),
+        lambda draw: tuple(
+            str(n) for n in draw.choice(9 * 10 ** (DIGITS - 1), 500, replace=False) + 10 ** (DIGITS - 1)
+        ),
+    ),
+    "needle": Wording(
+        "\nThe one thing to see in {key} is the {value}.\n",
+        "\nWhat is the one thing to see in {key}? The one thing to see in {key} is the {value}.\n",
+        CITIES,
+        lambda draw: tuple(f"{a} {n}" for a in ADJECTIVES for n in draw.choice(NOUNS, 8, replace=False)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """`answer`: position in the row of the first of `size` answer tokens; `fact`: position of the value's first token;
+    `before`: questions asked earlier in the row."""
+
+    id: str
+    distance: int
+    answer: int
+    size: int
+    fact: int
+    before: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """`length` token ids, the answers included: it ends in the last answer."""
+
+    ids: np.ndarray
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """A wording's words under a tokenizer: every fact has `fact` tokens, its value at `head` .. `head + size`."""
+
+    wording: Wording
+    keys: tuple[str, ...]
+    values: Mapping[str, tuple[int, ...]]
+    fact: int
+    head: int
+    size: int
+    question: int
+    question_head: int
+
+
+def rows(config: Config, tokenizer: Any, haystack: np.ndarray, *, seed: int) -> tuple[Row, ...]:
+    """The rows of one seed; the questions of a row take the distances in turn, in random order.
+
+    `haystack`: token ids that fill what is neither fact nor question, from a random place of a text, or the filler's start.
+    Raises SourceError for a tokenizer, distance or number of pairs that does not fit.
+    """
+    parts: tuple[Part, ...] = ("training", "selection", "test")
+    stem = [seed, parts.index(config.part), sorted(WORDINGS).index(config.format), config.length, 5]
+    spelling = _spell(WORDINGS[config.format], tokenizer, config, np.random.default_rng(stem))
+    start = _start(tokenizer)
+    made = []
+    for number in range(config.rows):
+        first = number * config.queries
+        asked = [divmod(first + i, len(config.distances)) for i in range(config.queries)]
+        made.append(
+            _row(
+                config,
+                spelling,
+                tokenizer,
+                haystack,
+                start,
+                [(config.distances[which], item) for item, which in asked],
+                np.random.default_rng([*stem, number]),
+            )
+        )
+    return tuple(made)
+
+
+def filler(tokenizer: Any, text: str, length: int) -> np.ndarray:
+    """`length` tokens of a text repeated with a space between."""
+    times = 1
+    while len(ids := _encode(tokenizer, [" ".join([text] * times)])[0]) < length:
+        times = max(times + 1, times * length // max(1, len(ids)) + 1)
+    return np.asarray(ids[:length])
+
+
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    return [e.ids for e in tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """The BOS of a row, where the tokenizer's own calls set one."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
+
+
+def _spell(wording: Wording, tokenizer: Any, config: Config, draw: np.random.Generator) -> _Spelling:
+    """Keys and values that all have the same number of tokens, so that length tells nothing and all rows look alike."""
+    values = wording.values(draw)
+
+    def lines(key: str, value: str) -> tuple[str, str]:
+        return wording.fact.format(key=key, value=value), wording.question.format(key=key, value=value)
+
+    def alike(words: Sequence[str], line: Callable[[str], tuple[str, str]], need: int, what: str) -> dict[str, Any]:
+        """The largest group of words of equal length in tokens, with the tokens of both their lines."""
+        pairs = [line(word) for word in words]
+        facts, questions = (_encode(tokenizer, [p[i] for p in pairs]) for i in (0, 1))
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        known = {
+            w: (f, q)
+            for w, f, q in zip(words, facts, questions, strict=True)
+            if unknown is None or unknown not in (*f, *q)
+        }
+        distinct = {tuple(f): w for w, (f, _) in reversed(known.items())}
+        sizes = Counter((len(known[w][0]), len(known[w][1])) for w in distinct.values())
+        size, count = max(sizes.items(), key=lambda s: (s[1], -s[0][0]), default=(None, 0))
+        if count < need:
+            raise SourceError(
+                f"retrieval, {config.format}: this tokenizer spells {count} of {len(words)} {what} with the same number of "
+                f"tokens, {need} are needed; lower pairs"
+            )
+        return {w: known[w] for w in words if w in distinct.values() and tuple(map(len, known[w])) == size}
+
+    keys = tuple(alike(wording.keys, lambda k: lines(k, values[0]), config.pairs, "keys"))
+    chosen = alike(values, lambda v: lines(keys[0], v), config.pairs + 1, "values")
+    facts, questions = ([both[i] for both in chosen.values()] for i in (0, 1))
+    head, question_head = _common(facts), _common(questions)
+    size = len(facts[0]) - head - _common([f[::-1] for f in facts])
+    found = {word: tuple(f[head : head + size]) for word, f in zip(chosen, facts, strict=True)}
+    if any(tuple(q[question_head : question_head + size]) != found[w] for w, q in zip(chosen, questions, strict=True)):
+        raise SourceError(
+            f"retrieval, {config.format}: this tokenizer spells a value in its question otherwise than in its fact, as for "
+            f"{next(iter(chosen))!r}; it cannot be asked for token by token"
+        )
+    return _Spelling(wording, keys, found, len(facts[0]), head, size, len(questions[0]), question_head)
+
+
+def _common(lines: Sequence[Sequence[int]]) -> int:
+    """Length of the common prefix."""
+    return next((i for i, each in enumerate(zip(*lines, strict=True)) if len(set(each)) > 1), len(lines[0]))
+
+
+def _row(
+    config: Config,
+    spelling: _Spelling,
+    tokenizer: Any,
+    haystack: np.ndarray,
+    start: list[int],
+    asked: list[tuple[int, int]],
+    draw: np.random.Generator,
+) -> Row:
+    tail = spelling.question - spelling.question_head - spelling.size
+    block = config.length - (config.queries * spelling.question - tail)  # where the questions begin
+    answers = [block + i * spelling.question + spelling.question_head for i in range(config.queries)]
+    asked, places = _places(config, spelling, asked, answers, first=len(start), block=block, draw=draw)
+    keys = [str(k) for k in draw.choice(spelling.keys, config.pairs, replace=False)]
+    values = [str(v) for v in draw.choice(list(spelling.values), config.pairs, replace=False)]
+    texts = [
+        w.format(key=k, value=v)
+        for w in (spelling.wording.fact, spelling.wording.question)
+        for k, v in zip(keys, values, strict=True)
+    ]
+    lines = _encode(tokenizer, texts)
+    facts, questions = lines[: config.pairs], lines[config.pairs :][: config.queries]
+    _check(config, spelling, values, facts, questions)
+
+    row = np.full(config.length, -1, dtype=np.int64)
+    row[: len(start)] = start
+    for place, fact in zip(places, facts, strict=True):
+        row[place : place + spelling.fact] = fact
+    row[block:] = np.concatenate(questions)[: config.length - block]
+    gaps = np.flatnonzero(row < 0)
+    if len(gaps) > len(haystack):
+        raise SourceError(
+            f"retrieval, {config.format}: the {config.part} part has {len(haystack)} tokens of text, "
+            f"a row of {config.length} needs {len(gaps)}"
+        )
+    stem = spelling.wording.fact.partition("{")[0].strip()
+    for _ in range(20):
+        begin = 0 if config.text is None else int(draw.integers(0, len(haystack) - len(gaps) + 1))
+        between = haystack[begin : begin + len(gaps)]
+        if stem.lower() not in " ".join(tokenizer.decode(between).lower().split()):
+            break
+    else:
+        raise SourceError(
+            f"retrieval, {config.format}: the text says {stem!r} itself, wherever a row begins; take another"
+        )
+    row[gaps] = between
+    return Row(
+        row,
+        tuple(
+            Question(
+                id=f"{distance}-{item}",
+                distance=distance,
+                answer=answers[i],
+                size=spelling.size,
+                fact=places[i] + spelling.head,
+                before=i,
+            )
+            for i, (distance, item) in enumerate(asked)
+        ),
+    )
+
+
+def _places(
+    config: Config,
+    spelling: _Spelling,
+    asked: list[tuple[int, int]],
+    answers: list[int],
+    *,
+    first: int,
+    block: int,
+    draw: np.random.Generator,
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """The order of the questions, and where each fact of the row begins: the asked ones by their distance, the others at
+    random where nothing is yet."""
+    size, head = spelling.fact, spelling.head
+    least, most = answers[0] - 1 - (block - size + head), answers[-1] - 1 - head - first
+    for distance, _ in asked:
+        if not least <= distance <= most:
+            raise SourceError(
+                f"retrieval, {config.format}: distance {distance} does not fit a row of {config.length} tokens with this "
+                f"tokenizer; {least} to {most} do"
+            )
+    for _ in range(200):
+        order = [asked[i] for i in draw.permutation(len(asked))]
+        places = [answer - 1 - distance - head for answer, (distance, _) in zip(answers, order, strict=True)]
+        apart = all(abs(a - b) >= size for i, a in enumerate(places) for b in places[:i])
+        if apart and min(places) >= first and max(places) + size <= block:
+            break
+    else:
+        raise SourceError(
+            f"retrieval, {config.format}: distances {', '.join(str(d) for d, _ in asked)} do not fit together into a row of "
+            f"{config.length} tokens; facts take {size} tokens each: lower queries, or take distances farther apart"
+        )
+    free = np.zeros(max(0, block - size + 1), dtype=bool)
+    free[first:] = True
+    for place in places:
+        free[max(0, place - size + 1) : place + size] = False
+    while len(places) < config.pairs:
+        open_places = np.flatnonzero(free)
+        if not len(open_places):
+            raise SourceError(
+                f"retrieval, {config.format}: a row of {config.length} tokens has no room for {config.pairs} facts of {size}"
+            )
+        place = int(draw.choice(open_places))
+        free[max(0, place - size + 1) : place + size] = False
+        places.append(place)
+    return order, places
+
+
+def _check(
+    config: Config, spelling: _Spelling, values: list[str], facts: list[list[int]], questions: list[list[int]]
+) -> None:
+    """Every line has the length and the value that the spelling promises."""
+    for lines, head, length in (
+        (facts, spelling.head, spelling.fact),
+        (questions, spelling.question_head, spelling.question),
+    ):
+        for value, line in zip(values, lines, strict=False):
+            if len(line) != length or tuple(line[head : head + spelling.size]) != spelling.values[value]:
+                raise SourceError(
+                    f"retrieval, {config.format}: this tokenizer spells {value!r} differently after different words; "
+                    "its answers cannot be compared token by token"
+                )

@@ -1,0 +1,373 @@
+"""The `retrieval` evaluation: every item says what it is, a model that attends scores 1, one that cannot the guess."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import recipelin
+from recipelin import data, lookup
+from recipelin.attention.hybrid.config import Config as Hybrid
+from recipelin.evals.retrieval.config import Config
+from recipelin.evals.retrieval.items import WORDINGS, filler, rows
+from recipelin.evals.retrieval.run import _generate, _haystack, _likelihood, chance
+from recipelin.sources import SourceError, Stdlib
+from recipelin.states import State, resolve
+from recipelin.steps import Swap
+from recipelin.swap import swap, switch
+
+HYBRID = State(window=8)
+STDLIB = {"source": "python-stdlib"}
+POCKET = Path(recipelin.__file__).parent / "pocket"
+FORMATS = {
+    "associative": {"pairs": 8, "queries": 3},
+    "passkey": {},
+    "needle": {"text": STDLIB},
+    "needles": {"text": STDLIB, "pairs": 4, "queries": 2},
+}
+
+
+def config(kind="associative", length=512, distances=(80, 200, 420), **extra):
+    given = {"format": kind.removesuffix("s"), "length": length, "distances": distances, "items": 4}
+    return Config.model_validate(
+        {**given, **FORMATS.get(kind, {}), **extra} | ({"format": "passkey"} if kind == "passkey" else {})
+    )
+
+
+def trained(kind):
+    """Tokenizers of the kinds in use: Llama 3 (regex, digits in threes), Llama 2 (Metaspace, bytes, BOS), BERT."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    texts = [t for _, t in list(data.documents(Stdlib(**STDLIB), "training", Path()))[:30]]
+    texts += [
+        f"{w.fact} {w.question} " + " ".join(map(str, (*w.keys, *w.values(np.random.default_rng(0)))))
+        for w in WORDINGS.values()
+    ]
+    special = ["<unk>", "<s>", "</s>"]
+    if kind == "llama3":
+        made = Tokenizer(models.BPE())
+        split = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        made.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=special, show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    elif kind == "llama2":
+        made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace(), pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Punctuation(),
+             pre_tokenizers.Split("\n", "isolated")]
+        )  # fmt: skip
+        made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+        trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))],
+                                      show_progress=False)  # fmt: skip
+    else:
+        made = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        made.normalizer = normalizers.BertNormalizer()
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        made.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=3000, special_tokens=special, show_progress=False)
+    made.train_from_iterator(texts, trainer)
+    if kind == "llama2":
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {"pocket": AutoTokenizer.from_pretrained(POCKET)} | {k: trained(k) for k in ("llama3", "llama2", "bert")}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizers):
+    return tokenizers["pocket"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _read_once():
+    """The library is tokenised once for each tokenizer."""
+    with pytest.MonkeyPatch.context() as patch:
+        known = {}
+        original = data.stream
+
+        def stream(source, tokenizer, **more):
+            key = (source.model_dump_json(), data.tokenizer_digest(tokenizer), more["part"])
+            return known.setdefault(key, None) or known.update({key: original(source, tokenizer, **more)}) or known[key]
+
+        patch.setattr(data, "stream", stream)
+        yield
+
+
+def words(tokenizer, ids):
+    """The text without white space at its ends or doubled, in small letters (BERT's)."""
+    return " ".join(tokenizer.decode(ids).lower().replace(" .", ".").replace(" ?", "?").split())
+
+
+STEMS = {
+    "associative": r"the code of (\w+) is",
+    "passkey": r"the pass key is()",
+    "needle": r"the one thing to see in (\w+) is the",
+}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("which", ["pocket", "llama3", "llama2", "bert"])
+def test_every_item_is_what_it_says(tokenizers, kind, which):
+    tokenizer, asked = tokenizers[which], config(kind)
+    made = rows(asked, tokenizer, _haystack(asked, tokenizer, Path()), seed=3)
+    cells = [(q.distance, q.id) for row in made for q in row.questions]
+    assert sorted(cells) == sorted((d, f"{d}-{n}") for d in asked.distances for n in range(asked.items))
+    assert len({(q.size, q.answer) for row in made for q in row.questions}) == asked.queries, "length tells nothing"
+    for row in made:
+        ids, known = row.ids.tolist(), []
+        assert len(ids) == asked.length and min(ids) >= 0
+        assert (ids[0] == tokenizer.bos_token_id) == (which == "llama2")
+        assert row.questions[-1].answer + row.questions[-1].size == len(ids), "a row ends in its last answer"
+        whole = words(tokenizer, ids)
+        for number, q in enumerate(row.questions):
+            assert q.distance == q.answer - 1 - q.fact and q.before == number
+            assert ids[q.fact : q.fact + q.size] == ids[q.answer : q.answer + q.size]
+            value = words(tokenizer, ids[q.answer : q.answer + q.size])
+            stem = re.search(STEMS[asked.format] + "$", words(tokenizer, ids[: q.answer]))
+            assert stem, "the question ends where the answer begins"
+            assert words(tokenizer, ids[: q.fact + q.size]).endswith(f"{stem[0]} {value}"), (
+                "the fact is where it is said"
+            )
+            assert whole.count(f"{stem[0]} {value}") == whole.count(stem[0]) == 2, (
+                "one fact, one question, nothing else"
+            )
+            known.append((stem[1], value))
+        facts = re.findall(STEMS[asked.format] + r" ((?:\w+ )?\w+)\.", words(tokenizer, ids[: row.questions[0].answer]))
+        assert len(facts) == asked.pairs and set(known) <= set(facts)
+        assert len({k for k, _ in facts}) == len({v for _, v in facts}) == asked.pairs
+        if asked.format == "passkey":
+            assert re.fullmatch(r"[1-9]\d{4}", known[0][1])
+
+
+def test_rows_are_pure_and_follow_seed_and_part(tokenizer):
+    for kind in FORMATS:
+        asked = config(kind)
+        haystack = _haystack(asked, tokenizer, Path())
+        made, again, other = (rows(asked, tokenizer, haystack, seed=s) for s in (3, 3, 4))
+        assert all(
+            np.array_equal(a.ids, b.ids) and a.questions == b.questions for a, b in zip(made, again, strict=True)
+        )
+        selection = rows(asked.model_copy(update={"part": "selection"}), tokenizer, haystack, seed=3)
+        texts = {kept.ids.tobytes() for kept in made}
+        assert len(texts) == asked.rows and not texts & {r.ids.tobytes() for r in (*other, *selection)}
+
+
+def test_lengths_to_32k_are_exact(tokenizers):
+    for length in (128, 1024, 4096, 32768):
+        asked = config("associative", length=length, distances=(40, length - 60), items=1, pairs=4, queries=2)
+        for which in ("pocket", "llama3"):
+            (row,) = rows(asked, tokenizers[which], _haystack(asked, tokenizers[which], Path()), seed=0)
+            assert len(row.ids) == length and {q.distance for q in row.questions} == {40, length - 60}
+
+
+class Induction:
+    """Attends perfectly, over the last `window` tokens: copies what followed the longest match of what it has just read."""
+
+    generation_config = SimpleNamespace(eos_token_id=None)
+
+    def __init__(self, window=10**9):
+        self.window = window
+
+    def modules(self):
+        return []
+
+    def next(self, ids, position):
+        here, best, found = ids[: position + 1], 0, 0
+        for place in range(max(0, position - self.window), position):
+            size = 0
+            while size <= place and size < 60 and here[place - size] == here[position - size]:
+                size += 1
+            if size > best:
+                best, found = size, here[place + 1]
+        return found
+
+    def __call__(self, input_ids, logits_to_keep, **_):
+        logits = torch.zeros(len(input_ids), len(logits_to_keep), 3000)
+        for row, ids in enumerate(input_ids.tolist()):
+            for i, position in enumerate(logits_to_keep.tolist()):
+                logits[row, i, self.next(ids, position)] = 1
+        return SimpleNamespace(logits=logits)
+
+    def generate(self, prompt, generation_config, **_):
+        made = prompt.tolist()
+        for ids in made:
+            for _ in range(generation_config.max_new_tokens):
+                ids.append(self.next(ids, len(ids) - 1))
+        return torch.tensor(made)
+
+
+def run(config, model, tokenizer, *, seed=0, name="hybrid", hybrid=HYBRID, exposed_from=8):
+    return lookup.implementation("evals", "retrieval").run(
+        config, model=model, tokenizer=tokenizer, state=resolve(name, hybrid), seed=seed, exposed_from=exposed_from,
+        folder=Path(), base=Path(), device="cpu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_perfect_attention_scores_one_and_a_window_only_what_it_sees(tokenizer, kind):
+    asked = config(kind, scoring=("likelihood", "generate"))
+    results = run(asked, Induction(), tokenizer)
+    assert [(r.task, r.metric) for r in results] == [
+        (f"{asked.format}@512:{d}", m) for m in ("exact_match", "generated") for d in asked.distances
+    ]
+    assert all(r.value == 1 and r.n == 4 and r.stderr == 0 and r.exposed == 1 for r in results)
+    near, *far = run(config(kind), Induction(window=100), tokenizer)
+    assert near.value == 1 and all(r.value == 0 for r in far)
+
+
+def test_chance_is_the_guess_among_what_was_not_yet_asked(tokenizer):
+    asked = config("associative", items=60)
+    made = rows(asked, tokenizer, _haystack(asked, tokenizer, Path()), seed=0)
+    draw = np.random.default_rng(0)
+    hits, said = [], []
+    for row in made:
+        ids, left = row.ids.tolist(), None
+        text = tokenizer.decode(ids[: row.questions[0].answer])
+        left = [v for _, v in re.findall(r"The code of (\w+) is (\w+)\.", text)]
+        for q in row.questions:
+            answer = tokenizer.decode(ids[q.answer : q.answer + q.size]).strip()
+            hits.append(left[int(draw.integers(len(left)))] == answer)
+            said.append(chance(asked, q))
+            left.remove(answer)
+    assert abs(np.mean(hits) - np.mean(said)) < 3 * np.sqrt(np.mean(said) / len(said))
+    assert {round(c, 9) for c in said} == {round(1 / n, 9) for n in (8, 7, 6)}
+    assert run(config("passkey"), Induction(), tokenizer)[0].chance == 1 / 90000
+    assert run(config("needle"), Induction(), tokenizer)[0].chance == 0
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    made = LlamaForCausalLM(
+        LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
+                    head_dim=8, vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.2,
+                    eos_token_id=None, bos_token_id=None, pad_token_id=None)
+    ).eval()  # fmt: skip
+    swap(made, Swap(form="hybrid", config=Hybrid()), seed=0)
+    return made
+
+
+def test_random_weights_score_about_the_guess(model, tokenizer):
+    switch(model, HYBRID)
+    for result in run(config("associative", length=256, distances=(60, 90, 180)), model, tokenizer):
+        assert result.value <= 0.25 and result.exposed == 1
+
+
+@pytest.mark.parametrize("name", ["softmax", "hybrid", "window", "linear", "linear_outside", "sinks", "none"])
+def test_generation_and_likelihood_agree_in_every_state(model, tokenizer, name):
+    """Rows whose answers are what the model itself would say: both scores are 1; with a wrong token, 0."""
+    switch(model, resolve(name, HYBRID).state)
+    asked = config("associative", length=160, distances=(40, 60, 110), items=1, pairs=4)
+    (row,) = rows(asked, tokenizer, _haystack(asked, tokenizer, Path()), seed=0)
+    ids = torch.from_numpy(row.ids)[None]
+    for q in row.questions:
+        for place in range(q.answer, q.answer + q.size):
+            with torch.no_grad():
+                ids[0, place] = model(input_ids=ids[:, :place], use_cache=False).logits[0, -1].argmax()
+    both = (_likelihood, _generate)
+    assert [score(model, tokenizer, ids, row.questions) for score in both] == [[[True] * 3]] * 2
+    wrong, q = ids.clone(), row.questions[1]
+    wrong[0, q.answer + q.size - 1] = (wrong[0, q.answer + q.size - 1] + 1) % len(tokenizer)
+    assert all(score(model, tokenizer, wrong, row.questions)[0][1] is False for score in both)
+    batch = torch.cat([ids, wrong, ids])
+    assert _generate(model, tokenizer, batch, row.questions)[::2] == [[True] * 3] * 2
+
+
+def test_a_state_without_a_cache_gives_likelihood_only_and_says_so(model, tokenizer, capsys):
+    hybrid = State(window="full")
+    asked = config("passkey", length=128, distances=(40,), scoring=("likelihood", "generate"))
+    switch(model, hybrid)
+    (only,) = run(asked, model, tokenizer, hybrid=hybrid)
+    assert only.metric == "exact_match"
+    assert (
+        "state hybrid: window `full` beside a linear branch keeps no cache: likelihood only" in capsys.readouterr().err
+    )
+    switch(model, resolve("softmax", hybrid).state)
+    assert len(run(asked, model, tokenizer, hybrid=hybrid, name="softmax")) == 2
+
+
+def test_only_the_answers_logits_are_made(model, tokenizer, monkeypatch):
+    switch(model, HYBRID)
+    seen = []
+    original = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: seen.append(x.shape[1]) or original(x))
+    run(config("associative", length=256, distances=(60, 90, 180), items=2, batch=1), model, tokenizer)
+    assert set(seen) == {3 * 3} and len(seen) == 2  # three questions of three tokens in each row
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pairs": 3}, "give more pairs than queries"),
+        ({"queries": 5, "pairs": 9}, "no multiple of 5 queries"),
+        ({"distances": (80, 80, 90)}, "distances: one is given twice"),
+        ({"distances": (80, 200, 512)}, "distance 512 does not fit"),
+        ({"format": "passkey"}, "one number and one question"),
+        ({"format": "needle", "queries": 2, "pairs": 1, "items": 2, "text": STDLIB}, "2 queries of 1 pairs"),
+        ({"format": "needle", "queries": 1}, "needs a haystack"),
+        ({"text": STDLIB, "filler": "Rain."}, "not both"),
+        ({"filler": " "}, "filler"),
+    ],
+)
+def test_settings_that_cannot_be(change, words):
+    with pytest.raises(ValidationError, match=words):
+        config("associative", **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"distances": (5, 200, 420)},
+            r"distance 5 does not fit a row of 512 tokens with this tokenizer; \d+ to \d+ do",
+        ),
+        ({"distances": (80, 200, 508)}, "distance 508 does not fit"),
+        ({"distances": (14, 15, 400)}, "do not fit together"),
+        ({"pairs": 60}, "no room for 60 facts|lower pairs"),
+        (
+            {"text": {"source": "text", "path": "short.txt"}},
+            "the test part has 1?[0-9]+ tokens of text, a row of 512 needs",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_before_any_work(tokenizer, tmp_path, change, words):
+    (tmp_path / "short.txt").write_text("\n\n".join(f"word {i}" for i in range(300)))
+    preflight = lookup.implementation("evals", "retrieval").preflight
+    with pytest.raises(SourceError, match=words):
+        preflight(config("associative", **change), tokenizer=tokenizer, seeds=(0,), base=tmp_path)
+
+
+def test_a_tokenizer_of_few_words_is_refused():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel({"<unk>": 0, "The": 1, "code": 2, "of": 3, "is": 4}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    few = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    with pytest.raises(SourceError, match="this tokenizer spells 0 of"):
+        rows(config(), few, np.zeros(512, dtype=np.int64), seed=0)
+
+
+def test_a_text_that_says_the_fact_itself_is_refused(tokenizer):
+    asked = config("passkey", text=STDLIB)
+    poisoned = filler(tokenizer, "It is so quiet.\nThe PASS key is 11111. Remember it.", 900)
+    with pytest.raises(SourceError, match="the text says"):
+        rows(asked, tokenizer, poisoned, seed=0)
+
+
+def test_the_plan_counts_what_is_read():
+    assert config("associative").tokens() == 4 * 512
+    assert config("associative", scoring=("likelihood", "generate")).tokens() == 4 * 512 * (1 + 3)
+    assert config("passkey", scoring=("generate",)).tokens() == 12 * 512
