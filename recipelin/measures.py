@@ -1,20 +1,32 @@
 """Records and their items -> aligned scores, one Measure a column of a table (no torch).
 
-Kinds of rows, by their fields: `distance` given: recall; metric ending in `share`: usage, no measure; smaller is
+Kinds of rows, by their fields: `distance` given: recall, its format and length in the task's name (`recall@24`,
+`passkey@4096:3000`); metric ending in `share`: usage, no measure; smaller is
 better: a log-loss in nats; else a score in 0..1.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .records import Item, Items, ItemsOf, Record, RecordError, Row
 from .statistics import Draws, Interval, Z, mean, mean_interval
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .statistics import Array
 
 Kind = Literal["log_loss", "score", "recall"]
+
+
+class Recalled(NamedTuple):
+    """What a recall measure pools: distances within reach or beyond it, of one format and length (None: not stated)."""
+
+    format: str
+    length: int | None
+    part: Literal["near", "far"] | None
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,7 @@ class Measure:
     """One quantity measured in several states on the same items.
 
     `scores[state]`: [seeds, items], oriented so that larger is better (a log-loss is negated). `exposed`: [items].
+    `weights`, `strata` (subtasks): [items], None where all are alike.
     `bare[state]`: (value, stderr, n) as recorded, for Records without items.
     """
 
@@ -34,6 +47,9 @@ class Measure:
     scores: dict[str, "Array"] = field(default_factory=dict)
     exposed: "Array | None" = None
     bare: dict[str, tuple[float, float | None, int]] = field(default_factory=dict)
+    recalled: Recalled | None = None
+    weights: "Array | None" = None
+    strata: "NDArray[np.intp] | None" = None
 
     @property
     def n(self) -> int:
@@ -46,11 +62,14 @@ class Measure:
 
     def draws(self, state: str, *, exposed_only: bool = False) -> Draws:
         """Mean of a state's scores with bootstrap draws; raises KeyError for a state without items."""
-        scores = self.scores[state]
+        scores, weights, strata = self.scores[state], self.weights, self.strata
         if exposed_only:
             assert self.exposed is not None
-            scores = scores[:, self.exposed >= EXPOSED]
-        return mean(scores, metric=f"{self.suite}/{self.label}")
+            kept = self.exposed >= EXPOSED
+            scores = scores[:, kept]
+            weights = None if weights is None else weights[kept]
+            strata = None if strata is None else strata[kept]
+        return mean(scores, metric=f"{self.suite}/{self.label}", weights=weights, strata=strata)
 
     def interval(self, state: str) -> Interval | None:
         """Mean of a state, in the units of the record (a log-loss in nats); None if the state was not measured.
@@ -58,7 +77,10 @@ class Measure:
         Without items: value +- 1.96 standard errors, or no width where no standard error is recorded.
         """
         if state in self.scores:
-            return mean_interval(self.scores[state] * self.sign, metric=f"{self.suite}/{self.label}")
+            metric = f"{self.suite}/{self.label}"
+            return mean_interval(
+                self.scores[state] * self.sign, metric=metric, weights=self.weights, strata=self.strata
+            )
         if state not in self.bare:
             return None
         value, stderr, n = self.bare[state]
@@ -95,52 +117,85 @@ def reach(record: Record) -> int | None:
 def measures(records: Sequence[Record], items: Sequence[Items]) -> tuple[Measure, ...]:
     """Measures of Records of one recipe (several: students of different seeds, pooled as seeds), in their order.
 
-    Recall is pooled over distances: near (at most `reach`) and far. Item draws of several evaluation seeds are more
-    items, since generated items are independent; a draw that only repeats another (the same held-out text) is left out.
-    Raises RecordError where states or Records were not measured on the same items.
+    Recall of one format, length and metric is pooled over distances: near (at most `reach`) and far. Item draws of several
+    evaluation seeds are more items, since generated items are independent; a draw that only repeats another (the same
+    held-out text) is left out. Raises RecordError where states or Records were not measured on the same items.
     """
     first = records[0]
     limit = reach(first)
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str | Recalled], list[Row]] = {}
     for row in first.rows:
-        if (kind := kind_of(row)) is None:
-            continue
-        if kind == "recall" and row.distance is not None:
-            part = "" if limit is None else " near" if row.distance <= limit else " far"
-            groups.setdefault((row.suite, row.metric, f"recall{part}"), []).append(row)
-        else:
-            groups.setdefault((row.suite, row.metric, row.task), []).append(row)
+        if kind_of(row) is not None:
+            groups.setdefault((row.suite, row.metric, _recalled(row, limit) or row.task), []).append(row)
     suites = {suite for suite, _, _ in groups}
     found = []
-    for (suite, metric, name), rows in groups.items():
+    for (suite, metric, what), rows in groups.items():
         kind = kind_of(rows[0])
         assert kind is not None
-        label = name.replace("_", " ")
-        if kind == "log_loss" and name != "perplexity":
-            label = "perplexity" if name == metric else f"perplexity {label}"
-        found.append(
-            _measure(
-                f"{suite}: {label}" if len(suites) > 1 else label,
-                kind,
-                suite,
-                metric,
-                rows,
-                records=records,
-                items=items,
+        if isinstance(what, Recalled):
+            label = _recall_label(
+                what, metric, [(m, w) for s, m, w in groups if s == suite and isinstance(w, Recalled)]
             )
+        else:
+            label = what.replace("_", " ")
+            if kind == "log_loss" and what != "perplexity":
+                label = "perplexity" if what == metric else f"perplexity {label}"
+        made = _measure(
+            f"{suite}: {label}" if len(suites) > 1 else label, kind, suite, metric, rows, records=records, items=items
         )
+        found.append(replace(made, recalled=what) if isinstance(what, Recalled) else made)
     order = {"log_loss": 0, "score": 1, "recall": 2}
-    return tuple(sorted(found, key=lambda m: (m.suite, order[m.kind], m.label.endswith("far"))))
+    return tuple(
+        sorted(found, key=lambda m: (m.suite, order[m.kind], m.recalled is not None and m.recalled.part == "far"))
+    )
 
 
-def by_distance(record: Record, items: Items) -> tuple[Measure, ...]:
-    """Recall at each distance, nearest first."""
-    found = []
-    rows = [r for r in record.rows if kind_of(r) == "recall"]
-    for suite, metric, distance in sorted({(r.suite, r.metric, r.distance or 0) for r in rows}):
-        here = [r for r in rows if (r.suite, r.metric, r.distance) == (suite, metric, distance)]
-        found.append(_measure(str(distance), "recall", suite, metric, here, records=[record], items=[items]))
-    return tuple(found)
+def _recalled(row: Row, limit: int | None) -> Recalled | None:
+    """What a recall row is pooled with; None for another kind of row."""
+    if row.distance is None:
+        return None
+    format, _, rest = row.task.partition("@")
+    length, colon, _ = rest.partition(":")
+    part: Literal["near", "far"] | None = None if limit is None else "near" if row.distance <= limit else "far"
+    return Recalled(format, int(length) if colon else None, part)
+
+
+def _recall_label(what: Recalled, metric: str, all_of_suite: Sequence[tuple[str, Recalled]]) -> str:
+    """`passkey far`, with the length and the metric where the suite has the format in several."""
+    alike = [(m, w) for m, w in all_of_suite if w.format == what.format]
+    parts = [what.format]
+    if what.length is not None and len({w.length for _, w in alike}) > 1:
+        parts.append(str(what.length))
+    parts += [what.part] if what.part else []
+    if len({m for m, _ in alike}) > 1:
+        parts.append(metric.replace("_", " "))
+    return " ".join(parts)
+
+
+def by_distance(record: Record, items: Items) -> tuple[tuple[Measure, ...], ...]:
+    """Recall at each distance, nearest first: a group for each suite, metric, format and length."""
+    groups: dict[tuple[str, str, str, int], list[Row]] = {}
+    for row in record.rows:
+        if (what := _recalled(row, None)) is not None:
+            groups.setdefault((row.suite, row.metric, what.format, what.length or 0), []).append(row)
+    return tuple(
+        tuple(
+            replace(
+                _measure(
+                    str(distance),
+                    "recall",
+                    suite,
+                    metric,
+                    [r for r in rows if r.distance == distance],
+                    records=[record],
+                    items=[items],
+                ),
+                recalled=Recalled(format, length or None, None),
+            )
+            for distance in sorted({r.distance for r in rows if r.distance is not None})
+        )
+        for (suite, metric, format, length), rows in sorted(groups.items())
+    )
 
 
 def _measure(
@@ -167,6 +222,8 @@ def _measure(
     reference: list[tuple[ItemsOf, str]] = []
     scores: dict[str, Array] = {}
     exposed: Array | None = None
+    weights: Array | None = None
+    strata: NDArray[np.intp] | None = None
     for state in states:
         stack = []
         for record, sidecar in zip(records, items, strict=True):
@@ -181,8 +238,12 @@ def _measure(
             stack.append([sign * item.score for _, item in got])
             if state != "teacher" or exposed is None:
                 exposed = np.asarray([item.exposed for _, item in got])
+            if any(item.weight != 1.0 for _, item in got):
+                weights = np.asarray([item.weight for _, item in got])
+            if any(item.subtask for _, item in got):
+                strata = np.unique([item.subtask for _, item in got], return_inverse=True)[1]
         scores[state] = np.asarray(stack, dtype=np.float64)
-    return Measure(label, kind, suite, tasks, metric, chance, scores, exposed, bare)
+    return Measure(label, kind, suite, tasks, metric, chance, scores, exposed, bare, weights=weights, strata=strata)
 
 
 def _gather(state: str, rows: Iterable[Row], sidecar: Items) -> list[tuple[ItemsOf, Item]]:

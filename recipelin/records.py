@@ -14,12 +14,18 @@ from .files import write_atomically
 
 
 class Item(Config):
-    """One scored item. `exposed`: share of its scored tokens whose linear set is not empty in the hybrid state."""
+    """One scored item. `exposed`: share of its scored tokens whose linear set is not empty in the hybrid state.
+
+    `weight`: its part in the mean, sum(weight x score) / sum(weight): words of a document, or one over a subtask's items.
+    `subtask`: which task of a group it is of; items are resampled within it.
+    """
 
     id: str
     score: float
     length: int
     exposed: float
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    subtask: str = ""
 
 
 class Result(Config):
@@ -148,7 +154,8 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def write_items(path: Path, results: Iterable[tuple[Row, Result]]) -> None:
-    """Write the sidecar atomically: one JSON line a row, `items` as [id, score, length, exposed].
+    """Write the sidecar atomically: one JSON line a row, `items` as [id, score, length, exposed], and weight
+    and subtask where an item has them.
 
     The same results give the same bytes. Raises RecordError if two rows share a key.
     """
@@ -157,9 +164,14 @@ def write_items(path: Path, results: Iterable[tuple[Row, Result]]) -> None:
         key = ItemsOf(row.state, row.suite, row.task, row.metric, row.seed)
         if key in lines:
             raise RecordError(f"{key}: two rows; tasks of one suite need different names (one a distance for recall)")
-        lines[key] = key._asdict() | {"items": [[i.id, i.score, i.length, i.exposed] for i in result.items]}
+        lines[key] = key._asdict() | {"items": [_packed(i) for i in result.items]}
     text = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines.values())
     write_atomically(path, gzip.compress(text.encode(), mtime=0))
+
+
+def _packed(item: Item) -> list[object]:
+    more = [item.weight, item.subtask] if item.weight != 1.0 or item.subtask else []
+    return [item.id, item.score, item.length, item.exposed, *more]
 
 
 def read_items(path: Path) -> dict[ItemsOf, tuple[Item, ...]]:
@@ -171,7 +183,10 @@ def read_items(path: Path) -> dict[ItemsOf, tuple[Item, ...]]:
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             for number, text in enumerate(lines, start=1):
                 line = json.loads(text)
-                items = tuple(Item(id=i, score=s, length=n, exposed=e) for i, s, n, e in line.pop("items"))
+                items = tuple(
+                    Item(id=i, score=s, length=n, exposed=e, **dict(zip(("weight", "subtask"), more, strict=False)))
+                    for i, s, n, e, *more in line.pop("items")
+                )
                 key = ItemsOf(**line)
                 if key in found:
                     raise RecordError(f"{file}:{number}: {key} is there twice")

@@ -29,7 +29,7 @@ def run_table(record: Record, items: Items, *, place: Path | None = None) -> Tab
     blocks = [_scores(found, states), _recovered(found, states)]
     if "linear" in record.branches:
         blocks.append(_branches(record, found))
-    blocks.append(_distances(by_distance(record, items), states))
+    blocks += _distances(by_distance(record, items), states)
     return Table(
         title=f"{record.name}: what each state of the model can do",
         lead=tuple(filter(None, (scale(record), _unfinished(record)))),
@@ -216,9 +216,22 @@ def _shapley(record: Record, draws: dict[str, Draws], unit: str) -> Cell:
     return Cell(text if all(shares.values()) else DASH, tuple(numbers))
 
 
-def _distances(found: Sequence[Measure], states: Sequence[str]) -> Block:
-    rows = [(state, tuple(score_cell(m, state) for m in found)) for state in states]
-    return Block("Recall by distance in tokens, %", ("state", *(m.label for m in found)), tuple(rows))
+def _distances(groups: Sequence[Sequence[Measure]], states: Sequence[str]) -> list[Block]:
+    """A block for each suite, format, length and metric; its title says what the others differ in."""
+    blocks = []
+    keys = [(g[0].suite, g[0].metric) for g in groups]
+    for group, (suite, metric) in zip(groups, keys, strict=True):
+        what = group[0].recalled
+        assert what is not None
+        name = "Recall" if what.format == "recall" else what.format.capitalize()
+        place = f" in {what.length} tokens" if what.length else ""
+        notes = [suite] if len({s for s, _ in keys}) > 1 else []
+        notes += [metric.replace("_", " ")] if len({m for _, m in keys}) > 1 else []
+        extra = f" ({', '.join(notes)})" if notes else ""
+        rows = [(state, tuple(score_cell(m, state) for m in group)) for state in states]
+        columns = ("state", *(m.label for m in group))
+        blocks.append(Block(f"{name}{place} by distance in tokens, %{extra}", columns, tuple(rows)))
+    return blocks
 
 
 def _usage(record: Record) -> str:
@@ -249,7 +262,7 @@ def _legend(record: Record, found: Sequence[Measure], items: Items) -> tuple[str
         f"n: items; item seeds {', '.join(map(str, seeds))}.",
         "perplexity: exp of the mean next-token log-loss on held-out text; smaller is better. Columns with %: right "
         "answers.",
-        "(guessing): share right by a blind guess; for recall, a guess among the pairs in context.",
+        "(guessing): share right by a blind guess; for recall, a guess among the pairs in context not yet asked for.",
         "(exposed %): share of scored tokens at which the linear branch has anything to see. Where it is low, the "
         "window is all there is.",
         "recovered: state / teacher, and (state - guess)/(teacher - guess); a dash where the teacher's interval "
@@ -279,11 +292,15 @@ def _legend(record: Record, found: Sequence[Measure], items: Items) -> tuple[str
 
 def _disagreements(found: Sequence[Measure]) -> tuple[str, ...]:
     """Where the mean of the items is not the value in the Record's rows."""
+    import numpy as np
+
     lines = []
     for measure in found:
         for state, (value, _, _) in measure.bare.items():
-            if state in measure.scores and abs(float(measure.scores[state][0].mean()) * measure.sign - value) > 1e-6:
-                mean = float(measure.scores[state][0].mean()) * measure.sign
+            if state not in measure.scores:
+                continue
+            mean = float(np.average(measure.scores[state][0], weights=measure.weights)) * measure.sign
+            if abs(mean - value) > 1e-6:
                 lines.append(
                     f"CAUTION: {measure.label}, {state}: the items' mean is {mean:.6g}, "
                     f"the Record's row says {value:.6g}."

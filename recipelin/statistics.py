@@ -79,24 +79,44 @@ def _weights(count: int, stream: int) -> "Array":
     return generator.multinomial(count, [1 / count] * count, size=RESAMPLES) / count
 
 
-def mean(scores: "Array", *, metric: str) -> Draws:
-    """Mean of scores [seeds, items] with bootstrap draws.
+def mean(
+    scores: "Array", *, metric: str, weights: "Array | None" = None, strata: "NDArray[np.intp] | None" = None
+) -> Draws:
+    """Mean of scores [seeds, items] with bootstrap draws; with `weights` [items], sum(weight x score) / sum(weight).
 
     Items are resampled jointly for all seeds, and seeds (trained students, if there are several) independently of them:
     the pigeonhole bootstrap (Owen 2007, The pigeonhole bootstrap, Annals of Applied Statistics 1), since every student
     meets the same items. `metric` names the stream: states of one metric share it, different metrics do not.
-    With k seeds the seed part of the variance is (k - 1)/k of what it should be.
+    With k seeds the seed part of the variance is (k - 1)/k of what it should be. A weight is drawn with its item: the
+    ratio of two sums, each resampled, as for a corpus of documents of different lengths. `strata` [items]: items are
+    resampled within their stratum, as the subtasks of a benchmark have fixed sizes.
     """
+    import numpy as np
+
     seeds, items = scores.shape
     stream = zlib.crc32(metric.encode())
-    draws = scores @ _weights(items, stream).T
+    if weights is None and strata is None:
+        draws = scores @ _weights(items, stream).T
+    else:
+        weights = np.ones(items) if weights is None else weights
+        strata = np.zeros(items, dtype=np.intp) if strata is None else strata
+        draws, total = np.zeros((seeds, RESAMPLES)), np.zeros(RESAMPLES)
+        for stratum in np.unique(strata):
+            mine = np.flatnonzero(strata == stratum)
+            drawn = _weights(len(mine), stream + 2**33 * int(stratum)) * len(mine)
+            draws += (scores[:, mine] * weights[mine]) @ drawn.T
+            total += drawn @ weights[mine]
+        draws /= total
     draws = draws[0] if seeds == 1 else (_weights(seeds, stream + 2**32).T * draws).sum(axis=0)
-    return Draws(float(scores.mean()), draws, items)
+    point = float(scores.mean()) if weights is None else float(np.average(scores.mean(0), weights=weights))
+    return Draws(point, draws, items)
 
 
-def mean_interval(scores: "Array", *, metric: str) -> Interval:
+def mean_interval(
+    scores: "Array", *, metric: str, weights: "Array | None" = None, strata: "NDArray[np.intp] | None" = None
+) -> Interval:
     """Interval of a mean. All scores 0, or all 1: no draw varies, so the Wilson bound stands on the open side."""
-    found = mean(scores, metric=metric).interval()
+    found = mean(scores, metric=metric, weights=weights, strata=strata).interval()
     if found.value in (0.0, 1.0) and (scores == found.value).all():
         open_side = Z**2 / (found.n + Z**2)
         low, high = (0.0, open_side) if found.value == 0.0 else (1.0 - open_side, 1.0)

@@ -128,14 +128,20 @@ def _find(column: Column, found: Sequence[Measure]) -> Measure | None:
     def fits(measure: Measure) -> bool:
         if column.suite is not None and measure.suite != column.suite:
             return False
+        if column.metric is not None and measure.metric != column.metric:
+            return False
         if column.recall is not None:
-            return measure.kind == "recall" and measure.label.endswith(column.recall)
+            what = measure.recalled
+            names = (None, what.format, f"{what.format}@{what.length}") if what else ()
+            return what is not None and what.part == column.recall and column.of in names
         return column.task in measure.tasks and measure.kind != "recall"
 
     fitting = [m for m in found if fits(m)]
     if len(fitting) > 1:
-        suites = ", ".join(f"{m.suite} ({m.metric})" for m in fitting)
-        raise TableError(f"column {column.label!r} fits {len(fitting)} measures: {suites}; say which suite")
+        each = ", ".join(f"{m.label} of {m.suite} ({m.metric})" for m in fitting)
+        raise TableError(
+            f"column {column.label!r} fits {len(fitting)} measures: {each}; say which by suite, metric or, for recall, of"
+        )
     return fitting[0] if fitting else None
 
 

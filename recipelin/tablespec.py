@@ -32,13 +32,18 @@ class Column(Config):
     """What a column shows: a task, recall near or far, the mean of columns, or the recovery of a column.
 
     Scores and recoveries are shown in percent, a log-loss as perplexity; printed numbers are in the same unit.
-    Sample YAML: `{label: PIQA, task: piqa}`, `{label: AVG, mean_of: [PIQA, ARC-E]}`, `{label: Rec, recovery_of: AVG}`
+    Sample YAML: `{label: PIQA, task: piqa}`, `{label: passkey far, recall: far, of: passkey@4096}`,
+    `{label: AVG, mean_of: [PIQA, ARC-E]}`, `{label: Rec, recovery_of: AVG}`
     """
 
     label: str
     suite: str | None = Field(None, description="needed only where two suites have the task")
     task: str | None = None
     recall: Literal["near", "far"] | None = None
+    of: str | None = Field(
+        None, description="format of the recall, or format@length; needed only where there are several"
+    )
+    metric: str | None = Field(None, description="needed only where a task has two")
     mean_of: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     recovery_of: str | None = None
     corrected: bool = Field(False, description="recovery corrected for guessing")
@@ -47,6 +52,8 @@ class Column(Config):
     def _one_kind(self) -> "Column":
         if sum(x is not None for x in (self.task, self.recall, self.mean_of, self.recovery_of)) != 1:
             raise ValueError("give exactly one of task, recall, mean_of and recovery_of")
+        if self.of is not None and self.recall is None:
+            raise ValueError("`of` is the format of a recall column; give recall: near or far beside it")
         return self
 
 

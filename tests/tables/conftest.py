@@ -86,7 +86,7 @@ def make_record(
             for d in DISTANCES:
                 add(
                     state,
-                    f"recall_{d}",
+                    f"recall@{d}",
                     "acc",
                     recall_luck[d] < (near if d <= 93 else far),
                     256,

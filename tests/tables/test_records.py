@@ -28,7 +28,10 @@ RESULT = Result(
     value=0.5,
     stderr=None,
     n=2,
-    items=(Item(id="a", score=1.0, length=256, exposed=1.0), Item(id="b", score=0.1 + 0.2, length=9, exposed=0.0)),
+    items=(
+        Item(id="a", score=1.0, length=256, exposed=1.0),
+        Item(id="b", score=0.1 + 0.2, length=9, exposed=0.0, weight=1 / 3, subtask="anatomy"),
+    ),
 )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from recipelin.load import expand, load
 from recipelin.plan import Plan, plan
-from recipelin.records import write_record
+from recipelin.records import ItemsOf, write_record
 from recipelin.render import DASH, Cell, Table, render
 from recipelin.steps import Evaluate
 from recipelin.tables import Published, TableError, read_spec, table_command, tabulate
@@ -156,6 +156,7 @@ def test_a_recovery_of_perplexity_has_no_meaning(spec: Any, make: Any) -> None:
         ("title: Table 1", "title: Table 1\ntitle: Table 2", r"x.yaml:3.*title"),
         ("rows:", "rows: [", r"x.yaml"),
         ("title: Table 1", "title: !!python/name:os.system x", r"x.yaml:2: the tag"),
+        ("task: next_line_short}", "task: next_line_short, of: passkey}", "`of` is the format of a recall column"),
         ("title: Table 1", "title: {[a]: b}", r"x.yaml:2: a key must be a word"),
         (
             "{label: PPL, task: perplexity}",
@@ -251,3 +252,30 @@ def test_printed_means_and_recoveries_follow_from_the_printed_cells() -> None:
                     fits = abs(ratio - float(printed.value)) <= half + 0.02
                     assert fits != bool(printed.footnote), (spec.name, row.label, ratio)
     assert (means, recoveries) == (33, 34)
+
+
+def test_a_column_names_format_length_and_metric_of_recall(spec: Any, make: Any) -> None:
+    record, items = make()
+    for format, metric in (("passkey@512", "exact_match"), ("passkey@512", "generated"), ("needle@512", "exact_match")):
+        for row in [r for r in record.rows if r.distance is not None and r.task.startswith("recall")]:
+            task = f"{format}:{row.distance}"
+            items[ItemsOf(row.state, row.suite, task, metric, 0)] = items[
+                ItemsOf(row.state, row.suite, row.task, row.metric, 0)
+            ]
+            record = record.model_copy(
+                update={"rows": (*record.rows, row.model_copy(update={"task": task, "metric": metric}))}
+            )
+    published = [Published(record, items, Path("a.json"))]
+
+    def table(**column: str) -> Table:
+        far = spec.columns[6].model_copy(update=column)
+        return tabulate(spec.model_copy(update={"columns": (*spec.columns[:6], far)}), published)
+
+    with pytest.raises(TableError, match=r"fits 4 measures: recall far of pocket .*say which by suite, metric or"):
+        table()
+    with pytest.raises(TableError, match="fits 2 measures"):
+        table(of="passkey")
+    texts_of = [texts(table(**c))["SWA", "far"] for c in (
+        {"of": "recall"}, {"of": "passkey@512", "metric": "generated"}, {"of": "needle"})]  # fmt: skip
+    assert len(set(texts_of)) == 1 and "not" not in texts_of[0]
+    assert texts(table(of="needle@4096"))["SWA", "far"] == "not in Record"

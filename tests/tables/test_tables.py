@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from recipelin.measures import by_distance, measures
-from recipelin.records import Record, RecordError
+from recipelin.records import ItemsOf, Record, RecordError
 from recipelin.render import DASH, WIDTH, Block, Cell, Table
 from recipelin.runtable import subset_states
 from recipelin.tables import FORMATS, render, run_table
@@ -40,10 +40,10 @@ def test_recall_splits_at_the_reach(make: Any) -> None:
     record, items = make()
     found = {m.label: m for m in measures([record], [items])}
     assert (found["recall near"].n, found["recall far"].n) == (96, 144)
-    assert found["recall near"].tasks == ("recall_6", "recall_24")
+    assert found["recall near"].tasks == ("recall@6", "recall@24")
     wider, _ = make(window=35)  # 3 x 34 = 102: distance 96 is now within reach
     assert {m.label: m.n for m in measures([wider], [items])}["recall near"] == 144
-    assert [m.label for m in by_distance(record, items)] == ["6", "24", "96", "150", "201"]
+    assert [m.label for group in by_distance(record, items) for m in group] == ["6", "24", "96", "150", "201"]
     assert any("beyond 93 tokens = 3 layers" in n for n in run_table(record, items).notes)
 
 
@@ -303,3 +303,60 @@ def test_latex_is_balanced_and_escaped(odd: bool, make: Any) -> None:
 def test_an_unknown_format_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="expected one of markdown, latex, html, csv"):
         render(ODD, "pdf")  # type: ignore[arg-type]
+
+
+def test_formats_lengths_and_metrics_of_recall_are_not_pooled(make: Any) -> None:
+    record, items = make()
+    extra = []
+    for format, length, metric in (
+        ("passkey", 512, "exact_match"), ("passkey", 4096, "exact_match"), ("passkey", 4096, "generated"),
+        ("needle", 4096, "exact_match"),
+    ):  # fmt: skip
+        for row in record.rows:
+            if row.distance is not None:
+                task = f"{format}@{length}:{row.distance}"
+                extra.append(row.model_copy(update={"task": task, "metric": metric}))
+                items[ItemsOf(row.state, row.suite, task, metric, 0)] = items[
+                    ItemsOf(row.state, row.suite, row.task, row.metric, 0)
+                ]
+    record = record.model_copy(update={"rows": (*record.rows, *extra)})
+    found = {m.label: m for m in measures([record], [items])}
+    assert [x for x in found if x.endswith(("near", "near exact match", "near generated"))] == [
+        "recall near", "passkey 512 near exact match", "passkey 4096 near exact match", "passkey 4096 near generated",
+        "needle near",
+    ]  # fmt: skip
+    assert found["passkey 4096 far generated"].n == found["needle far"].n == found["recall far"].n == 144
+    table = run_table(record, items)
+    titles = [b.title for b in table.blocks if "by distance" in b.title]
+    assert titles == [
+        "Recall by distance in tokens, % (acc)",
+        "Needle in 4096 tokens by distance in tokens, % (exact match)",
+        "Passkey in 512 tokens by distance in tokens, % (exact match)",
+        "Passkey in 4096 tokens by distance in tokens, % (exact match)",
+        "Passkey in 4096 tokens by distance in tokens, % (generated)",
+    ]
+    assert cells(table, "Needle")["window", "201"].text == cells(table, "Recall by")["window", "201"].text
+
+
+def test_a_weighted_mean_is_the_ratio_of_two_sums(make: Any) -> None:
+    """Items of two subtasks, 150 right of 160 and 10 of 40: the mean of the subtasks is 59.4 %, of the items 80 %."""
+    record, items = make()
+    right = np.r_[np.ones(150), np.zeros(10), np.ones(10), np.zeros(30)]
+    weights = np.r_[np.full(160, 0.5 / 160), np.full(40, 0.5 / 40)] * 200
+    mean = float(np.average(right, weights=weights))
+    for key, each in list(items.items()):
+        if key.task == "next_line_long":
+            items[key] = tuple(
+                i.model_copy(update={"score": float(s), "weight": float(w), "subtask": "a" if n < 160 else "b"})
+                for n, (i, s, w) in enumerate(zip(each, right, weights, strict=True))
+            )
+    rows = tuple(r.model_copy(update={"value": mean}) if r.task == "next_line_long" else r for r in record.rows)
+    record = record.model_copy(update={"rows": rows})
+    table = run_table(record, items)
+    interval = cells(table, "Scores")["teacher", "next line long %"].numbers[0].interval
+    assert interval.value == pytest.approx((150 / 160 + 10 / 40) / 2)
+    by_hand = 0.5 * np.sqrt(150 / 160 * 10 / 160 / 160 + 0.25 * 0.75 / 40)  # two binomials, halved
+    assert (interval.high - interval.low) / (2 * 1.96) == pytest.approx(by_hand, rel=0.1)
+    assert not any("CAUTION" in n for n in table.notes)
+    differences = cells(table, "What the linear branch")["next line long, points", "hybrid - window"].text
+    assert differences == "0.0"
