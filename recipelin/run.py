@@ -22,6 +22,7 @@ from .exposure import exposed_from
 from .files import write_atomically
 from .load import Loaded, load_suite
 from .plan import Plan, Planned, digest, plan, suites_of, teacher_folder
+from .preflight import preflight
 from .records import Record, Result, Row, StepTime
 from .reuse import Store, Surroundings
 from .sources import Data, Part
@@ -180,6 +181,7 @@ class _Walk:
         status: Literal["finished", "failed", "interrupted"] = "failed"
         try:
             self.model, self.tokenizer = self._begin()
+            preflight(self.plan, tokenizer=self.tokenizer, base=self.loaded.path.parent)
             for index, planned in enumerate(self.plan.steps):
                 self._step(index, planned)
             status = "finished"

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ...base import Config as Base
 from ...sources import Hub, LocalFile, Stdlib, Text
@@ -34,15 +34,28 @@ class NextLine(Base):
 class Task(Base):
     """One task by its lm-eval name; with `next_line`, a local task whose YAML and items are written beside the run.
 
+    `word_perplexity` (of wikitext) is recorded as `word_log_loss`, nats a word over all documents; tables show its exp.
+
     Sample YAML: `{task: next_line_short, metric: acc_norm, chance: 0.25, next_line: {context: [8, 20]}}`
     """
 
     task: str
-    metric: Literal["acc", "acc_norm", "exact_match"] = "acc"
+    metric: Literal["acc", "acc_norm", "exact_match", "word_perplexity"] = "acc"
     shots: Annotated[int, Field(ge=0)] = 0
     chance: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="score of blind guessing")
-    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="first n items only")
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="first n items only (of each subtask)")
+    mean: Literal["items", "subtasks"] = Field(
+        "items", description="of a group such as mmlu: over all items (lm-eval's), or the plain mean of its subtasks"
+    )
     next_line: NextLine | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Task":
+        if self.metric == "word_perplexity" and (self.mean != "items" or self.chance is not None):
+            raise ValueError("word_perplexity: a log-loss has no chance, and its mean is over all words")
+        if self.next_line is not None and self.mean != "items":
+            raise ValueError("mean: subtasks is for a group of lm-eval; a next-line task has no subtasks")
+        return self
 
 
 class Config(Base):

@@ -1,6 +1,5 @@
 """Tasks of EleutherAI's lm-evaluation-harness, stock ones by name and local ones from a folder beside the run."""
 
-import difflib
 import json
 import logging
 import math
@@ -22,6 +21,7 @@ from ...sources import fingerprint
 from ...spool import tokenizer_digest
 from ...states import NamedState
 from .. import EvalError
+from . import stock
 from .config import Config, Task
 
 
@@ -46,16 +46,11 @@ def run(
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
         raise EvalError(f"lm_eval needs {error.name}: pip install 'recipelin[eval]'") from error
-    stock = [t for t in config.tasks if t.next_line is None]
     with _quiet():
         prepare(config, tokenizer, seed=seed, folder=folder, base=base)
-        include = str(folder) if len(stock) < len(config.tasks) else None
-        # The index of all stock tasks takes seconds: only where one of them is named.
-        manager = TaskManager(include_path=include, include_defaults=bool(stock))
-        _check_names([t.task for t in stock], manager.all_tasks)
+        manager = _manager(config, [folder] if any(t.next_line for t in config.tasks) else [])
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch, device=device)
         outcomes: dict[str, Any] = {}
         # Tasks that are asked alike go in one call: each call costs lm-eval half a second of its own.
@@ -78,6 +73,36 @@ def run(
         names = [(task, task_name(task, seed)) for task in config.tasks]
         found = [_result(task, name, outcomes[name], wrapped, exposed_from) for task, name in names]
     return tuple(found)
+
+
+def preflight(config: Config, *, tokenizer: Any, seeds: Sequence[int], base: Path) -> None:
+    """Raises EvalError, before any work, for a stock task that lm-eval lacks, whose metric it does not declare, or whose
+    dataset is not here and cannot be fetched; SourceError for texts that do not give a local task's items."""
+    try:
+        manager = _manager(config, [])
+    except ModuleNotFoundError as error:
+        raise EvalError(f"lm_eval needs {error.name}: pip install 'recipelin[eval]'") from error
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in seeds:
+            prepare(config, tokenizer, seed=seed, folder=Path(folder), base=base)
+    asked = [t for t in config.tasks if t.next_line is None]
+    every = [(task, leaf) for task in asked for leaf in stock.leaves(manager, task.task)]
+    for task, leaf in every:
+        if task.metric not in stock.metrics(leaf):
+            raise EvalError(
+                f"task {leaf['task']!r} has no metric {task.metric!r}; it has {', '.join(stock.metrics(leaf))}"
+            )
+    for _, leaf in every:
+        with _quiet(show=False):
+            stock.fetch(leaf)
+
+
+def _manager(config: Config, own: list[Path]) -> Any:
+    """lm-eval's index of the tasks that are named, ours in `own`. Raises EvalError for a name that it does not have."""
+    from lm_eval.tasks import TaskManager
+
+    found = stock.folders(t.task for t in config.tasks if t.next_line is None)
+    return TaskManager(include_path=[str(p) for p in (*found, *own)], include_defaults=False)
 
 
 def prepare(config: Config, tokenizer: Any, *, seed: int, folder: Path, base: Path) -> None:
@@ -139,50 +164,75 @@ def write_task(task: Task, tokenizer: Any, *, folder: Path, base: Path, seed: in
 
 
 def _result(task: Task, name: str, outcome: Any, wrapped: Any, exposed_from: int | None) -> Result:
-    samples = [s for n in _leaves(outcome, name) for s in outcome["samples"][n]]
-    if not samples:
+    leaves = _leaves(outcome, name)
+    if not any(outcome["samples"][leaf] for leaf in leaves):
         raise EvalError(f"lm-eval gave no items for {name!r}")
-    items = []
-    for number, sample in enumerate(samples):
-        score = sample.get(task.metric)
-        if score is None:
-            raise EvalError(
-                f"task {name!r} has no metric {task.metric!r} for each item; it has {', '.join(_metrics(sample))}"
-            )
-        target = sample["target"]
-        index = target if isinstance(target, int) and target < len(sample["arguments"]) else 0
-        context, continuation = _texts(sample["arguments"], index)
-        # As lm-eval splits a request: white space at the end of the context belongs to what is scored.
-        start = len(wrapped.tok_encode(context.rstrip())) if context.rstrip() else 0
-        stop = len(wrapped.tok_encode(context + continuation))
-        positions = range(min(start, stop - 1), stop)
-        items.append(
-            Item(
-                id=str(sample["doc"].get("id", number)) if isinstance(sample["doc"], dict) else str(number),
-                score=float(score),
-                length=stop,
-                exposed=exposed_share(positions, exposed_from),
-            )
-        )
-    mean = sum(i.score for i in items) / len(items)
+    items: list[Item] = []
+    for leaf in leaves:
+        samples = outcome["samples"][leaf]
+        for number, sample in enumerate(samples):
+            item = _item(task, leaf, number, sample, wrapped, exposed_from)
+            if len(leaves) > 1:
+                weight = 1 / len(samples) if task.mean == "subtasks" else 1.0
+                item = item.model_copy(update={"id": f"{leaf}/{item.id}", "subtask": leaf, "weight": weight})
+            items.append(item)
+    is_loss = task.metric == "word_perplexity"
+    mean = sum(i.score * i.weight for i in items) / sum(i.weight for i in items)
     return Result(
         task=task.task,
-        metric=task.metric,
+        metric="word_log_loss" if is_loss else task.metric,
         value=mean,
-        stderr=math.sqrt(mean * (1 - mean) / max(1, len(items) - 1)),
+        stderr=_stderr(items, mean, is_loss=is_loss),
         n=len(items),
         exposed=sum(i.exposed for i in items) / len(items),
         chance=task.chance,
+        higher_is_better=not is_loss,
         items=tuple(items),
     )
 
 
-def _check_names(asked: Sequence[str], known: Sequence[str]) -> None:
-    for name in asked:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise EvalError(f"lm-eval has no task {name!r}{hint} (a task of ours needs its `next_line` settings)")
+def _stderr(items: Sequence[Item], mean: float, *, is_loss: bool) -> float:
+    """Of a ratio of two sums for words; else of subtasks of fixed sizes (or one task), each a binomial sample."""
+    total = sum(i.weight for i in items)
+    if is_loss:
+        return math.sqrt(sum((i.weight * (i.score - mean)) ** 2 for i in items)) / total
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.subtask, []).append(item)
+    variance = 0.0
+    for group in groups.values():
+        own = sum(i.score for i in group) / len(group)
+        variance += (sum(i.weight for i in group) / total) ** 2 * own * (1 - own) / max(1, len(group) - 1)
+    return math.sqrt(variance)
+
+
+def _item(task: Task, name: str, number: int, sample: Any, wrapped: Any, exposed_from: int | None) -> Item:
+    score = sample.get(task.metric)
+    if score is None:
+        raise EvalError(
+            f"task {name!r} has no metric {task.metric!r} for each item; it has {', '.join(_metrics(sample))}"
+        )
+    target = sample["target"]
+    index = target if isinstance(target, int) and target < len(sample["arguments"]) else 0
+    context, continuation = _texts(sample["arguments"], index)
+    id = str(sample["doc"].get("id", number)) if isinstance(sample["doc"], dict) else str(number)
+    if task.metric == "word_perplexity":
+        log_likelihood, words = score
+        length = len(wrapped.tok_encode(context))
+        exposed = exposed_share(_rolling_positions(length, wrapped.max_length), exposed_from)
+        return Item(id=id, score=-log_likelihood / words, length=length, exposed=exposed, weight=words)
+    # As lm-eval splits a request: white space at the end of the context belongs to what is scored.
+    start = len(wrapped.tok_encode(context.rstrip())) if context.rstrip() else 0
+    stop = len(wrapped.tok_encode(context + continuation))
+    positions = range(min(start, stop - 1), stop)
+    return Item(id=id, score=float(score), length=stop, exposed=exposed_share(positions, exposed_from))
+
+
+def _rolling_positions(tokens: int, most: int) -> list[int]:
+    """Where a document's tokens stand in the rows that lm-eval cuts: full rows behind a first token, then one that reaches
+    back for context, in which only the new tokens are scored."""
+    rest = tokens % most if tokens > most else 0
+    return [1 + i % most for i in range(tokens - rest)] + list(range(most - rest + 1, most + 1))
 
 
 def _leaves(outcome: Any, name: str) -> list[str]:
@@ -199,13 +249,13 @@ def _metrics(sample: dict[str, Any]) -> list[str]:
 def _texts(arguments: Any, index: int) -> tuple[str, str]:
     """(context, continuation) of one request; arguments are a list, or a map gen_args_N -> {arg_0, arg_1}."""
     one = arguments[f"gen_args_{index}"] if isinstance(arguments, dict) else arguments[index]
-    pair = (one["arg_0"], one["arg_1"]) if isinstance(one, dict) else (one[0], one[1])
-    return str(pair[0]), pair[1] if isinstance(pair[1], str) else ""
+    pair = list(one.values()) if isinstance(one, dict) else list(one)
+    return str(pair[0]), pair[1] if len(pair) > 1 and isinstance(pair[1], str) else ""
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what lm-eval, datasets and their child processes write to stderr; shown only if an error comes of it."""
+def _quiet(*, show: bool = True) -> Iterator[None]:
+    """Keeps what lm-eval, datasets and their child processes write to stderr; with `show`, an error brings it out."""
     import datasets
 
     loggers = {name: logging.getLogger(name).level for name in ("lm_eval", "lm-eval", "datasets")}
@@ -221,7 +271,8 @@ def _quiet() -> Iterator[None]:
     except BaseException:
         sys.stderr.flush()
         kept.seek(0)
-        os.write(own, kept.read())
+        if show:
+            os.write(own, kept.read())
         raise
     finally:
         sys.stderr.flush()

@@ -1,0 +1,180 @@
+"""Every suite's tasks are lm-eval's, with metrics that they declare and the right chance; what is not here is said first."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoTokenizer
+
+import recipelin
+from recipelin import lookup
+from recipelin.evals import EvalError
+from recipelin.evals.lm_eval import stock
+from recipelin.evals.lm_eval.config import Config, Task
+from recipelin.evals.lm_eval.run import _manager, _result, _rolling_positions, preflight
+from recipelin.load import load_suite
+from recipelin.records import Item
+
+FOLDER = Path(recipelin.__file__).parents[1] / "recipes" / "suites"
+SUITES = {path.stem: load_suite(path.stem, path) for path in sorted(FOLDER.glob("*.yaml"))}
+POCKET = Path(recipelin.__file__).parent / "pocket"
+# Options of a question, where the task's YAML has a template; read from the datasets' cards.
+OPTIONS = {"piqa": 2, "arc_easy": 4, "arc_challenge": 4, "hellaswag": 4, "winogrande": 2, "openbookqa": 4, "race": 4,
+           "sciq": 4, "copa": 2}  # fmt: skip
+
+
+def lm_evals(suite):
+    return [e for e in suite.evals if e.eval == "lm_eval"]
+
+
+def test_the_suites_are_covered():
+    assert sorted(SUITES) == ["commonsense", "mmlu-0shot", "mmlu-5shot", "pocket", "pocket-recall", "recall-1k", "recall-32k",
+                              "recall-4k", "taylor-calibrate", "untangling"]  # fmt: skip
+    assert [len(lm_evals(s)[0].tasks) if lm_evals(s) else 0 for s in SUITES.values()] == [5, 1, 1, 2, 0, 0, 0, 0, 12, 6]
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, s in SUITES.items() if any(t.next_line is None for e in lm_evals(s) for t in e.tasks)]
+)
+def test_stock_tasks_exist_with_their_metric_and_chance(name):
+    for config in lm_evals(SUITES[name]):
+        manager = _manager(config, [])
+        for task in config.tasks:
+            leaves = stock.leaves(manager, task.task)
+            assert len(leaves) == (57 if task.task == "mmlu" else 1)
+            for leaf in leaves:
+                assert task.metric in stock.metrics(leaf), leaf["task"]
+                assert isinstance(leaf["dataset_path"], str)
+                choices = leaf.get("doc_to_choice")
+                options = len(choices) if isinstance(choices, list) else OPTIONS.get(task.task)
+                if leaf["output_type"] == "multiple_choice":
+                    assert task.chance == 1 / options
+                elif leaf["output_type"] == "loglikelihood":
+                    assert task.chance == 0
+                else:
+                    assert task.chance is None and task.metric == "word_perplexity"
+
+
+def test_a_name_is_found_where_lm_evals_own_index_has_it():
+    """Names that several files speak of, a group in a group, and a name that nothing has."""
+    assert [p.name for p in stock.folders(["mmlu", "boolq", "piqa"])] == ["default", "boolq", "piqa"]
+    assert stock._files()["arc_challenge"].name == "arc_challenge.yaml"
+    with pytest.raises(EvalError, match="no task 'piqua'; did you mean 'piqa'"):
+        stock.folders(["piqua"])
+
+
+def test_what_the_papers_average_over():
+    tasks = {n: [t for e in lm_evals(s) for t in e.tasks] for n, s in SUITES.items()}
+    assert [*tasks["commonsense"], *tasks["mmlu-0shot"]] == tasks["untangling"]
+    (five,) = tasks["mmlu-5shot"]
+    assert (five.shots, five.mean, five.metric) == (5, "subtasks", "acc")
+    assert all(t.shots == 0 for n, each in tasks.items() if n != "mmlu-5shot" for t in each)
+
+
+@pytest.mark.parametrize("name", ["recall-1k", "recall-4k", "recall-32k", "pocket-recall"])
+def test_retrieval_suites_fit_their_rows_on_both_sides_of_the_reach(name):
+    tokenizer = AutoTokenizer.from_pretrained(POCKET)  # of all tokenizers the one with the longest spelling
+    limit = 93 if name.startswith("pocket") else 32 * 63
+    for config in SUITES[name].evals:
+        small = config.model_copy(update={"items": 2})
+        lookup.implementation("evals", "retrieval").preflight(small, tokenizer=tokenizer, seeds=(0,), base=Path())
+        near = [d for d in config.distances if d <= limit]
+        far = [d for d in config.distances if d > limit]
+        assert len(near) * config.items >= 100 and (name == "recall-1k" or len(far) * config.items >= 100)
+    assert {c.format for c in SUITES[name].evals} == {"associative", "passkey", "needle"}
+
+
+def samples(count, right, start=0):
+    return [
+        {"acc": float(i < right), "target": 0, "doc": {"q": i}, "arguments": [("a b", " c")]}
+        for i in range(start, count)
+    ]
+
+
+WRAPPED = SimpleNamespace(tok_encode=str.split, max_length=4)
+
+
+def test_the_mean_of_subtasks_and_of_items():
+    outcome = {"samples": {"x": samples(160, 150), "y": samples(40, 10)}, "group_subtasks": {"both": ["x", "y"]}}
+    of_items = _result(Task(task="both", chance=0.25), "both", outcome, WRAPPED, 8)
+    assert of_items.value == 160 / 200 and of_items.n == 200
+    assert of_items.stderr == pytest.approx(math.sqrt(160 * 150 / 160 * 10 / 160 + 40 * 0.25 * 0.75) / 200, rel=0.01)
+    plain = _result(Task(task="both", chance=0.25, mean="subtasks"), "both", outcome, WRAPPED, 8)
+    assert plain.value == pytest.approx((150 / 160 + 10 / 40) / 2)
+    assert plain.stderr == pytest.approx(0.5 * math.sqrt(150 / 160 * 10 / 160 / 159 + 0.25 * 0.75 / 39))
+    assert {(i.id, i.subtask) for i in plain.items} >= {("x/0", "x"), ("y/39", "y")}
+    assert len({i.id for i in plain.items}) == 200
+    one = _result(Task(task="x"), "x", outcome, WRAPPED, 8)
+    assert one.items[0] == Item(id="0", score=1.0, length=3, exposed=0.0)
+    with pytest.raises(ValueError, match="no subtasks"):
+        Task.model_validate({"task": "x", "mean": "subtasks", "next_line": {"context": (1, 2)}})
+
+
+def test_word_perplexity_is_of_the_corpus():
+    documents = [("a b c d e f", -12.0, 4), ("a b", -1.0, 2)]
+    found = [{"word_perplexity": (ll, w), "target": t, "doc": {}, "arguments": [(t,)]} for t, ll, w in documents]
+    outcome = {"samples": {"wikitext": found}, "group_subtasks": {}}
+    result = _result(Task(task="wikitext", metric="word_perplexity"), "wikitext", outcome, WRAPPED, 2)
+    assert math.exp(result.value) == pytest.approx(math.exp(13 / 6)) and not result.higher_is_better
+    assert result.metric == "word_log_loss" and [i.weight for i in result.items] == [4, 2]
+    assert result.items[0].exposed == 4 / 6  # positions 1 2 3 4, then 3 4 in a row that reaches back
+    with pytest.raises(ValueError, match="no chance"):
+        Task(task="wikitext", metric="word_perplexity", chance=0.1)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 4, 5, 8, 9, 11])
+def test_rolling_positions_are_those_of_lm_eval(tokens):
+    from lm_eval.utils import get_rolling_token_windows
+
+    expected = []
+    for given, scored in get_rolling_token_windows(list(range(tokens)), -1, 4, 1):
+        expected += [len(given) - len(scored) + i + 1 for i in range(len(scored))]
+    assert _rolling_positions(tokens, 4) == expected
+
+
+def config(*tasks):
+    return Config.model_validate_json(json.dumps({"eval": "lm_eval", "tasks": tasks}))
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """As where there is no network: huggingface_hub's own switch, set after its import."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+ASKED = {"tokenizer": None, "seeds": (0,), "base": Path()}
+
+
+def test_a_dataset_that_cannot_be_had_is_said_in_one_sentence(offline, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(EvalError) as caught:
+        preflight(config({"task": "winogrande", "chance": 0.5}), **ASKED)
+    said = str(caught.value)
+    assert "task 'winogrande' needs the dataset 'allenai/winogrande', name 'winogrande_xl'" in said
+    for word in (
+        "cannot be had here",
+        "HF_HOME",
+        "HF_DATASETS_CACHE",
+        "HF_HUB_OFFLINE=1",
+        "load_dataset('allenai/winogrande', 'winogrande_xl')",
+    ):
+        assert word in said
+    assert "\n" not in said and capfd.readouterr().err == ""
+
+
+def test_names_and_metrics_are_checked_before_any_dataset(monkeypatch):
+    monkeypatch.setattr(stock, "fetch", lambda _: pytest.fail("nothing is fetched"))
+    with pytest.raises(EvalError, match=r"no task 'piqua'; did you mean 'piqa'\?"):
+        preflight(config({"task": "hellaswag"}, {"task": "piqua"}), **ASKED)
+    with pytest.raises(EvalError, match="task 'winogrande' has no metric 'acc_norm'; it has acc"):
+        preflight(config({"task": "winogrande", "metric": "acc_norm"}), **ASKED)
+
+
+def test_every_subtasks_dataset_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(stock, "fetch", lambda leaf: asked.append((leaf["dataset_path"], leaf["dataset_name"])))
+    preflight(SUITES["mmlu-5shot"].evals[0], **ASKED)
+    assert len(set(asked)) == 57 and {path for path, _ in asked} == {"cais/mmlu"}
