@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from .measures import Measure, by_distance, kind_of, measures, reach
 from .records import Items, Record
-from .render import DASH, Block, Cell, Number, Table, plus_minus
+from .render import DASH, WIDTH, Block, Cell, Number, Table, plus_minus
 from .states import State, subsets
 from .statistics import Draws, Interval, compare, gap, ratio, recovery, retention, shapley
 from .verdict import RULE, judge, verdict
@@ -26,7 +26,7 @@ def run_table(record: Record, items: Items, *, place: Path | None = None) -> Tab
     found = measures([record], [items])
     states = tuple(dict.fromkeys(row.state for row in record.rows))
     judged = verdict(record, items)
-    blocks = [_scores(found, states), _recovered(found, states)]
+    blocks = [*_narrow(_scores(found, states)), *_narrow(_recovered(found, states))]
     if "linear" in record.branches:
         blocks.append(_branches(record, found))
     blocks += _distances(by_distance(record, items), states)
@@ -70,6 +70,25 @@ def score_cell(measure: Measure, state: str) -> Cell:
         numbers = (Number("perplexity", shown, "exp(nats)"), Number("log-loss", interval, "nats"))
         return Cell(plus_minus(shown), numbers)
     return Cell(plus_minus(interval, scale=100, digits=1), (Number("score", interval, "fraction"),))
+
+
+def _narrow(block: Block) -> list[Block]:
+    """A block as several, each as wide as running text at most: suites with many formats have many columns."""
+    widths = [max([len(c), *(len(cells[i].text) for _, cells in block.rows)]) for i, c in enumerate(block.columns[1:])]
+    label = max(map(len, (block.columns[0], *(row for row, _ in block.rows))))
+    groups: list[list[int]] = [[]]
+    for i, width in enumerate(widths):
+        if groups[-1] and label + sum(widths[j] + 3 for j in groups[-1]) + width + 3 > WIDTH:
+            groups.append([])
+        groups[-1].append(i)
+    return [
+        Block(
+            block.title + (f" ({number} of {len(groups)})" if len(groups) > 1 else ""),
+            (block.columns[0], *(block.columns[i + 1] for i in group)),
+            tuple((row, tuple(cells[i] for i in group)) for row, cells in block.rows),
+        )
+        for number, group in enumerate(groups, start=1)
+    ]
 
 
 def _head(measure: Measure) -> str:

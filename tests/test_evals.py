@@ -273,3 +273,71 @@ def test_the_stock_command_gives_the_same_number(model, tokenizer, tmp_path):
     scores = json.loads(file.read_text())["results"]["next_line_test"]
     assert scores["acc_norm,none"] == result.value
     assert re.search(r"acc_norm", done.stdout)
+
+
+@pytest.fixture
+def stock_tasks(tmp_path, monkeypatch):
+    """Three tasks in lm-eval's own terms, found as its stock tasks are: documents, and a group of two multiple choices."""
+    from recipelin.evals.lm_eval import stock
+
+    def write(name, lines, **settings):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        data_files = {"test": str(tmp_path / f"{name}.jsonl")}
+        common = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": data_files},
+            "test_split": "test",
+        }
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({**common, **settings}))
+
+    texts = [t for _, t in list(data.documents(Stdlib(source="python-stdlib"), "test", Path()))[:3]]
+    write(
+        "documents",
+        [{"text": t[: 300 + 700 * i]} for i, t in enumerate(texts)],
+        output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
+        metric_list=[{"metric": "word_perplexity"}],
+    )  # fmt: skip
+    for name, count in (("left", 9), ("right", 4)):
+        questions = [{"q": f"{name} {i} is", "c": ["a", "b c"], "a": i % 2} for i in range(count)]
+        write(name, questions, output_type="multiple_choice", doc_to_text="{{q}}", doc_to_choice="{{c}}", doc_to_target="a",
+              metric_list=[{"metric": "acc", "aggregation": "mean", "higher_is_better": True}])  # fmt: skip
+    group = {
+        "group": "both",
+        "task": ["left", "right"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    (tmp_path / "both.yaml").write_text(json.dumps(group))
+    files = {n: tmp_path / f"{n}.yaml" for n in ("documents", "left", "right", "both")}
+    monkeypatch.setattr(stock, "_files", lambda: files)
+
+
+def test_stock_tasks_through_lm_eval_itself(stock_tasks, model, tokenizer, tmp_path, monkeypatch):
+    """A corpus's word perplexity, a group over its items and over its subtasks: lm-eval's own numbers where it has them."""
+    import lm_eval
+
+    theirs = {}
+    original = lm_eval.simple_evaluate
+
+    def simple_evaluate(**arguments):
+        found = original(**arguments)
+        theirs.update(found["results"])
+        return found
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate)
+    tasks = (
+        {"task": "documents", "metric": "word_perplexity"}, {"task": "both", "chance": 0.25},
+        {"task": "both", "chance": 0.25, "mean": "subtasks"},
+    )  # fmt: skip
+    by_task = []
+    for task in tasks:
+        config = LmEval.model_validate({"eval": "lm_eval", "tasks": (task,)})
+        lookup.implementation("evals", "lm_eval").preflight(config, tokenizer=tokenizer, seeds=(0,), base=tmp_path)
+        by_task += run(config, model, tokenizer, tmp_path / "tasks")
+    documents, items, subtasks = by_task
+    assert np.exp(documents.value) == pytest.approx(theirs["documents"]["word_perplexity,none"], rel=1e-9)
+    assert len({i.weight for i in documents.items}) == 3 and documents.items[-1].length > 256
+    assert all(0.9 < i.exposed < 1 for i in documents.items)
+    assert items.value == pytest.approx(theirs["both"]["acc,none"])
+    assert subtasks.value == pytest.approx((theirs["left"]["acc,none"] + theirs["right"]["acc,none"]) / 2)
+    assert subtasks.n == 13 and subtasks.items[0].id == "left/0"

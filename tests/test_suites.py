@@ -9,13 +9,16 @@ import pytest
 from transformers import AutoTokenizer
 
 import recipelin
-from recipelin import lookup
 from recipelin.evals import EvalError
 from recipelin.evals.lm_eval import stock
 from recipelin.evals.lm_eval.config import Config, Task
 from recipelin.evals.lm_eval.run import _manager, _result, _rolling_positions, preflight
-from recipelin.load import load_suite
+from recipelin.evals.retrieval.config import FILLER
+from recipelin.evals.retrieval.items import filler, rows
+from recipelin.load import load, load_suite
 from recipelin.records import Item
+from recipelin.run import run
+from recipelin.sources import SourceError
 
 FOLDER = Path(recipelin.__file__).parents[1] / "recipes" / "suites"
 SUITES = {path.stem: load_suite(path.stem, path) for path in sorted(FOLDER.glob("*.yaml"))}
@@ -30,9 +33,9 @@ def lm_evals(suite):
 
 
 def test_the_suites_are_covered():
-    assert sorted(SUITES) == ["commonsense", "mmlu-0shot", "mmlu-5shot", "pocket", "pocket-recall", "recall-1k", "recall-32k",
+    assert list(SUITES) == ["commonsense", "mmlu-0shot", "mmlu-5shot", "pocket-recall", "pocket", "recall-1k", "recall-32k",
                               "recall-4k", "taylor-calibrate", "untangling"]  # fmt: skip
-    assert [len(lm_evals(s)[0].tasks) if lm_evals(s) else 0 for s in SUITES.values()] == [5, 1, 1, 2, 0, 0, 0, 0, 12, 6]
+    assert [len(lm_evals(s)[0].tasks) if lm_evals(s) else 0 for s in SUITES.values()] == [5, 1, 1, 0, 2, 0, 0, 0, 12, 6]
 
 
 @pytest.mark.parametrize(
@@ -73,17 +76,20 @@ def test_what_the_papers_average_over():
     assert all(t.shots == 0 for n, each in tasks.items() if n != "mmlu-5shot" for t in each)
 
 
-@pytest.mark.parametrize("name", ["recall-1k", "recall-4k", "recall-32k", "pocket-recall"])
-def test_retrieval_suites_fit_their_rows_on_both_sides_of_the_reach(name):
+def test_retrieval_suites_fit_their_rows_on_both_sides_of_the_reach():
     tokenizer = AutoTokenizer.from_pretrained(POCKET)  # of all tokenizers the one with the longest spelling
-    limit = 93 if name.startswith("pocket") else 32 * 63
-    for config in SUITES[name].evals:
-        small = config.model_copy(update={"items": 2})
-        lookup.implementation("evals", "retrieval").preflight(small, tokenizer=tokenizer, seeds=(0,), base=Path())
-        near = [d for d in config.distances if d <= limit]
-        far = [d for d in config.distances if d > limit]
-        assert len(near) * config.items >= 100 and (name == "recall-1k" or len(far) * config.items >= 100)
-    assert {c.format for c in SUITES[name].evals} == {"associative", "passkey", "needle"}
+    haystack = filler(tokenizer, FILLER, 40000)
+    found = {n: [e for e in s.evals if e.eval == "retrieval"] for n, s in SUITES.items()}
+    assert [n for n, each in found.items() if each] == ["pocket-recall", "recall-1k", "recall-32k", "recall-4k"]
+    for name in (n for n, each in found.items() if each):
+        limit = 93 if name.startswith("pocket") else 32 * 63
+        assert {c.format for c in found[name]} == {"associative", "passkey", "needle"}
+        for config in found[name]:
+            made = rows(config.model_copy(update={"items": 2}), tokenizer, haystack, seed=0)
+            assert len(made) == 2 * len(config.distances) // config.queries
+            near = config.items * sum(d <= limit for d in config.distances)
+            far = config.items * len(config.distances) - near
+            assert near >= 100 and (far >= 100 or name == "recall-1k"), "or the verdict is `not testable`"
 
 
 def samples(count, right, start=0):
@@ -178,3 +184,19 @@ def test_every_subtasks_dataset_is_asked_for(monkeypatch):
     monkeypatch.setattr(stock, "fetch", lambda leaf: asked.append((leaf["dataset_path"], leaf["dataset_name"])))
     preflight(SUITES["mmlu-5shot"].evals[0], **ASKED)
     assert len(set(asked)) == 57 and {path for path, _ in asked} == {"cais/mmlu"}
+
+
+@pytest.mark.parametrize(
+    ("suite", "words"),
+    [
+        ("{eval: lm_eval, tasks: [{task: piqa, chance: 0.5}]}", "needs the dataset 'baber/piqa'"),
+        ("{eval: retrieval, format: passkey, length: 128, distances: [3]}", "distance 3 does not fit"),
+    ],
+)
+def test_a_run_says_so_before_its_first_step(offline, home, tmp_path, suite, words):
+    (tmp_path / "suite.yaml").write_text(f"name: x\nevals:\n  - {suite}\n")
+    recipe = "name: x/x\nmodel: {teacher: pocket}\nmethod: {name: lolcats, window: 32}\n"
+    (tmp_path / "recipe.yaml").write_text(recipe + "eval: {suites: [suite.yaml]}\n")
+    with pytest.raises((EvalError, SourceError), match=words):
+        run(load(tmp_path / "recipe.yaml"), out=tmp_path / "out", device="cpu")
+    assert not (home / "steps").exists() and not (tmp_path / "out" / "model").exists()

@@ -335,6 +335,12 @@ def test_formats_lengths_and_metrics_of_recall_are_not_pooled(make: Any) -> None
         "Passkey in 4096 tokens by distance in tokens, % (exact match)",
         "Passkey in 4096 tokens by distance in tokens, % (generated)",
     ]
+    scores = [b for b in table.blocks if b.title.startswith("Scores")]
+    assert [b.title[-8:] for b in scores] == ["(1 of 3)", "(2 of 3)", "(3 of 3)"] and {len(b.rows) for b in scores} == {
+        10
+    }
+    columns = [c for b in scores for c in b.columns[1:]]
+    assert len(columns) == len(set(columns)) == 3 + 2 * 5
     assert cells(table, "Needle")["window", "201"].text == cells(table, "Recall by")["window", "201"].text
 
 
