@@ -184,7 +184,9 @@ def read_items(path: Path) -> dict[ItemsOf, tuple[Item, ...]]:
             for number, text in enumerate(lines, start=1):
                 line = json.loads(text)
                 items = tuple(
-                    Item(id=i, score=s, length=n, exposed=e, **dict(zip(("weight", "subtask"), more, strict=False)))
+                    Item(id=i, score=s, length=n, exposed=e, weight=more[0], subtask=more[1])
+                    if more
+                    else Item(id=i, score=s, length=n, exposed=e)
                     for i, s, n, e, *more in line.pop("items")
                 )
                 key = ItemsOf(**line)
