@@ -91,9 +91,12 @@ def _haystack(config: Config, tokenizer: Any, base: Path) -> np.ndarray:
 def _cannot_generate(model: Any) -> str:
     """Why the model keeps no cache in its state; empty where it does."""
     for form in forms(model):
-        if form.state.window == "full" and form.state.branches != ("window",):
+        softmax = (
+            form.state.window == "full" and "window" in form.state.branches and "linear" not in form.state.branches
+        )
+        if form.state.window == "full" and not softmax:
             return "window `full` beside a linear branch keeps no cache"
-        if form.config.kernel == "reference" and form.state.branches and form.state.window != "full":
+        if form.config.kernel == "reference" and form.state.branches and not softmax:
             return "kernel `reference` keeps no cache"
     return ""
 
