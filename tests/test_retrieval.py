@@ -92,17 +92,10 @@ def tokenizer(tokenizers):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _read_once():
-    """The library is tokenised once for each tokenizer."""
+def _read_once(tmp_path_factory):
+    """A home of this file's own: the library is tokenised once for each tokenizer."""
     with pytest.MonkeyPatch.context() as patch:
-        known = {}
-        original = data.stream
-
-        def stream(source, tokenizer, **more):
-            key = (source.model_dump_json(), data.tokenizer_digest(tokenizer), more["part"])
-            return known.setdefault(key, None) or known.update({key: original(source, tokenizer, **more)}) or known[key]
-
-        patch.setattr(data, "stream", stream)
+        patch.setenv("RECIPELIN_HOME", str(tmp_path_factory.mktemp("home")))
         yield
 
 

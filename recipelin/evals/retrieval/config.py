@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ...base import Config as Base
-from ...sources import LocalFile, Stdlib
+from ...sources import Text
 
 FILLER = (
     "The morning was quiet and the street was empty. A light wind moved the leaves. Nobody was in a hurry. "
@@ -40,9 +40,7 @@ class Config(Base):
     queries: Annotated[int, Field(ge=1)] = Field(
         1, description="questions of a row, at its end; the others' answers stand"
     )
-    text: Annotated[Stdlib | LocalFile, Field(discriminator="source")] | None = Field(
-        None, description="real text around the facts; null: `filler`, over and over"
-    )
+    text: Text | None = Field(None, description="real text around the facts; null: `filler`, over and over")
     filler: Annotated[str, Field(pattern=r"\S")] = FILLER
     part: Literal["selection", "test"] = "test"
     scoring: Annotated[tuple[Literal["likelihood", "generate"], ...], Field(min_length=1)] = ("likelihood",)

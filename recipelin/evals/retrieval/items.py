@@ -83,7 +83,8 @@ class _Spelling:
 def rows(config: Config, tokenizer: Any, haystack: np.ndarray, *, seed: int) -> tuple[Row, ...]:
     """The rows of one seed; the questions of a row take the distances in turn, in random order.
 
-    `haystack`: token ids that fill what is neither fact nor question, from a random place of a text, or the filler's start.
+    `haystack`: token ids that fill what is neither fact nor question, from a random place of a text, or the filler's start;
+    BOS and EOS are left out.
     Raises SourceError for a tokenizer, distance or number of pairs that does not fit.
     """
     parts: tuple[Part, ...] = ("training", "selection", "test")
@@ -208,15 +209,19 @@ def _row(
             f"a row of {config.length} needs {len(gaps)}"
         )
     stem = spelling.wording.fact.partition("{")[0].strip()
+    marks = [
+        t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None
+    ]  # of where documents begin, end
     for _ in range(20):
         begin = 0 if config.text is None else int(draw.integers(0, len(haystack) - len(gaps) + 1))
-        between = haystack[begin : begin + len(gaps)]
-        if stem.lower() not in " ".join(tokenizer.decode(between).lower().split()):
+        between = np.asarray(haystack[begin : begin + 2 * len(gaps)])
+        between = between[~np.isin(between, marks)][: len(gaps)]
+        said = stem.lower() in " ".join(tokenizer.decode(between).lower().split())
+        if len(between) == len(gaps) and not said:
             break
     else:
-        raise SourceError(
-            f"retrieval, {config.format}: the text says {stem!r} itself, wherever a row begins; take another"
-        )
+        why = f"says {stem!r} itself" if said else f"is shorter than {len(gaps)} tokens"
+        raise SourceError(f"retrieval, {config.format}: the text {why}, wherever a row begins; take another")
     row[gaps] = between
     return Row(
         row,

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from ... import data
 from ...exposure import exposed_share
+from ...files import home
 from ...records import Item, Result
 from ...states import NamedState
 from ...swap import forms
@@ -79,13 +80,13 @@ def run(
 
 
 def _haystack(config: Config, tokenizer: Any, base: Path) -> np.ndarray:
-    """Tokens of the part, without the marks of where a document begins and ends; or the filler over and over."""
+    """Tokens of the part (a memory map), or the filler over and over."""
     if config.text is None:
         return filler(tokenizer, config.filler, config.length)
-    tokens = data.stream(config.text, tokenizer, part=config.part, folder=base, cache=None).tokens
-    marks = [t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None]
-    kept: np.ndarray = tokens[~np.isin(tokens, marks)]
-    return kept
+    tokens: np.ndarray = data.stream(
+        config.text, tokenizer, part=config.part, folder=base, cache=home() / "tokens"
+    ).tokens
+    return tokens
 
 
 def _cannot_generate(model: Any) -> str:
