@@ -16,15 +16,23 @@ def exposed_share(positions: Iterable[int], exposed_from: int | None) -> float:
     return sum(p - 1 >= exposed_from for p in found) / len(found)
 
 
-def exposed_from(hybrid: State | None) -> int | None:
-    """First query position (from 0) with a non-empty linear set in the hybrid: window (terrace: two) + sinks; cover all: 0.
+def exposed_from(hybrid: State | None, reach: int | None = None) -> int | None:
+    """First query position (from 0) with a non-empty linear set in the hybrid; None where no query has one.
 
-    Under `compat: lolcats_tk_v1` blocks end with the row, so that some earlier queries have one too; they are not counted.
+    Cover `all`: 0. Sliding: window + sinks. Terraced: the first block whose window begins behind the sinks and at least
+    one key more, 2 window without sinks. reach: how far the linear branch may look at all (the teacher's own window).
+    Under `compat: lolcats_tk_v1` blocks end with the row, and rows of at most `window` tokens are counted twice, so that
+    some earlier queries have one too; they are not counted.
     """
     if hybrid is None or "linear" not in hybrid.branches:
         return None
     if hybrid.cover == "all":
         return 0
-    if hybrid.most_keys is None:
+    if hybrid.window == "full":
         return None
-    return hybrid.most_keys + (hybrid.sinks if "sinks" in hybrid.branches else 0)
+    sinks = hybrid.sinks if "sinks" in hybrid.branches else 0
+    if hybrid.shape == "terraced":
+        first, nearest = (sinks // hybrid.window + 2) * hybrid.window, hybrid.window + 1
+    else:
+        first, nearest = hybrid.window + sinks, hybrid.window
+    return first if reach is None or nearest < reach else None

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, ValidationError
 
 from . import families, lookup, reads
+from .attention.hybrid.config import Config as Hybrid
 from .base import Config
 from .families import Architecture
 from .load import Loaded, load_suite
@@ -63,6 +64,16 @@ class Plan(Config):
     hybrid: State | None
     steps: tuple[Planned, ...]
     hash: str
+
+    @property
+    def reach(self) -> int | None:
+        """The farthest that a linear branch may look, the query included: the teacher's own window; None: no limit."""
+        swap = next((p.step for p in self.steps if isinstance(p.step, Swap)), None)
+        if swap is None or not isinstance(swap.config, Hybrid):
+            return None
+        layers = range(self.layers) if swap.layers == "all" else swap.layers
+        found = [swap.config.reach(self.architecture, i) for i in layers]
+        return None if None in found else max(w for w in found if w is not None)
 
 
 # What cannot change a result stays out of the hash.
@@ -152,6 +163,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
         reads.refuse_leaks(found)
     except SourceError as error:
         raise PlanError(f"data: {error}") from error
+    _refuse_padding(loaded, tuple(found))
     counting = _Counting(loaded, arch, tuple(found))
     model = recipe.model.model_dump(mode="json", exclude={"architecture", "converted"})  # the Swap has the latter
     chain = digest({"model": model, "seed": recipe.seed})
@@ -193,6 +205,29 @@ def _watched(step: Step) -> list[str]:
     return []
 
 
+def _refuse_padding(loaded: Loaded, steps: Sequence[Step]) -> None:
+    """LoLCATs' published window has neither padding nor separate documents: PlanError where a step would bring them."""
+    switched = [s.state for s in steps if isinstance(s, Switch)]
+    evaluated = [s.state for e in steps if isinstance(e, Evaluate) for s in e.states if s.state is not None]
+    compat = next((s.compat for s in (*switched, *evaluated) if s.compat), None)
+    if compat is None:
+        return
+    for step in steps:
+        if isinstance(step, (Calibrate, Transfer, Tune)) and (step.data.separate or step.data.positions == "restart"):
+            raise PlanError(
+                f"compat: {compat} knows no separate documents; write data: {{separate: false, positions: run_on}}"
+            )
+        watched = [load_suite(name, loaded.path) for name in _watched(step)]
+        for suite in suites_of(step) if isinstance(step, Evaluate) else watched:
+            for evaluation in suite.evals:
+                batch = getattr(evaluation, "batch", 1)
+                if getattr(evaluation, "eval", "") == "lm_eval" and batch != 1:
+                    raise PlanError(
+                        f"compat: {compat} counts its blocks from the end of the padded row; lm_eval of suite "
+                        f"{suite.name!r} has batch {batch}, write batch: 1 (LoLCATs' own)"
+                    )
+
+
 def _states(asked: Sequence[str | StateOf], hybrid: State | None, *, teacher: bool) -> tuple[NamedState, ...]:
     """The states to evaluate, resolved; the subsets that Shapley values need are added at the end."""
     found: list[NamedState] = []
@@ -214,9 +249,14 @@ def _states(asked: Sequence[str | StateOf], hybrid: State | None, *, teacher: bo
             if state.state is None:
                 raise PlanError("eval.states: the teacher has no branches to change")
             changes = {k: v for k, v in entry.model_dump(exclude={"name", "of"}).items() if v is not None}
-            state = NamedState(
-                name=entry.name, weights="student", state=State(**{**state.state.model_dump(), **changes})
-            )
+            if "compat" in entry.model_fields_set:  # null says: without
+                changes["compat"] = entry.compat
+            try:
+                changed = State(**{**state.state.model_dump(), **changes})
+            except ValidationError as error:
+                wrong = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+                raise PlanError(f"eval.states: {entry.name!r}: {wrong}") from error
+            state = NamedState(name=entry.name, weights="student", state=changed)
         found.append(state)
     names = [s.name for s in found]
     if twice := sorted({n for n in names if names.count(n) > 1}):
@@ -321,8 +361,8 @@ class _Counting:
         count = optimiser_steps(schedule, self._rows(step.data, schedule.length))
         tokens = None if count is None else count * schedule.batch * schedule.accumulation * schedule.length
         before = self.steps[: self.steps.index(step)]
-        window = next((s.state.window for s in reversed(before) if isinstance(s, Switch)), schedule.length)
-        operator = self._operator(schedule.length if window == "full" else min(window, schedule.length))
+        keys = next((s.state.most_keys for s in reversed(before) if isinstance(s, Switch)), None)
+        operator = self._operator(schedule.length if keys is None else min(keys, schedule.length))
         per_token = factor * self._forward(schedule.length) + 3.0 * operator
         if isinstance(step, Tune) and schedule.gradient_checkpointing:
             per_token += self._forward(schedule.length)
@@ -409,8 +449,8 @@ def describe_state(state: State) -> str:
         return "no attention"
     parts = []
     if "window" in state.branches:
-        shape = "".join(f", {x}" for x in (state.shape, state.compat) if x and x != "sliding")
-        parts.append(f"window {state.window}{shape}")
+        shape = "" if state.shape == "sliding" else f"{state.shape} "
+        parts.append(f"{shape}window {state.window}{f' ({state.compat})' if state.compat else ''}")
     if "sinks" in state.branches:
         parts.append(f"{state.sinks} sinks")
     if "linear" in state.branches:

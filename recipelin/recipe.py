@@ -8,7 +8,7 @@ from .base import Config
 from .families import Architecture
 from .schedule import Schedule
 from .sources import Data
-from .states import Branch, Join, State
+from .states import Branch, Compat, Join, Shape, State
 
 
 class About(Config):
@@ -115,12 +115,17 @@ class Model(Config):
 
 
 class StateOf(Config):
-    """A state spelt out as a change of a named one. Sample YAML: `{name: window-16, of: window, window: 16}`"""
+    """A state spelt out as a change of a named one; `compat: null` takes a published window's defects away.
+
+    Sample YAML: `{name: window-16, of: window, window: 16}`
+    """
 
     name: str
     of: str = "hybrid"
     branches: tuple[Branch, ...] | None = None
     window: Annotated[int, Field(ge=1)] | Literal["full"] | None = None
+    shape: Shape | None = None
+    compat: Compat | None = None
     sinks: Annotated[int, Field(ge=0)] | None = None
     cover: Literal["outside", "all"] | None = None
     join: Join | None = None

@@ -350,7 +350,7 @@ class _Walk:
                 tokenizer=tokenizer,
                 state=named,
                 seed=seed,
-                exposed_from=exposed_from(self.plan.hybrid),
+                exposed_from=exposed_from(self.plan.hybrid, self.plan.reach),
                 folder=self.folder / tasks,
                 base=self.loaded.path.parent,
                 device=self.device,
@@ -438,7 +438,7 @@ class _Walk:
                     "state": named.state.model_dump(mode="json") if named.state else None,
                     "config": config.model_dump(mode="json"),
                     "seed": seed,
-                    "exposed_from": exposed_from(step.hybrid),
+                    "exposed_from": exposed_from(step.hybrid, self.plan.reach),
                     "sources": sources,
                 }
             )[:20]

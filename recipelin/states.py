@@ -1,13 +1,15 @@
 """Branch states: which parts of a hybrid take part in a forward pass, and how they are joined (DESIGN §6)."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .base import Config
 
 Branch = Literal["window", "linear", "sinks"]
-Join = Literal["shared", "absolute", "replace"]
+Join = Literal["shared", "absolute", "replace", "average", "sum"]
+Shape = Literal["sliding", "terraced"]
+Compat = Literal["lolcats_tk_v1"]
 
 
 class State(Config):
@@ -22,15 +24,25 @@ class State(Config):
     window: Annotated[int, Field(ge=1)] | Literal["full"] = Field(
         64, description="softmax window in tokens, the query included; `full` is causal softmax (LoLCATs: 64)"
     )
-    shape: Literal["sliding", "terraced"] = "sliding"
-    compat: Literal["lolcats_tk_v1"] | None = None
+    shape: Shape = Field(
+        "sliding",
+        description="sliding: the last `window` keys; terraced: the query's block of `window` keys and the whole block "
+        "before it, blocks counted from the first real token",
+    )
+    compat: Compat | None = Field(
+        None,
+        description="the terraced window as LoLCATs published it: rows of at most `window` tokens are counted twice, blocks "
+        "end with the call, decoding slides; takes no padding (lm_eval: batch 1), sinks, other cover or join",
+    )
     sinks: Annotated[int, Field(ge=0)] = Field(
         0, description="first real tokens of a row that softmax always sees (LoLCATs has none)"
     )
     cover: Literal["outside", "all"] = Field(
         "outside", description="keys of the linear branch: those outside the softmax set (LoLCATs), or all"
     )
-    join: Join = Field("shared", description="how the branches share a row (DESIGN §5); LoLCATs: shared")
+    join: Join = Field(
+        "shared", description="how the branches share a row (DESIGN §5); LoLCATs: shared; Liger: average"
+    )
     mix: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="g of the `shared` join for every head; None: what was learned (LoLCATs)"
     )
@@ -41,12 +53,43 @@ class State(Config):
         "mass", description="an absent branch leaves numerator and denominator (mass), or only the numerator (output)"
     )
 
+    @model_validator(mode="after")
+    def _compat_fits(self) -> "State":
+        check_compat(self)
+        return self
+
     @property
     def most_keys(self) -> int | None:
         """Most keys that the softmax window of one query holds; None: all. A terrace is the own block and the one before."""
         if self.window == "full":
             return None
         return 2 * self.window if self.shape == "terraced" else self.window
+
+
+class _Compat(Protocol):
+    """What `check_compat` always finds, in a State or in a method's fields; cover, join and sinks only if they are there."""
+
+    @property
+    def compat(self) -> Compat | None: ...
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def window(self) -> int | Literal["full"]: ...
+
+
+def check_compat(fields: _Compat) -> None:
+    """Raises ValueError for fields that LoLCATs does not have beside its published window."""
+    if fields.compat is None:
+        return
+    needed = {"shape": "terraced", "cover": "outside", "sinks": 0, "join": "shared"}
+    wrong = [f"{n}: {getattr(fields, n)}" for n, x in needed.items() if getattr(fields, n, x) != x]
+    if fields.window == "full":
+        wrong.append("window: full")
+    if wrong:
+        raise ValueError(
+            f"compat: {fields.compat} needs shape: terraced, a window in tokens, cover: outside, join: shared and no sinks; "
+            f"found {', '.join(wrong)}"
+        )
 
 
 class NamedState(Config):

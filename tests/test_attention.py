@@ -10,12 +10,13 @@ import recipelin.hf as hf
 from recipelin import families, lookup
 from recipelin.attention.hybrid.config import Config, FeatureMap
 from recipelin.cache import state_bytes
-from recipelin.states import NAMES, State, resolve
+from recipelin.states import NAMES, State, resolve, subsets
 from recipelin.steps import Swap
-from recipelin.swap import architecture_of, forms, mark_merged, recording, restore, swap, switch
+from recipelin.swap import architecture_of, forms, mark_merged, observing, recording, restore, swap, switch
+from recipelin_kernels import weight_transfer_loss
 
 FORMS = lookup.names("attention")
-JOINS = ("shared", "absolute", "replace")
+JOINS = ("shared", "absolute", "replace", "average", "sum")
 GROUPS = ((2, 2), (6, 2), (4, 1))
 
 
@@ -48,16 +49,21 @@ def test_a_covering_window_is_the_teacher(tiny, heads, key_heads, join):
     teacher = logits(model, ids)
     swapped(model, State(window=37, join=join))
     assert (logits(model, ids) - teacher).abs().max() < 1e-5
-    switch(model, State(window=36, join=join))
-    assert (logits(model, ids) - teacher).abs().max() > 1e-5  # one key outside is seen
+    switch(model, State(window=19, shape="terraced", join=join))
+    assert (logits(model, ids) - teacher).abs().max() < 1e-5
+    for state in (State(window=36, join=join), State(window=18, shape="terraced", join=join)):
+        switch(model, state)
+        assert (logits(model, ids) - teacher).abs().max() > 1e-5  # one key outside is seen
 
 
 @pytest.mark.parametrize("key_heads", ["query", "key"])
 @pytest.mark.parametrize("sinks", [0, 4])
-@pytest.mark.parametrize("join", JOINS)
-def test_causal_and_prefix_invariant(tiny, join, sinks, key_heads):
+@pytest.mark.parametrize(
+    ("join", "shape"), [*((j, "sliding") for j in JOINS), ("shared", "terraced"), ("sum", "terraced")]
+)
+def test_causal_and_prefix_invariant(tiny, join, shape, sinks, key_heads):
     branches = ("window", "linear", "sinks") if sinks else ("window", "linear")
-    state = State(branches=branches, window=5, sinks=sinks, join=join)
+    state = State(branches=branches, window=5, shape=shape, sinks=sinks, join=join)
     model = swapped(tiny(dtype=torch.float64), state, feature_map=FeatureMap(width=2, key_heads=key_heads))
     ids = tokens(2, 71)
     whole = logits(model, ids)
@@ -73,11 +79,14 @@ def test_causal_and_prefix_invariant(tiny, join, sinks, key_heads):
 @pytest.mark.parametrize("cover", ["outside", "all"])
 @pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize("join", JOINS)
-@pytest.mark.parametrize("window", [1, 6])
-def test_prefill_and_decoding_are_the_parallel_form(tiny, window, join, sinks, cover):
+@pytest.mark.parametrize(
+    ("window", "shape", "own"), [(1, "sliding", None), (6, "sliding", None), (4, "terraced", None), (4, "terraced", 13)]
+)
+def test_prefill_and_decoding_are_the_parallel_form(tiny, window, shape, own, join, sinks, cover):
     branches = ("window", "linear", "sinks") if sinks else ("window", "linear")
-    state = State(branches=branches, window=window, sinks=sinks, join=join, cover=cover)
-    model = swapped(tiny(dtype=torch.float64), state, feature_map=FeatureMap(width=2))
+    state = State(branches=branches, window=window, shape=shape, sinks=sinks, join=join, cover=cover)
+    model = tiny(dtype=torch.float64, family="mistral", sliding_window=own)
+    swapped(model, state, feature_map=FeatureMap(width=2))
     ids = tokens(2, 33)
     whole = logits(model, ids)
     cache, found, sizes = DynamicCache(config=model.config), [], []
@@ -143,13 +152,101 @@ def test_grouped_heads_are_repeated_heads(tiny, heads, key_heads):
     assert (logits(grouped, ids) - logits(plain, ids)).abs().max() < 1e-10
 
 
+OWN = 9
+
+
+def windowed(tiny, **config):
+    """(model, ids, the teacher's logits) of a teacher with a window of its own, swapped."""
+    model, ids = tiny(2, 1, family="mistral", sliding_window=OWN), tokens(2, 33)
+    teacher = logits(model, ids)
+    return swapped(model, State(window=4), **config), ids, teacher
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_a_window_over_the_teachers_own_is_the_teacher(tiny, join):
+    model, ids, teacher = windowed(tiny)
+    for state in (
+        State(window=OWN, join=join),
+        State(window=30, join=join),
+        State(window=8, shape="terraced", join=join),
+    ):
+        switch(model, state)
+        assert (logits(model, ids) - teacher).abs().max() < 1e-5
+    switch(model, State(window=OWN - 1, join=join))
+    assert (logits(model, ids) - teacher).abs().max() > 1e-5
+
+
+def far_tokens_matter(model, ids, by: int) -> bool:
+    """Whether the first token still moves a query `by` tokens after it, in the first layer's own attention."""
+    other = ids.clone()
+    other[:, 0] = (other[:, 0] + 1) % 131
+    seen = [[], []]
+    for each, where in zip((ids, other), seen, strict=True):
+        with torch.no_grad(), observing(model, lambda i, c, where=where: where.append(c.y) if i == 0 else None):
+            model(input_ids=each, use_cache=False)
+    return not torch.equal(seen[0][0][:, :, by], seen[1][0][:, :, by])
+
+
+def test_the_linear_branch_ends_where_the_teachers_window_does_unless_told_otherwise(tiny):
+    for choice, sees in (("cut", False), ("ignore", True)):
+        model, ids, _ = windowed(tiny, teacher_window=choice)
+        for state in (State(window=4), State(branches=("linear",), cover="all", window=4)):
+            switch(model, state)
+            assert far_tokens_matter(model, ids, OWN - 1) and far_tokens_matter(model, ids, OWN) == sees
+        switch(model, State(window=30))  # ignored, the window is the window itself
+        assert far_tokens_matter(model, ids, OWN) == sees
+
+
+def test_transfer_losses_are_cut_as_the_student_is(tiny):
+    for choice in ("cut", "ignore"):
+        model, ids, _ = windowed(tiny, teacher_window=choice)
+        captured = []
+        with torch.no_grad(), recording(model, lambda i, c, captured=captured: captured.append(c)):
+            logits(model, ids)
+        form = forms(model)[0]
+        for state in (State(window=4, shape="terraced"), State(window=30), State(window=4, join="average")):
+            switch(model, state)
+            names = ("weights", "hybrid_weights", "outputs", "hybrid_outputs")
+            found = {n: float(x.detach()) for n, x in form.losses(captured[0], dict.fromkeys(names, 1.0)).items()}
+            covered = choice == "cut" and state.window == 30
+            assert (found["hybrid_outputs"] < 1e-10) == covered
+            x = captured[0]
+            given = (x.q, x.k, form.feature_map_q(x.q), form.feature_map_k(x.k), x.lse)
+            reach = {"teacher_window": OWN, "reach": OWN if choice == "cut" else None, "kernel": "reference"}
+            joint = {"window": state.window, "shape": state.shape, "join": state.join, "mix": form.mix()}
+            for name, options in (("weights", {}), ("hybrid_weights", {"target": "hybrid", **joint})):
+                expected = weight_transfer_loss(*given, **reach, **options)
+                assert abs(found[name] - float(expected.detach())) < 1e-5
+
+
+def test_the_published_terraced_window_decodes_by_sliding_and_takes_no_padding(tiny):
+    published = State(window=6, shape="terraced", compat="lolcats_tk_v1")
+    model, ids = swapped(tiny(dtype=torch.float64), published), tokens(2, 33)
+    for state, equal in ((published, False), (State(window=6, shape="terraced"), True)):
+        switch(model, state)
+        whole, cache, found = logits(model, ids), DynamicCache(config=model.config), []
+        with torch.no_grad():
+            for start, stop in ((0, 21), *((t, t + 1) for t in range(21, 33))):
+                found.append(model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits)
+        error = (torch.cat(found, 1) - whole)[:, 21:].abs().max()
+        assert error < 1e-10 if equal else error > 1e-3
+        short = (logits(model, ids[:, :4]) - logits(model, ids)[:, :4]).abs().max()
+        assert short < 1e-10 if equal else short > 1e-3
+    switch(model, published)
+    mask = torch.ones(2, 33, dtype=torch.long)
+    assert torch.equal(logits(model, ids, attention_mask=mask), logits(model, ids))
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match=r"takes no key_mask.*batch 1"):
+        logits(model, ids, attention_mask=mask)
+
+
 @pytest.mark.parametrize("join", JOINS)
 def test_every_branch_gets_gradient(tiny, join):
     model = swapped(tiny(), State(window=4, join=join), feature_map=FeatureMap(width=2))
     model(input_ids=tokens(2, 19), use_cache=False).logits.square().mean().backward()
     for form in forms(model):
         groups = form.groups()
-        named = {"shared": "mix", "absolute": "log_scale", "replace": None}[join]
+        named = {"shared": "mix", "absolute": "log_scale"}.get(join)
         for name in ("feature_maps", *([named] if named else [])):
             for parameter in groups[name]:
                 assert parameter.grad is not None and parameter.grad.abs().sum() > 0, (name, form.layer_index)
@@ -157,8 +254,15 @@ def test_every_branch_gets_gradient(tiny, join):
             assert projection.weight.grad.abs().sum() > 0
 
 
-def test_every_named_state_runs_and_none_gives_zeros(tiny):
-    hybrid = State(branches=("window", "linear", "sinks"), window=5, sinks=2)
+@pytest.mark.parametrize(
+    "fields", [{}, {"shape": "terraced"}, {"compat": "lolcats_tk_v1"}, {"join": "average"}], ids=str
+)
+def test_every_named_state_runs_and_none_gives_zeros(tiny, fields):
+    hybrid = (
+        State(branches=("window", "linear", "sinks"), window=5, sinks=2, **fields)
+        if "compat" not in fields
+        else (State(window=5, shape="terraced", **fields))
+    )
     model = swapped(tiny(), hybrid)
     seen = {}
     for name in NAMES:
@@ -173,6 +277,9 @@ def test_every_named_state_runs_and_none_gives_zeros(tiny):
     assert all(float(y.abs().sum()) == 0.0 for y in outputs)
     distinct = {tuple(v.flatten()[-5:].tolist()) for v in seen.values()}
     assert len(distinct) == len(seen), "two states give the same"
+    assert len(subsets(hybrid)) == 2 ** len(hybrid.branches)
+    for each in (resolve("window", hybrid).state, *(s.state for s in subsets(hybrid).values())):
+        assert (each.shape, each.compat, each.join) == (hybrid.shape, hybrid.compat, hybrid.join)
 
 
 def recording_none(model):

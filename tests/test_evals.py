@@ -19,11 +19,12 @@ from recipelin.evals.lm_eval.config import Config as LmEval
 from recipelin.evals.perplexity.config import Config as Perplexity
 from recipelin.evals.recall.config import Config as Recall
 from recipelin.evals.usage.config import Config as Usage
-from recipelin.exposure import exposed_share
+from recipelin.exposure import exposed_from, exposed_share
 from recipelin.sources import Stdlib, part_of
 from recipelin.states import State, resolve
 from recipelin.steps import Swap
 from recipelin.swap import swap, switch
+from recipelin_kernels import hybrid_attention
 
 HYBRID = State(window=8)
 
@@ -48,12 +49,12 @@ def model(tokenizer):
     return made
 
 
-def run(config, model, tokenizer, folder, *, name="hybrid", seed=0, exposed_from=8):
+def run(config, model, tokenizer, folder, *, name="hybrid", seed=0, exposed_from=8, hybrid=HYBRID):
     return lookup.implementation("evals", config.eval).run(
         config,
         model=model,
         tokenizer=tokenizer,
-        state=resolve(name, HYBRID),
+        state=resolve(name, hybrid),
         seed=seed,
         exposed_from=exposed_from,
         folder=folder,
@@ -72,6 +73,23 @@ def test_exposure_by_hand():
     assert exposed_share(range(1, 9), 8) == 0.0  # queries 0 .. 7 see at most 8 keys
     assert exposed_share(range(1, 10), 8) == 1 / 9  # query 8 has left one key behind
     assert exposed_share([5], None) == 0.0
+
+
+@pytest.mark.parametrize("reach", [None, 5, 6, 11])
+@pytest.mark.parametrize("sinks", [0, 3, 5, 12])
+@pytest.mark.parametrize(("shape", "cover"), [("sliding", "outside"), ("terraced", "outside"), ("terraced", "all")])
+def test_the_first_exposed_query_is_the_operators(shape, cover, sinks, reach):
+    """The first row in which the linear branch holds any mass, with windows of 5 tokens."""
+    state = State(branches=("window", "linear", "sinks"), window=5, shape=shape, cover=cover, sinks=sinks)
+    q, phi = torch.randn(1, 1, 33, 4), torch.rand(1, 1, 33, 4) + 0.1
+    _, parts = hybrid_attention(
+        q, q, q, phi, phi, torch.ones(1), window=5, shape=shape, cover=cover, sinks=sinks, reach=reach, components=True
+    )
+    found = parts.linear_share[0, 0].nonzero().flatten().tolist()
+    assert exposed_from(state, reach) == (found[0] if found else None)
+    alone = State(branches=("window", "linear"), window=5, shape=shape, cover=cover, sinks=sinks)
+    assert exposed_from(alone) == (0 if cover == "all" else 5 if shape == "sliding" else 10)
+    assert exposed_from(None) is exposed_from(State(branches=("window",))) is exposed_from(State(window="full")) is None
 
 
 def test_perplexity_is_the_mean_log_loss(model, tokenizer, tmp_path):
@@ -182,6 +200,11 @@ def test_neither_the_batch_nor_the_call_matters(config, model, tokenizer, tmp_pa
     ]
     assert all(abs(a.value - b.value) < 1e-5 for a, b in zip(one, five, strict=True))
     assert one == run(kind.model_validate_json(json.dumps({**config, "batch": 1})), model, tokenizer, tmp_path)
+
+
+def test_usage_says_nothing_where_the_share_is_a_definition(model, tokenizer, tmp_path):
+    for join in ("average", "sum"):
+        assert run(Usage(rows=2, length=20), model, tokenizer, tmp_path, hybrid=State(window=8, join=join)) == ()
 
 
 def test_usage_of_rows_that_fit_into_the_window_is_nothing(model, tokenizer, tmp_path):

@@ -86,6 +86,8 @@ CASES = {
     "a list for a map": ("model: {teacher: pocket}", "model: [pocket]", "2:8: model: found a list; expected a map of fields"),
     "two durations": ("steps: 3,", "steps: 3, epochs: 1.0,", "give exactly one of steps, tokens, epochs; found steps, epochs"),
     "unknown choice": ("window: 16", "window: 16\n  cover: outsid", "6:10: method.cover: found the text 'outsid'; expected 'outside' or 'all'; did you mean 'outside'?"),
+    "a window LoLCATs has not": ("window: 16", "window: 16\n  compat: lolcats_tk_v1", "compat: lolcats_tk_v1 needs shape: terraced, a window in tokens, cover: outside, join: shared and no sinks; found shape: sliding"),
+    "unknown shape": ("window: 16", "window: 16\n  shape: terrace", "6:10: method.shape: found the text 'terrace'; expected 'sliding' or 'terraced'; did you mean 'terraced'?"),
     "unknown source": ("eval:", "data: {mix: [{source: python-stdlibs}]}\neval:", "found 'python-stdlibs'; expected one of python-stdlib, jsonl"),
     "floating revision": ("eval:", HUB.replace(COMMIT, "main"), "13:17: data.mix.0.revision: found 'main'; expected the 40 hexadecimal digits of a commit: a branch such as main moves on"),
     "tag": ("eval:", HUB.replace(COMMIT, "v1.0"), "13:17: data.mix.0.revision: found 'v1.0'; expected the 40"),

@@ -143,10 +143,74 @@ def test_a_published_checkpoint_is_planned_without_its_files():
     swap, switch, _ = planned.steps
     assert swap.what.endswith("16,779,264 new parameters, published weights (lolcats)")
     assert "finetune lolcats-llama-3.1-8b-ft-lora/model.pt (not here)" in swap.reads
-    assert switch.what.startswith("window 64, terraced, lolcats_tk_v1 + linear over keys outside")
+    assert switch.what.startswith("terraced window 64 (lolcats_tk_v1) + linear over keys outside")
     assert planned.hybrid.most_keys == 128 == exposed_from(planned.hybrid) and planned.parameters == 8_030_261_248
     corrected = plan(load("untangling/llama3.1-8b-lolcats-corrected"))
     assert corrected.hybrid.compat is None and corrected.steps[0].hash == swap.hash
+
+
+SUITE = "name: one\nevals: [{eval: lm_eval, tasks: [{task: piqa}], batch: 1}]\n"
+
+
+def of(tmp_path, old="", new="", *, suite=SUITE):
+    """The plan of the pocket's LoLCATs with the published terraced window, a piece of its text replaced."""
+    (tmp_path / "one.yaml").write_text(suite)
+    text = (ROOT / "recipes/pocket/lolcats.yaml").read_text().replace("[pocket]", "[one.yaml]")
+    text = text.replace("name: lolcats\n", "name: lolcats\n  shape: terraced\n  compat: lolcats_tk_v1\n", 1)
+    path = tmp_path / "r.yaml"
+    path.write_text(text.replace(old, new, 1) if old else text)
+    return plan(load(path))
+
+
+def test_a_published_window_is_planned_as_it_is(tmp_path):
+    planned = of(tmp_path)
+    assert "terraced window 32 (lolcats_tk_v1) + linear over keys outside" in show(planned)
+    states = {s.name: s.state for s in planned.steps[-1].step.states}
+    assert states["hybrid"].compat and not states["linear"].compat
+    plain = of(tmp_path, "  compat: lolcats_tk_v1\n")
+    assert "terraced window 32 + linear" in show(plain)
+    changed = of(
+        tmp_path,
+        "suites: [one.yaml]",
+        "suites: [one.yaml]\n  states: [hybrid, {name: clean, of: hybrid, compat: null}]",
+    )
+    clean = next(s.state for s in changed.steps[-1].step.states if s.name == "clean")
+    assert (clean.shape, clean.compat) == ("terraced", None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "suite", "words"),
+    [
+        ("data:\n", "data:\n  separate: true\n", SUITE, "knows no separate documents"),
+        ("data:\n", "data:\n  positions: restart\n", SUITE, "knows no separate documents"),
+        ("", "", SUITE.replace("batch: 1", "batch: 8"), "lm_eval of suite 'one' has batch 8, write batch: 1"),
+        (
+            "suites: [one.yaml]",
+            "suites: [one.yaml]\n  states: [{name: odd, of: hybrid, cover: all}]",
+            SUITE,
+            r"eval.states: 'odd': compat: lolcats_tk_v1 needs .* found cover: all",
+        ),
+    ],
+    ids=["separate", "restart", "batch", "state"],
+)
+def test_what_a_published_window_does_not_have_is_refused(tmp_path, old, new, suite, words):
+    with pytest.raises(PlanError, match=words):
+        of(tmp_path, old, new, suite=suite)
+
+
+def test_how_far_a_linear_branch_may_look(tmp_path):
+    """The widest own window of the swapped layers; None where one has none, or the form ignores it."""
+    planned = plan(load("pocket/lolcats"))
+    assert planned.reach is None
+    windows = {"model_type": "qwen2", "sliding_window": 64, "layer_types": ("sliding_attention",) * 3}
+    cut = planned.model_copy(update={"architecture": planned.architecture.model_copy(update=windows)})
+    assert cut.reach == 64
+    mixed = {**windows, "layer_types": ("full_attention", *windows["layer_types"][1:])}
+    assert cut.model_copy(update={"architecture": planned.architecture.model_copy(update=mixed)}).reach is None
+    swap = planned.steps[0].step
+    ignores = swap.model_copy(update={"config": swap.config.model_copy(update={"teacher_window": "ignore"})})
+    steps = (planned.steps[0].model_copy(update={"step": ignores}), *planned.steps[1:])
+    assert cut.model_copy(update={"steps": steps}).reach is None
 
 
 def test_a_tune_is_described_with_its_share():

@@ -133,7 +133,6 @@ def test_every_logit_is_lolcats_formula(tiny, tmp_path, case):
             restore(model)
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="the operator has no terraced window on this branch yet")
 @pytest.mark.parametrize("compat", [None, "lolcats_tk_v1"])
 @pytest.mark.parametrize("length", [4, 5, 6, 23])
 def test_the_published_window_is_lolcats_terrace(tiny, tmp_path, compat, length):

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..attention.hybrid.config import Config as Hybrid
 from ..attention.hybrid.config import FeatureMap
 from ..base import Config as Base
 from ..recipe import Recipe
 from ..schedule import Schedule
-from ..states import State
+from ..states import Compat, Shape, State, check_compat
 from ..steps import Step, StepsError, Swap, Switch
 
 
@@ -24,12 +24,17 @@ class Config(Base):
 
     name: Literal["converted"] = "converted"
     window: Annotated[int, Field(ge=1)] = Field(64, description="LoLCATs: 64")
-    shape: Literal["sliding", "terraced"] = Field("terraced", description="LoLCATs, wtk configs: terraced")
-    compat: Literal["lolcats_tk_v1"] | None = Field("lolcats_tk_v1", description="null: the window without its defects")
+    shape: Shape = Field("terraced", description="LoLCATs, wtk configs: terraced")
+    compat: Compat | None = Field("lolcats_tk_v1", description="null: the window without its defects")
     width: Annotated[int, Field(ge=1)] = Field(
         1, description="features as a multiple of head_dim; LoLCATs' feature_dim 64 a sign of head_dim 128 is 1"
     )
     activation: Literal["softmax", "exp"] = Field("softmax", description="LoLCATs' softmax_dim, exp_dim (full space)")
+
+    @model_validator(mode="after")
+    def _compat_fits(self) -> "Config":
+        check_compat(self)
+        return self
 
 
 STAGES: Mapping[str, Schedule | None] = {}

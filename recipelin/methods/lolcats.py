@@ -2,13 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
 from ..recipe import Recipe
 from ..schedule import Decay, Optimizer, Schedule
-from ..states import Branch, State
+from ..states import Branch, Compat, Shape, State, check_compat
 from ..steps import Lora, Objective, Step, Swap, Switch, Trained, Transfer, Tune
 
 
@@ -22,14 +22,25 @@ class Config(Base):
     name: Literal["lolcats"] = "lolcats"
     form: Hybrid = Hybrid()
     window: Annotated[int, Field(ge=1)] = Field(64, description="LoLCATs: 64")
+    shape: Shape = Field(
+        "sliding", description="LoLCATs: terraced in its published runs (wtk), sliding in others (wsw)"
+    )
     sinks: Annotated[int, Field(ge=0)] = Field(0, description="LoLCATs: none")
     cover: Literal["outside", "all"] = "outside"
+    compat: Compat | None = Field(
+        None, description="with shape: terraced, LoLCATs' published window with its three defects (facts/peers.md A.6)"
+    )
     max_gradient: Literal["through", "detached"] = "through"
     objective: dict[Objective, Annotated[float, Field(gt=0)]] = Field(
         {"hybrid_outputs": 1000.0}, description="LoLCATs: mse_factor 1000, xent_factor 0"
     )
     lora: Lora = Lora()
     tune_form: tuple[Trained, ...] = Field((), description="LoLCATs' fqkvo config: [feature_maps, mix]")
+
+    @model_validator(mode="after")
+    def _compat_fits(self) -> "Config":
+        check_compat(self)
+        return self
 
 
 # LoLCATs configs/experiment: AdamW, lr 1e-2 and 1e-4, plateau x 0.1 (patience 10), batch 1 x 8, 2 epochs, 1024 tokens.
@@ -49,8 +60,10 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     state = State(
         branches=branches,
         window=method.window,
+        shape=method.shape,
         sinks=method.sinks,
         cover=method.cover,
+        compat=method.compat,
         join="shared",
         max_gradient=method.max_gradient,
     )

@@ -82,11 +82,20 @@ class Config(Base):
     mix: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.1, description="start of g_h = sigmoid(theta_h) (LoLCATs: logit -2.1972)"
     )
+    teacher_window: Literal["cut", "ignore"] = Field(
+        "cut",
+        description="where the teacher has a window of its own (Mistral): `cut` ends the linear branch there too, exact, with "
+        "a state of that many keys; `ignore` lets it see all keys, with a small state",
+    )
     kernel: Literal["auto", "reference", "chunked"] = Field("auto", description="the operator's implementation")
 
     def features(self, architecture: Architecture) -> int:
         """F: features of one head (both signs together)."""
         return self.feature_map.size(architecture.head_dim)
+
+    def reach(self, architecture: Architecture, layer: int) -> int | None:
+        """How far a layer's branches may look, the query included; None: no limit."""
+        return architecture.own_window(layer) if self.teacher_window == "cut" else None
 
     def parameters(self, architecture: Architecture) -> dict[str, int]:
         """New parameters of one layer, by group: held against the built module by a test."""

@@ -189,13 +189,13 @@ class HybridAttention(nn.Module):
         absent = [b for b in ("window", "linear") if b not in state.branches]
         if state.sinks and "sinks" not in state.branches:
             absent.append("sinks")
-        window = length if state.window == "full" else state.window
-        own = self.own_window
         return {
             "mix": self.mix() if state.mix is None else torch.full_like(self.mix.theta, state.mix),
             "log_scale": self.log_scale(),
-            "window": min(window, own) if own else window,
+            "window": length if state.window == "full" else state.window,
             "shape": state.shape,
+            "reach": self.config.reach(self.architecture, self.layer_index),
+            "compat": state.compat,
             "sinks": state.sinks,
             "cover": state.cover,
             "join": state.join,
@@ -246,13 +246,11 @@ class HybridAttention(nn.Module):
             if name.endswith("weights"):
                 if captured.lse is None:
                     raise ValueError(f"{name}: needs the teacher's log-sum-exp, which only a recorder gets")
-                extra: dict[str, Any] = {"target": "linear"}
+                options = self.options(self.state, q.shape[2])
+                extra: dict[str, Any] = {"target": "linear", "reach": options["reach"]}
                 if name == "hybrid_weights":
-                    options = self.options(self.state, q.shape[2])
-                    extra = {
-                        "target": "hybrid",
-                        **{n: options[n] for n in ("window", "sinks", "cover", "join", "mix", "log_scale")},
-                    }
+                    taken = ("window", "shape", "sinks", "cover", "join", "mix", "log_scale", "reach", "compat")
+                    extra = {"target": "hybrid", **{n: options[n] for n in taken}}
                 found[name] = weight_transfer_loss(
                     q,
                     k,
@@ -267,7 +265,7 @@ class HybridAttention(nn.Module):
             else:
                 state = self.state
                 if name == "outputs":
-                    state = State(**{**state.model_dump(), "branches": ("linear",), "cover": "all"})
+                    state = State(**{**state.model_dump(), "branches": ("linear",), "cover": "all", "compat": None})
                 options = self.options(state, q.shape[2])
                 y = hybrid_attention(
                     q, k, captured.v.detach(), self.feature_map_q(q), self.feature_map_k(k), **options, **where

@@ -28,11 +28,14 @@ def run(
 ) -> tuple[Result, ...]:
     """A Result for each layer and head: mean share over queries with a non-empty linear set, on the student's own stream.
 
-    Nothing in states without both branches, where the share is 0 or 1 by definition, for signed features, where it is not
-    defined, and for rows that fit into the window, where no linear set has a key.
+    Nothing in states without both branches and in the joins `average` and `sum`, where the share is 0, 1 or 1/2 by
+    definition, for signed features, where it is not defined, and for rows that fit into the window, where no linear set has
+    a key.
     """
     found = forms(model)
     if not found or state.state is None or not {"window", "linear"} <= set(state.state.branches):
+        return ()
+    if state.state.join in ("average", "sum"):
         return ()
     if found[0].config.feature_map.activation == "none" or exposed_from is None or config.length <= exposed_from:
         return ()
