@@ -17,7 +17,7 @@ def located(
     """pydantic's errors with their lines; one mistake may come from several branches of a union: the deepest counts."""
     told: dict[Where, list[str]] = {}
     for each in error.errors(include_url=False):
-        path = (*prefix, *_real(each["loc"], prefix, places))
+        path = (*prefix, *_real(each["loc"], prefix, places, missing=each["type"] == "missing"))
         told.setdefault(path, []).append(_say(each, model))
     paths = list(told)
     for path, texts in told.items():
@@ -30,22 +30,13 @@ def located(
         yield placed(places, place, f"{field_name}: {text}" if field_name else text)
 
 
-def _real(loc: Sequence[str | int], prefix: Where, places: Mapping[Where, Mistake]) -> Where:
-    """The loc without the tags of unions that pydantic puts into it."""
+def _real(loc: Sequence[str | int], prefix: Where, places: Mapping[Where, Mistake], *, missing: bool) -> Where:
+    """The loc without the tags of unions that pydantic puts into it: what the file has, and a field that is missing."""
     found: Where = ()
     for index, part in enumerate(loc):
-        rest_known = (*prefix, *found, part) in places or (*prefix, *found, part, "key") in places
-        tag = index + 1 < len(loc) or not isinstance(part, str) or not re.fullmatch(r"[a-z_]+|[a-z-]+", part)
-        if rest_known or not tag:
+        here = (*prefix, *found, part)
+        if here in places or (*here, "key") in places or (missing and index + 1 == len(loc)):
             found = (*found, part)
-        elif isinstance(part, str) and index + 1 < len(loc):
-            nxt = loc[index + 1]
-            if (
-                (*prefix, *found, nxt) not in places
-                and (*prefix, *found, nxt, "key") not in places
-                and index + 2 < len(loc)
-            ):
-                continue
     return found
 
 

@@ -18,7 +18,7 @@ from .records import Items, Record, RecordError, items_path, read_items, read_re
 from .render import DASH, FORMATS, Block, Cell, Format, Number, Table, plus_minus, render
 from .runtable import mean_of, run_table, scale, score_cell
 from .statistics import Draws, Interval, recovery
-from .tablespec import TRUST, Column, Printed, Spec, SpecError, TableRow, read_spec
+from .tablespec import TRUST, Column, Printed, Spec, TableRow, read_spec
 from .verdict import RULE, judge
 
 
@@ -326,7 +326,7 @@ def table_command(arguments: argparse.Namespace) -> int:
         record = read_record(path)
         items = read_items(path) if items_path(path).exists() else {}
         print(render(run_table(record, items, place=record_path(path)), arguments.format), end="")
-    except (SpecError, TableError, RecordError) as error:
+    except (TableError, RecordError) as error:
         print(f"recipelin: {error}", file=sys.stderr)
         return 2
     return 0

@@ -271,7 +271,7 @@ def test_a_damaged_recipe_never_breaks_the_reader(tmp_path_factory, place, lette
 def test_what_python_itself_would_choke_on(tmp_path):
     """A number of thousands of digits, a NUL in a path, and a grid of millions of runs: refused at once, in a line."""
     assert "found a number of 5,000 characters" in mistakes(write(tmp_path, GOOD.replace("16", "9" * 5000)))[0]
-    assert "found the character \\0" in mistakes(write(tmp_path, GOOD + 'extends: "\\0"\n'))[0]
+    assert "found the character \\u0000" in mistakes(write(tmp_path, GOOD + 'extends: "\\0"\n'))[0]
     axis = ", ".join(map(str, range(3000)))
     grid = write(tmp_path, GOOD + f"grid:\n  seed: [{axis}]\n  method.window: [{axis}]\n")
     assert "found 9,000,000 points; expected at most 1,000" in mistakes(grid)[0]
