@@ -4,6 +4,7 @@ import difflib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,27 +47,29 @@ class Loaded:
 def find_recipe(name: str | Path, *, beside: Path | None = None) -> tuple[Path, str]:
     """(path, origin) of a recipe or suite by path or by name: an existing path, the checkout's, then the installed copy.
 
-    Raises RecipeError with the nearest name.
+    A path is looked for in `beside`, default the current folder. Raises RecipeError with the nearest name.
     """
     given = Path(name)
-    for base in ([beside] if beside else []) + [Path()]:
-        for candidate in (base / given, base / f"{given}.yaml"):
-            if candidate.is_file():
-                return candidate, "file"
-    if given.exists() and given.is_dir():
-        raise RecipeError([Mistake(str(name), 1, 1, "is a folder; expected a recipe")])
+    here = (beside or Path()) / given
+    for candidate in (here, Path(f"{here}.yaml")):
+        if os.path.isfile(candidate):  # False, too, for a name that no file can have
+            return candidate, "file"
+    if os.path.isdir(here):
+        inside = sorted(p.name for p in here.glob("*.yaml"))
+        text = f"is a folder; expected a recipe{f', such as {here / inside[0]}' if inside else ''}"
+        raise RecipeError([Mistake(str(name), 0, 0, text)])
     roots = [(CHECKOUT, "checkout"), (INSTALLED, "installed")]
     for root, origin in roots:
         for candidate in (root / given, root / f"{given}.yaml"):
-            if candidate.is_file():
+            if os.path.isfile(candidate):
                 return candidate, origin
     known = sorted({str(p.relative_to(r).with_suffix("")) for r, _ in roots if r.is_dir() for p in r.rglob("*.yaml")})
-    siblings = [str(p) for p in (Path() / given).parent.glob("*.yaml")]
+    siblings = [str(given.parent / p.name) for p in here.parent.glob("*.yaml")] if os.path.isdir(here.parent) else []
     near = difflib.get_close_matches(str(given), [*known, *siblings], 1) or difflib.get_close_matches(
         str(given.with_suffix("")).removeprefix(f"{RECIPES}/"), known, 1
     )
     hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-    raise RecipeError([Mistake(str(name), 1, 1, f"no such recipe{hint}")])
+    raise RecipeError([Mistake(str(name), 0, 0, f"no such recipe{hint}")])
 
 
 def _shown(path: Path) -> str:
@@ -83,6 +86,13 @@ def load(name: str | Path, *, allow_code: Sequence[str] = ()) -> Loaded:
     """Read a recipe by path or name. Raises RecipeError with every mistake of the file, and of the one it extends."""
     path, origin = find_recipe(name)
     raw, places, text = read_yaml(path, _shown(path))
+    kind = kind_of(raw)
+    if kind == "suite":
+        text = "this is a suite, which recipes name in eval.suites; expected a recipe"
+        raise RecipeError([placed(places, ("evals", "key"), text)])
+    if kind == "table spec":
+        text = f"this is a table spec (recipelin table {path}); expected a recipe"
+        raise RecipeError([placed(places, ("columns", "key"), text)])
     extends_text = None
     if "extends" in raw:
         raw, places, extends_text = _extended(raw, places, path)
@@ -92,24 +102,31 @@ def load(name: str | Path, *, allow_code: Sequence[str] = ()) -> Loaded:
     return loaded
 
 
+def kind_of(raw: Mapping[str, Any]) -> str:
+    """What a file holds, by its keys: a recipe, a suite or a table spec."""
+    if "method" in raw or "extends" in raw:
+        return "recipe"
+    return "suite" if "evals" in raw else "table spec" if "columns" in raw and "rows" in raw else "recipe"
+
+
 def _extended(
     raw: dict[str, Any], places: dict[Where, Mistake], path: Path
 ) -> tuple[dict[str, Any], dict[Where, Mistake], str]:
-    """The recipe laid over the one it extends: maps merge, everything else replaces."""
+    """The recipe laid over the one it extends, given by path or by name: maps merge, everything else replaces."""
     where = places[("extends",)]
     given = raw["extends"]
     if not isinstance(given, str):
-        raise RecipeError([replace(where, text=f"extends: found {describe(given)}; expected the path of a recipe")])
-    parent = path.parent / given
+        raise RecipeError(
+            [replace(where, text=f"extends: found {describe(given)}; expected the path or the name of a recipe")]
+        )
+    try:
+        parent, _ = find_recipe(given, beside=path.parent)
+    except RecipeError as error:
+        raise RecipeError([replace(where, text=f"extends: {given}: {error.mistakes[0].text}")]) from error
     if parent.resolve() == path.resolve():
         raise RecipeError([replace(where, text="extends: the recipe extends itself")])
-    try:
-        base, base_places, text = read_yaml(parent, _shown(parent))
-    except RecipeError as error:
-        if not parent.is_file():
-            problem = error.mistakes[0].text
-            raise RecipeError([replace(where, text=f"extends: {given}: {problem}")]) from error
-        raise
+    base, base_places, text = read_yaml(parent, _shown(parent))
+    base = rebased(base, parent.parent, path.parent)
     if "extends" in base:
         at = base_places[("extends", "key")]
         raise RecipeError(
@@ -138,6 +155,25 @@ def _extended(
     merged = lay(base, own, ())
     merged_places[()] = places[()]
     return merged, merged_places, text
+
+
+# The fields that may hold a path, by their last word, and what the path leads to.
+_PATHS = {"teacher": os.path.isdir, "architecture": os.path.isfile, "suites": os.path.isfile, "path": os.path.isfile}
+
+
+def rebased(value: Any, old: Path, new: Path, key: str = "") -> Any:
+    """A recipe's values as they read from folder `new`: a relative path to what is there in `old` still leads to it.
+
+    A path to nothing stays as it is, and so is looked for in `new`, as the recipe's own paths are.
+    """
+    if isinstance(value, dict):
+        return {k: rebased(v, old, new, k) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(rebased(v, old, new, key) for v in value)
+    is_there = _PATHS.get(key.rpartition(".")[2])
+    if is_there is None or not isinstance(value, str) or value in ("", "pocket") or not is_there(old / value):
+        return value
+    return value if os.path.samefile(old, new) else os.path.relpath((old / value).resolve(), new.resolve())
 
 
 def _build(raw: Mapping[str, Any], places: Mapping[Where, Mistake], path: Path, allow_code: Sequence[str]) -> Recipe:
@@ -423,6 +459,12 @@ def expand(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> tuple[Loaded, .
     if points > MOST_POINTS:
         mistakes.append(placed(loaded.places, ("grid",), f"found {points:,} points; expected at most {MOST_POINTS:,}"))
     if mistakes:
+        right = {axis: values for axis, values in grid.items() if values and not _no_field(loaded, axis)}
+        if len(right) < len(grid):  # the values of the other axes are tried all the same
+            try:
+                expand(replace(loaded, recipe=loaded.recipe.model_copy(update={"grid": right})), allow_code=allow_code)
+            except RecipeError as error:
+                mistakes += error.mistakes
         raise RecipeError(mistakes)
     last = [axis.rpartition(".")[2] for axis in grid]
     short = {axis: end if last.count(end) == 1 else axis for axis, end in zip(grid, last, strict=True)}

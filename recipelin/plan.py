@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from . import families, lookup, reads
 from .base import Config
 from .families import Architecture
 from .load import Loaded, load_suite
-from .mistakes import listed, nearest
+from .mistakes import listed, nearest, placed
 from .recipe import Converted, StateOf, Suite
 from .schedule import Schedule, optimiser_steps
 from .sources import Data, Hub, LocalFile, Recall, Rows, SourceError, Stdlib
 from .states import NAMES, NamedState, State, resolve, subsets
 from .steps import Calibrate, Evaluate, Lora, Step, StepsError, Swap, Switch, Transfer, Tune
+from .strict_yaml import Mistake, Where
 from .templates import name_of
 
 BYTES_PER_TOKEN = 4  # of English text under a vocabulary of tens of thousands; only sizes `epochs` before tokenising
@@ -28,7 +29,11 @@ POCKET = Path(__file__).parent / "pocket"
 
 
 class PlanError(ValueError):
-    """A recipe that is well formed but cannot be carried out; the message says what to change."""
+    """A recipe that is well formed but cannot be carried out; the message says what to change, and at `place` where."""
+
+    def __init__(self, text: str, place: Mistake | None = None) -> None:
+        self.located = place is not None
+        super().__init__(str(replace(place, text=text)) if place else text)
 
 
 class Cost(Config):
@@ -93,6 +98,11 @@ def teacher_folder(loaded: Loaded) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def refusal(loaded: Loaded, where: Where, text: str) -> PlanError:
+    """A PlanError at a field of the recipe's file."""
+    return PlanError(text, placed(loaded.places, where, "") if loaded.places else None)
+
+
 def architecture_of(loaded: Loaded) -> Architecture:
     """The teacher's numbers: from the recipe, or from the config.json of a local teacher."""
     model = loaded.recipe.model
@@ -103,16 +113,18 @@ def architecture_of(loaded: Loaded) -> Architecture:
         try:
             return families.architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         except (ValueError, OSError) as error:
-            raise PlanError(f"{folder / 'config.json'}: {error}") from error
+            raise refusal(loaded, ("model", "teacher"), f"{folder / 'config.json'}: {error}") from error
     if model.architecture:
         return model.architecture
     near = difflib.get_close_matches(
         str(model.teacher), ["pocket", *(p.name for p in loaded.path.parent.iterdir() if p.is_dir())], 1
     )
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise PlanError(
+    raise refusal(
+        loaded,
+        ("model", "teacher"),
         f"model.teacher {model.teacher!r} is not a folder here{hint}; to plan without it, "
-        "give its numbers: model.architecture (a map, or the path of its config.json)"
+        "give its numbers: model.architecture (a map, or the path of its config.json)",
     )
 
 
@@ -140,7 +152,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     found.append(
         Evaluate(
             suites=recipe.eval.suites,
-            states=_states(recipe.eval.states, hybrid, teacher=recipe.model.teacher is not None),
+            states=_states(loaded, hybrid),
             hybrid=hybrid,
             seeds=recipe.eval.seeds,
             margin=recipe.eval.margin,
@@ -193,26 +205,28 @@ def _watched(step: Step) -> list[str]:
     return []
 
 
-def _states(asked: Sequence[str | StateOf], hybrid: State | None, *, teacher: bool) -> tuple[NamedState, ...]:
+def _states(loaded: Loaded, hybrid: State | None) -> tuple[NamedState, ...]:
     """The states to evaluate, resolved; the subsets that Shapley values need are added at the end."""
     found: list[NamedState] = []
-    for entry in asked:
+    for index, entry in enumerate(loaded.recipe.eval.states):
+        where: Where = ("eval", "states", index)
         name = entry if isinstance(entry, str) else entry.of
-        if name == "teacher" and not teacher:
-            raise PlanError("eval.states: `teacher` needs model.teacher; without one leave it out, e.g. [softmax]")
+        if name == "teacher" and loaded.recipe.model.teacher is None:
+            text = "eval.states: `teacher` needs model.teacher; without one leave it out, e.g. [softmax]"
+            raise refusal(loaded, where, text)
         if hybrid is None:
             if name not in ("teacher", "softmax") or not isinstance(entry, str):
-                raise PlanError(
-                    f"eval.states: {name!r} needs a swapped layer, and this method swaps none; use [softmax]"
-                )
+                text = f"eval.states: {name!r} needs a swapped layer, and this method swaps none; use [softmax]"
+                raise refusal(loaded, where, text)
             found.append(NamedState(name=name, weights="teacher" if name == "teacher" else "student", state=None))
             continue
         if name not in NAMES:
-            raise PlanError(f"eval.states: {name!r} is not a state; states are {', '.join(NAMES)}")
+            text = f"eval.states: {name!r} is not a state; states are {', '.join(NAMES)}"
+            raise refusal(loaded, where, text)
         state = resolve(name, hybrid)
         if isinstance(entry, StateOf):
             if state.state is None:
-                raise PlanError("eval.states: the teacher has no branches to change")
+                raise refusal(loaded, where, "eval.states: the teacher has no branches to change")
             changes = {k: v for k, v in entry.model_dump(exclude={"name", "of"}).items() if v is not None}
             state = NamedState(
                 name=entry.name, weights="student", state=State(**{**state.state.model_dump(), **changes})
@@ -220,7 +234,7 @@ def _states(asked: Sequence[str | StateOf], hybrid: State | None, *, teacher: bo
         found.append(state)
     names = [s.name for s in found]
     if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise PlanError(f"eval.states: {', '.join(twice)} given twice")
+        raise refusal(loaded, ("eval", "states"), f"eval.states: {', '.join(twice)} given twice")
     if hybrid is not None and "hybrid" in names:
         found += [s for s in subsets(hybrid).values() if s.name not in names]
     return tuple(found)

@@ -1,6 +1,7 @@
 """YAML with nothing surprising: each value with its place, and every mistake as file:line:column (no torch)."""
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ Where = tuple[str | int, ...]
 
 @dataclass(frozen=True, order=True)
 class Mistake:
-    """One thing that is wrong, and where."""
+    """One thing that is wrong, and where; line 0: the file as a whole."""
 
     file: str
     line: int
@@ -28,7 +29,8 @@ class Mistake:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}: {self.text}"
+        place = f":{self.line}:{self.column}" if self.line else ""
+        return f"{self.file}{place}: {self.text}"
 
 
 class RecipeError(ValueError):
@@ -177,19 +179,19 @@ def read_yaml(
 
 
 def _text(path: Path, file: str) -> str:
-    if path.is_dir():
-        raise RecipeError([Mistake(file, 1, 1, "is a folder; expected a YAML file (recipelin check takes folders)")])
-    if not path.exists():
+    if os.path.isdir(path):
+        raise RecipeError([Mistake(file, 0, 0, "is a folder; expected a YAML file")])
+    if not os.path.exists(path):
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise RecipeError([Mistake(file, 1, 1, f"no such file{hint}")])
+        raise RecipeError([Mistake(file, 0, 0, f"no such file{hint}")])
     try:
         size = path.stat().st_size
         if size > LARGEST:
-            raise RecipeError([Mistake(file, 1, 1, f"has {size:,} bytes; expected at most {LARGEST:,}")])
+            raise RecipeError([Mistake(file, 0, 0, f"has {size:,} bytes; expected at most {LARGEST:,}")])
         content = path.read_bytes()
     except OSError as error:
-        raise RecipeError([Mistake(file, 1, 1, f"cannot be read: {error.strerror}")]) from error
+        raise RecipeError([Mistake(file, 0, 0, f"cannot be read: {error.strerror}")]) from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
