@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .load import CHECKOUT, INSTALLED, Loaded, expand, load, read_suite
+from .finding import CHECKOUT, INSTALLED
+from .load import Loaded, expand, load, read_suite
 from .plan import POCKET, Plan, count, plan
 from .recipe import Model
 from .records import Record, read_record
@@ -101,7 +102,9 @@ def _row(entry: Entry) -> list[str]:
 
 
 def _teacher(model: Model) -> str:
-    return "made from nothing" if model.scratch else str(model.teacher)
+    if model.scratch:
+        return "made from nothing"
+    return model.teacher or (f"student {model.student.folder}" if model.student else "")
 
 
 def _recorded(entry: Entry, records: Sequence[Record]) -> str:
@@ -133,8 +136,9 @@ def compare(path: Path) -> int:
     made = catalogue()
     try:
         known = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        known = ""
+    except UnicodeDecodeError:
+        print(f"{path}: not UTF-8; expected the Markdown that recipelin list --format markdown prints", file=sys.stderr)
+        return 2
     if made == known:
         print(f"{path}: as made from the recipes")
         return 0

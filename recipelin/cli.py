@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(sys.argv[1:] if argv is None else argv)
     from .lookup import LookupFailed
     from .plan import PlanError
+    from .records import RecordError
     from .sources import SourceError
     from .strict_yaml import RecipeError
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
     except PlanError as error:
         print(error if error.located else f"recipelin: {error}", file=sys.stderr)
-    except (LookupFailed, SourceError) as error:
+    except (LookupFailed, RecordError, SourceError) as error:
         print(f"recipelin: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("\nrecipelin: interrupted", file=sys.stderr)
@@ -46,31 +47,30 @@ class _Parser(argparse.ArgumentParser):
     """Wrong usage in two lines: what was found and expected, and where to read more."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}\n{self.format_usage().strip()}  (-h explains)", file=sys.stderr)
+        print(f"{self.prog}: {message}\n{self.format_usage().strip()}\n`{self.prog} -h` explains", file=sys.stderr)
         raise SystemExit(2)
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     """The parsed command line. Exits with code 2 and the nearest name for a command or an option that is not there."""
     parser, commands = _parser()
-    given = next((a for a in argv if not a.startswith("-")), None)
-    if given is not None and given not in commands:
-        parser.error(f"no command {given!r}{_nearest(given, list(commands))}; there are {', '.join(commands)}")
     if not argv:
         parser.print_help(sys.stderr)
         raise SystemExit(2)
+    given = argv[0]
+    if given not in commands and given not in ("-h", "--help", "--version"):
+        known = [*commands, "--help", "--version"]
+        parser.error(f"no command {given!r}{_nearest(given, known)}; there are {', '.join(commands)}")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        used = commands[str(given)]
-        options = re.findall(r"--[a-z-]+", used.format_usage())
-        what = "option" if unknown[0].startswith("-") else "argument"
-        hint = _nearest(unknown[0], options) if what == "option" else "; quote a name that holds spaces"
-        used.error(f"unexpected {what} {unknown[0]!r}{hint}")
+        options = re.findall(r"--[a-z-]+", commands[given].format_usage())
+        kind = "option" if unknown[0].startswith("-") else "argument"
+        commands[given].error(f"unexpected {kind} {unknown[0]!r}{_nearest(unknown[0], options)}")
     return arguments
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(name, known, 1)
+    found = difflib.get_close_matches(name.lower(), known, 1)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
@@ -200,7 +200,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     table.add_argument(
         "path", type=Path, metavar="PATH", help="a table spec, a folder of specs, a run's folder, or a record.json"
     )
-    table.add_argument("--format", choices=("markdown", "latex", "html", "csv"), default="markdown")
+    table.add_argument(
+        "--format", choices=("markdown", "latex", "html", "csv"), default="markdown", help="default: markdown"
+    )
     table.add_argument(
         "--check", action="store_true", help="compare with the committed table; exit code 1 if it differs"
     )

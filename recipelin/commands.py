@@ -1,18 +1,24 @@
 """What the commands do, from arguments to what is printed (torch only inside `run_command`)."""
 
 import argparse
+import itertools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from . import catalogue, lookup, reuse
+from . import catalogue, lookup, reads, reuse
 from .evals import EvalError
 from .files import write_atomically
-from .load import CHECKOUT, Loaded, expand, kind_of, load, read_suite
-from .plan import Plan, PlanError, plan, show
+from .finding import CHECKOUT, kind_of
+from .load import Loaded, expand, load, read_suite
+from .plan import Plan, PlanError, plan, refusal
+from .show import show
+from .sources import Hub, LocalFile, SourceError, dataset_folder, local_path
 from .steps import Calibrate, Transfer, Tune
-from .strict_yaml import RecipeError, read_yaml
+from .strict_yaml import RecipeError, Where, read_yaml
 from .tablespec import read_spec
 
 
@@ -64,8 +70,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     points = expand(
         load(arguments.recipe, allow_code=tuple(arguments.allow_code)), allow_code=tuple(arguments.allow_code)
     )
-    for point in points:
-        plan(point, allow_code=arguments.allow_code)  # all points are refused before the first one costs anything
+    for point in points:  # all points are refused before the first one costs anything
+        _sources_are_there(point, plan(point, allow_code=arguments.allow_code))
     try:
         from .checkpoint import OtherCheckpoint
         from .hf import TeacherError
@@ -109,6 +115,27 @@ def run_command(arguments: argparse.Namespace) -> int:
         )
         return 1
     return 0
+
+
+def _sources_are_there(point: Loaded, planned: Plan) -> None:
+    """Raises PlanError at the line that names a local file or dataset which is not there."""
+    for source in reads.texts(p.step for p in planned.steps):
+        try:
+            if isinstance(source, LocalFile):
+                field, given = "path", source.path
+                local_path(source, point.path.parent)
+            elif isinstance(source, Hub) and source.local:
+                field, given = "dataset", source.dataset
+                dataset_folder(source, point.path.parent)
+        except SourceError as error:
+            named = (p for p in point.places if p[-1:] == (field,) and _at(point.raw, p) == given)
+            raise refusal(point, next(named, ("eval", "suites")), str(error)) from error
+
+
+def _at(values: Any, where: Where) -> Any:
+    for part in where:
+        values = values[part]
+    return values
 
 
 def check_command(arguments: argparse.Namespace) -> int:
@@ -155,7 +182,7 @@ def checked(path: Path, allow_code: Sequence[str] = ()) -> str:
 
 
 def list_command(arguments: argparse.Namespace) -> int:
-    """Everything that a recipe can name, each with its first line; as Markdown the catalogue; or the finished steps."""
+    """Everything that a recipe can name, each with its first sentence; as Markdown the catalogue; or the finished steps."""
     if arguments.runs:
         return runs_command()
     if arguments.check:
@@ -177,14 +204,17 @@ def list_command(arguments: argparse.Namespace) -> int:
     for folder, title in folders:
         print(title)
         for name in lookup.names(folder):
-            text = (lookup.lookup(folder, name).Config.__doc__ or "").strip().splitlines()
-            print(f"  {name:<30} {text[0] if text else ''}")
+            print(f"  {name:<30} {_first_sentence(lookup.lookup(folder, name).Config.__doc__ or '')}")
     return 0
 
 
 def _first_comment(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").splitlines()[:1]
-    return first[0].removeprefix("#").strip() if first and first[0].startswith("#") else ""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return _first_sentence(" ".join(line.lstrip("# ") for line in itertools.takewhile(lambda x: x[:1] == "#", lines)))
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.?!])\s", " ".join(text.split()), maxsplit=1)[0]
 
 
 def runs_command() -> int:

@@ -4,7 +4,6 @@ import difflib
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,15 +14,13 @@ from pydantic import BaseModel, ValidationError
 
 from . import families, lookup
 from .base import Config
+from .finding import CHECKOUT, INSTALLED, find_recipe, kind_of, rebased, shown
 from .mistakes import describe, listed, located, nearest, placed
 from .recipe import Recipe, StateOf, Student, Suite
 from .schedule import Schedule
 from .states import NAMES, State
 from .strict_yaml import Mistake, RecipeError, Where, read_yaml
 
-RECIPES = "recipes"
-INSTALLED = Path(__file__).parent / "_recipes"
-CHECKOUT = Path(__file__).parent.parent / RECIPES
 MOST_POINTS = 1_000  # of a grid; each one is a run
 
 
@@ -41,51 +38,17 @@ class Loaded:
     places: Mapping[Where, Mistake] = field(default_factory=dict)
 
 
-# --- finding files ----------------------------------------------------------------------------------------------------
-
-
-def find_recipe(name: str | Path, *, beside: Path | None = None) -> tuple[Path, str]:
-    """(path, origin) of a recipe or suite by path or by name: an existing path, the checkout's, then the installed copy.
-
-    A path is looked for in `beside`, default the current folder. Raises RecipeError with the nearest name.
-    """
-    given = Path(name)
-    here = (beside or Path()) / given
-    for candidate in (here, Path(f"{here}.yaml")):
-        if os.path.isfile(candidate):  # False, too, for a name that no file can have
-            return candidate, "file"
-    if os.path.isdir(here):
-        inside = sorted(p.name for p in here.glob("*.yaml"))
-        text = f"is a folder; expected a recipe{f', such as {here / inside[0]}' if inside else ''}"
-        raise RecipeError([Mistake(str(name), 0, 0, text)])
-    roots = [(CHECKOUT, "checkout"), (INSTALLED, "installed")]
-    for root, origin in roots:
-        for candidate in (root / given, root / f"{given}.yaml"):
-            if os.path.isfile(candidate):
-                return candidate, origin
-    known = sorted({str(p.relative_to(r).with_suffix("")) for r, _ in roots if r.is_dir() for p in r.rglob("*.yaml")})
-    siblings = [str(given.parent / p.name) for p in here.parent.glob("*.yaml")] if os.path.isdir(here.parent) else []
-    near = difflib.get_close_matches(str(given), [*known, *siblings], 1) or difflib.get_close_matches(
-        str(given.with_suffix("")).removeprefix(f"{RECIPES}/"), known, 1
-    )
-    hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-    raise RecipeError([Mistake(str(name), 0, 0, f"no such recipe{hint}")])
-
-
-def _shown(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
 # --- plain values -> Recipe -------------------------------------------------------------------------------------------
 
 
 def load(name: str | Path, *, allow_code: Sequence[str] = ()) -> Loaded:
     """Read a recipe by path or name. Raises RecipeError with every mistake of the file, and of the one it extends."""
     path, origin = find_recipe(name)
-    raw, places, text = read_yaml(path, _shown(path))
+    if path.suffix not in (".yaml", ".yml"):
+        raise RecipeError(
+            [Mistake(str(name), 0, 0, f"is named {path.suffix or 'without an ending'}; expected a .yaml file")]
+        )
+    raw, places, text = read_yaml(path, shown(path))
     kind = kind_of(raw)
     if kind == "suite":
         text = "this is a suite, which recipes name in eval.suites; expected a recipe"
@@ -100,13 +63,6 @@ def load(name: str | Path, *, allow_code: Sequence[str] = ()) -> Loaded:
     loaded = Loaded(recipe, path, origin, text, extends_text, {}, raw, places)
     expand(loaded, allow_code=allow_code)
     return loaded
-
-
-def kind_of(raw: Mapping[str, Any]) -> str:
-    """What a file holds, by its keys: a recipe, a suite or a table spec."""
-    if "method" in raw or "extends" in raw:
-        return "recipe"
-    return "suite" if "evals" in raw else "table spec" if "columns" in raw and "rows" in raw else "recipe"
 
 
 def _extended(
@@ -125,7 +81,9 @@ def _extended(
         raise RecipeError([replace(where, text=f"extends: {given}: {error.mistakes[0].text}")]) from error
     if parent.resolve() == path.resolve():
         raise RecipeError([replace(where, text="extends: the recipe extends itself")])
-    base, base_places, text = read_yaml(parent, _shown(parent))
+    base, base_places, text = read_yaml(parent, shown(parent))
+    if (kind := kind_of(base)) != "recipe":
+        raise RecipeError([replace(where, text=f"extends: {given} is a {kind}; expected a recipe")])
     base = rebased(base, parent.parent, path.parent)
     if "extends" in base:
         at = base_places[("extends", "key")]
@@ -157,25 +115,6 @@ def _extended(
     return merged, merged_places, text
 
 
-# The fields that may hold a path, by their last word, and what the path leads to.
-_PATHS = {"teacher": os.path.isdir, "architecture": os.path.isfile, "suites": os.path.isfile, "path": os.path.isfile}
-
-
-def rebased(value: Any, old: Path, new: Path, key: str = "") -> Any:
-    """A recipe's values as they read from folder `new`: a relative path to what is there in `old` still leads to it.
-
-    A path to nothing stays as it is, and so is looked for in `new`, as the recipe's own paths are.
-    """
-    if isinstance(value, dict):
-        return {k: rebased(v, old, new, k) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(rebased(v, old, new, key) for v in value)
-    is_there = _PATHS.get(key.rpartition(".")[2])
-    if is_there is None or not isinstance(value, str) or value in ("", "pocket") or not is_there(old / value):
-        return value
-    return value if os.path.samefile(old, new) else os.path.relpath((old / value).resolve(), new.resolve())
-
-
 def _build(raw: Mapping[str, Any], places: Mapping[Where, Mistake], path: Path, allow_code: Sequence[str]) -> Recipe:
     """Validate a recipe's values block by block, so that every mistake is found at once."""
     mistakes: list[Mistake] = []
@@ -188,7 +127,7 @@ def _build(raw: Mapping[str, Any], places: Mapping[Where, Mistake], path: Path, 
     _architecture(found, places, path, mistakes)
     _student(found, places, path, mistakes)
     _suites(found, places, path, mistakes)
-    _state_names(found, places, mistakes)
+    _names(found, places, path, mistakes)
     try:
         recipe = Recipe.model_validate(found)
     except ValidationError as error:
@@ -203,7 +142,13 @@ def _method(
 ) -> tuple[Config | None, Mapping[str, Schedule | None] | None]:
     if not isinstance(given, Mapping):
         if given is not None:
-            mistakes.append(placed(places, ("method",), f"found {describe(given)}; expected a map with a name"))
+            mistakes.append(
+                placed(
+                    places,
+                    ("method",),
+                    f"method: found {describe(given)}; expected a map with a name, as {{name: lolcats}}",
+                )
+            )
         return None, None
     name = given.get("name")
     if not isinstance(name, str):
@@ -288,9 +233,15 @@ def _architecture(found: dict[str, Any], places: Mapping[Where, Mistake], path: 
     except FileNotFoundError:
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.json")], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        mistakes.append(placed(places, where, f"no such file {file}{hint}"))
-    except (OSError, UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
-        mistakes.append(placed(places, where, f"{file}: {error}"))
+        mistakes.append(placed(places, where, f"model.architecture: no such file {file}{hint}"))
+    except OSError as error:
+        mistakes.append(placed(places, where, f"model.architecture: {file}: {error.strerror}"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        mistakes.append(
+            placed(places, where, f"model.architecture: {file} is not JSON; expected a model's config.json")
+        )
+    except (ValueError, AttributeError, TypeError) as error:
+        mistakes.append(placed(places, where, f"model.architecture: {file}: {error}"))
     if isinstance(found["model"]["architecture"], str):
         found["model"] = {k: v for k, v in model.items() if k != "architecture"}
 
@@ -355,7 +306,9 @@ def load_suite(name: str, recipe: Path) -> Suite:
 
 def read_suite(path: Path) -> Suite:
     """A suite from its file. Raises RecipeError with every mistake of the file."""
-    raw, places, _ = read_yaml(path, _shown(path))
+    raw, places, _ = read_yaml(path, shown(path), kind="a suite (name, evals)")
+    if "method" in raw or "extends" in raw:
+        raise RecipeError([Mistake(shown(path), 0, 0, "is a recipe; expected a suite, a file with `evals:`")])
     mistakes: list[Mistake] = []
     evals: list[Config] = []
     given = raw.get("evals")
@@ -395,23 +348,26 @@ def _suites(found: dict[str, Any], places: Mapping[Where, Mistake], path: Path, 
             suites.append(name)
         elif not isinstance(name, str):
             mistakes.append(placed(places, at, f"found {describe(name)}; expected the name of a suite"))
-        else:
-            try:
-                suites.append(load_suite(name, path))
-            except RecipeError as error:
-                if all(m.text.startswith("no such recipe") for m in error.mistakes):
-                    known = sorted(p.stem for r in (CHECKOUT, INSTALLED) for p in (r / "suites").glob("*.yaml"))
-                    mistakes.append(
-                        placed(places, at, f"no suite {name!r}{nearest(name, known)}; there are {listed(known)}")
-                    )
-                else:
-                    mistakes += error.mistakes
+        elif suite := _suite(name, path, at, places, mistakes):
+            suites.append(suite)
     if not suites and evaluation["suites"]:
         suites.append(Suite(name="stand-in", evals=(Config(),)))
     found["eval"] = {**evaluation, "suites": tuple(suites)}
 
 
-def _state_names(found: Mapping[str, Any], places: Mapping[Where, Mistake], mistakes: list[Mistake]) -> None:
+def _suite(name: str, path: Path, at: Where, places: Mapping[Where, Mistake], mistakes: list[Mistake]) -> Suite | None:
+    try:
+        return load_suite(name, path)
+    except RecipeError as error:
+        if all(m.text.startswith("no such recipe") for m in error.mistakes):
+            known = sorted(p.stem for r in (CHECKOUT, INSTALLED) for p in (r / "suites").glob("*.yaml"))
+            mistakes.append(placed(places, at, f"no suite {name!r}{nearest(name, known)}; there are {listed(known)}"))
+        else:
+            mistakes += error.mistakes
+    return None
+
+
+def _names(found: Mapping[str, Any], places: Mapping[Where, Mistake], path: Path, mistakes: list[Mistake]) -> None:
     """Names in eval.states and in what a stage's validation watches."""
     evaluation = found.get("eval")
     states = evaluation.get("states") if isinstance(evaluation, Mapping) else None
@@ -433,6 +389,8 @@ def _state_names(found: Mapping[str, Any], places: Mapping[Where, Mistake], mist
                     hint = nearest(watch.state, NAMES)
                     text = f"cannot watch the state {watch.state!r}{hint}; states are transfer, {listed(NAMES[1:])}"
                     mistakes.append(placed(places, at_watch, text))
+                if watch.suite:
+                    _suite(watch.suite, path, (*at_watch[:-1], "suite"), places, mistakes)
 
 
 # --- the grid ---------------------------------------------------------------------------------------------------------
@@ -469,18 +427,20 @@ def expand(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> tuple[Loaded, .
     last = [axis.rpartition(".")[2] for axis in grid]
     short = {axis: end if last.count(end) == 1 else axis for axis, end in zip(grid, last, strict=True)}
     labels = {axis: _labels(values) for axis, values in grid.items()}
-    found = []
+    found: list[Loaded] = []
     for choice in itertools.product(*(enumerate(values) for values in grid.values())):
         point = {axis: value for axis, (_, value) in zip(grid, choice, strict=True)}
         raw = {k: v for k, v in loaded.raw.items() if k != "grid"}
         places = dict(loaded.places)
         for axis, (index, value) in zip(grid, choice, strict=True):
-            path = tuple(axis.split("."))
+            path: Where = tuple(axis.split("."))
             raw = _set(raw, path, value)
-            at = ("grid", axis, index)
-            own = {(*path, *p[3:]): m for p, m in loaded.places.items() if p[:3] == at}  # a map has places inside
+            here: Where = ("grid", axis, index)
+            own = {(*path, *p[3:]): m for p, m in loaded.places.items() if p[:3] == here}  # a map has places inside
             places = {p: m for p, m in places.items() if p[: len(path)] != path} | own
             places[(*path, "key")] = places[path]
+            for depth in range(len(path)):
+                places.setdefault(path[:depth], places[path])
         label = ",".join(f"{short[axis]}={labels[axis][index]}" for axis, (index, _) in zip(grid, choice, strict=True))
         raw["name"] = f"{loaded.recipe.name}/{label}"
         try:
@@ -488,6 +448,10 @@ def expand(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> tuple[Loaded, .
         except RecipeError as error:
             mistakes += error.mistakes
             continue
+        if twin := next((p.point for p in found if p.recipe.name == recipe.name), None):
+            axis = next((a for a in grid if twin[a] != point[a]), next(reversed(grid)))
+            text = f"two points are named {recipe.name!r}; expected values that differ, in letters and digits too"
+            mistakes.append(placed(loaded.places, ("grid", axis), text))
         found.append(replace(loaded, recipe=recipe, point=point, raw=raw, places=places))
     if mistakes:
         raise RecipeError(mistakes)
@@ -525,7 +489,9 @@ def _no_field(loaded: Loaded, axis: str) -> str | None:
             if isinstance(here, Mapping)
             else []
         )
-        if part not in known or axis in ("name", "grid", "extends"):
+        if axis in ("name", "grid", "about"):
+            return f"{axis!r} is no axis: it does not change what a run does"
+        if part not in known:
             before = ".".join(axis.split(".")[:depth]) or "a recipe"
             return f"{axis!r} is no field: {before} has no {part!r}{nearest(part, known)}"
         here = here[part] if isinstance(here, Mapping) else getattr(here, part)

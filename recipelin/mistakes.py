@@ -26,6 +26,9 @@ def located(
         unknown = any(t.startswith("unknown") for t in texts)
         place = (*path, "key") if unknown and (*path, "key") in places else path
         field_name = ".".join(str(p) for p in path)
+        found, expected, _ = texts[0].partition("; expected ")
+        if expected and all(t.startswith(found + expected) for t in texts):  # branches of a union: told once
+            texts = [texts[0], *(t.removeprefix(found + expected) for t in texts[1:])]
         text = " or ".join(dict.fromkeys(texts))
         yield placed(places, place, f"{field_name}: {text}" if field_name else text)
 
@@ -69,8 +72,24 @@ def _say(error: Any, model: type[BaseModel]) -> str:
         return f"found {describe(given)}; expected a list"
     if kind == "too_short":
         return "found an empty list; expected at least one entry"
-    expected = str(error["msg"]).removeprefix("Input should be ")
+    if kind == "string_pattern_mismatch":
+        signs = re.search(r"\[a-z0-9([^]]*)\]\*", str(context.get("pattern")))
+        words = f"small letters, digits and {' '.join(signs[1])}, a letter or digit first" if signs else error["msg"]
+        return f"found {describe(given)}; expected {words}"
+    if kind == "string_type" and isinstance(given, (int, float)):
+        return f"found {describe(given)}; expected text: put it in quotes"
+    expected = _EXPECTED.get(kind) or str(error["msg"]).removeprefix("Input should be ")
     return f"found {describe(given)}; expected {expected}"
+
+
+# pydantic's words where plainer ones say more.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "is_instance_of": "a number",  # Decimal, the one class that a schema names
+}
 
 
 def _fieldsat(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:

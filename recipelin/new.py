@@ -11,11 +11,13 @@ from typing import Any
 import yaml
 
 from .files import write_atomically
-from .load import CHECKOUT, INSTALLED, Loaded, expand, find_recipe, load, rebased
+from .finding import CHECKOUT, INSTALLED, find_recipe, rebased
+from .load import Loaded, expand, load
 from .plan import plan
+from .reads import texts
 from .recipe import Recipe
-from .reuse import local_sources
 from .schedule import Schedule
+from .sources import LocalFile
 from .strict_yaml import read_yaml
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
@@ -59,6 +61,8 @@ def new_recipe(name: str, parent: str, *, allow_code: Sequence[str] = ()) -> Pat
 def _target(given: str) -> tuple[Path, str]:
     """(file, name) of the new recipe: the name is the path inside recipes/, else the path as given, or its last part."""
     path = Path(given)
+    if given.endswith(os.sep):
+        raise NewError(f"{given} names a folder; expected the new recipe's name after it")
     if path.suffix in (".yml", ".json", ".txt", ".py"):
         raise NewError(f"{given}: found {path.suffix}; a recipe's file ends in .yaml, which may be left out")
     path = path.with_suffix("") if path.suffix == ".yaml" else path
@@ -154,7 +158,8 @@ def new_command(arguments: argparse.Namespace) -> int:
         print(f"recipelin: {error}", file=sys.stderr)
         return 2
     points = expand(load(path, allow_code=arguments.allow_code), allow_code=arguments.allow_code)
-    needed = {s.path for p in points for s in local_sources(plan(p, allow_code=arguments.allow_code))}
+    plans = [plan(point, allow_code=arguments.allow_code) for point in points]
+    needed = {s.path for p in plans for s in texts(x.step for x in p.steps) if isinstance(s, LocalFile)}
     missing = sorted(file for file in needed if not (path.parent / file).is_file())
     shown = path.as_posix()
     options = "".join(f" --allow-code {package}" for package in arguments.allow_code)

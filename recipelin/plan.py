@@ -16,7 +16,7 @@ from .families import Architecture
 from .load import Loaded, load_suite
 from .mistakes import listed, nearest, placed
 from .recipe import Converted, StateOf, Suite
-from .schedule import Schedule, optimiser_steps
+from .schedule import optimiser_steps
 from .sources import Data, Hub, LocalFile, Recall, Rows, SourceError, Stdlib
 from .states import NAMES, NamedState, State, resolve, subsets
 from .steps import Calibrate, Evaluate, Lora, Step, StepsError, Swap, Switch, Transfer, Tune
@@ -113,7 +113,11 @@ def architecture_of(loaded: Loaded) -> Architecture:
         try:
             return families.architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         except (ValueError, OSError) as error:
-            raise refusal(loaded, ("model", "teacher"), f"{folder / 'config.json'}: {error}") from error
+            reason = "not JSON: " if isinstance(error, json.JSONDecodeError) else ""
+            raise refusal(loaded, ("model", "teacher"), f"{folder / 'config.json'}: {reason}{error}") from error
+    if folder is not None and model.teacher:
+        text = f"the teacher's folder {folder} has no config.json; expected a model's folder"
+        raise refusal(loaded, ("model", "teacher"), text)
     if model.architecture:
         return model.architecture
     near = difflib.get_close_matches(
@@ -137,17 +141,17 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     try:
         found: list[Step] = list(method.steps(recipe))
     except StepsError as error:
-        raise PlanError(str(error)) from error
+        raise refusal(loaded, ("method",), str(error)) from error
     if recipe.model.converted and not any(isinstance(s, Swap) and s.published for s in found):
-        raise PlanError(
+        text = (
             f"model.converted: method {name!r} starts from the teacher and would not read it; "
             "use method: {name: converted}, or leave model.converted out"
         )
+        raise refusal(loaded, ("model", "converted"), text)
     if recipe.model.student and name != "exported":
-        raise PlanError(
-            f"model.student: method {name!r} starts from a teacher and would not read it; use method: {{name: exported}}"
-        )
-    _refuse_idle_rates(found)
+        text = f"model.student: method {name!r} starts from a teacher and would not read it; use method: {{name: exported}}"
+        raise refusal(loaded, ("model", "student"), text)
+    _refuse_idle_rates(loaded, found)
     hybrid = next((s.state for s in reversed(found) if isinstance(s, Switch)), None)
     found.append(
         Evaluate(
@@ -159,11 +163,12 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
         )
     )
     if recipe.model.scratch and any(isinstance(s, Hub) and s.streaming for s in recipe.data.mix):
-        raise PlanError("data: a new model's tokenizer is trained on whole sources; give one that does not stream")
+        text = "data: a new model's tokenizer is trained on whole sources; give one that does not stream"
+        raise refusal(loaded, ("data", "mix"), text)
     try:
         reads.refuse_leaks(found)
     except SourceError as error:
-        raise PlanError(f"data: {error}") from error
+        raise refusal(loaded, ("data",), f"data: {error}") from error
     counting = _Counting(loaded, arch, tuple(found))
     model = recipe.model.model_dump(mode="json", exclude={"architecture", "converted"})  # the Swap has the latter
     chain = digest({"model": model, "seed": recipe.seed})
@@ -185,17 +190,18 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     )
 
 
-def _refuse_idle_rates(steps: Sequence[Step]) -> None:
+def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
     """A learning rate of its own for a group that does not train in a stage would do nothing. Raises PlanError."""
     for step in steps:
         if isinstance(step, (Transfer, Tune)):
             groups = [*step.trains, *(["lora"] if isinstance(step, Tune) and step.lora else [])]
             for name in step.schedule.optimizer.group_lr:
                 if name not in groups:
-                    raise PlanError(
+                    text = (
                         f"schedule.{step.stage}.optimizer.group_lr: {name!r} does not train in this stage"
                         f"{nearest(name, groups)}; groups that do: {listed(groups) or 'none'}"
                     )
+                    raise refusal(loaded, ("schedule", step.stage, "optimizer", "group_lr", name, "key"), text)
 
 
 def _watched(step: Step) -> list[str]:
@@ -469,48 +475,3 @@ def count(value: float | None, unit: str = "") -> str:
         if value >= size:
             return f"{value / size:.3g} {letter}{unit}"
     return f"{value:g} {unit}".strip()
-
-
-def show(planned: Plan, *, header: Sequence[str] = (), reused: Sequence[str] = ()) -> str:
-    """The plan as text: one block a step. `reused[i]` says what is known of an earlier result of step i."""
-    lines = [*header]
-    arch = planned.architecture
-    lines.append(
-        f"model     {arch.model_type}, {arch.num_hidden_layers} layers, {count(planned.parameters)} parameters, "
-        f"{arch.num_attention_heads}:{arch.num_key_value_heads} heads of {arch.head_dim}, vocabulary {arch.vocab_size}"
-    )
-    lines.append(f"plan      {planned.hash[:8]}, seed {planned.seed}")
-    lines.append("")
-    for i, p in enumerate(planned.steps):
-        lines.append(f"{i + 1:>2}. {p.step.step:<9} {p.what}")
-        if p.reads:
-            lines.append(f"    {'reads':<9} {p.reads}")
-        if p.trains:
-            lines.append(f"    {'trains':<9} {p.trains:,} parameters ({p.share:.2%} of the model)")
-        if isinstance(p.step, (Transfer, Tune)):
-            lines.append(f"    {'schedule':<9} {_schedule(p.step.schedule, p.optimiser_steps)}")
-        if p.cost.memory:
-            memory = p.cost.memory
-            lines.append(
-                f"    {'cost':<9} {count(p.cost.tokens)} tokens, {count(p.cost.flops, 'FLOP')}; memory about "
-                f"{count(memory['cpu'], 'B')} on a CPU, or {count(memory['cuda'], 'B')} on a GPU "
-                f"+ {count(memory['host'], 'B')} of host"
-            )
-        if i < len(reused) and reused[i]:
-            lines.append(f"    {'result':<9} {reused[i]}")
-    flops = [p.cost.flops for p in planned.steps if p.cost.memory]
-    total = None if any(f is None for f in flops) else sum(f for f in flops if f)
-    lines += ["", f"in all    {count(total, 'FLOP')} (estimates; memory without the allocator's own)"]
-    return "\n".join(lines)
-
-
-def _schedule(schedule: Schedule, steps: int | None) -> str:
-    given = (
-        f"{schedule.epochs:g} epochs" if schedule.epochs else f"{schedule.tokens:,} tokens" if schedule.tokens else ""
-    )
-    known = f"{steps} optimiser steps" if steps is not None else "steps known once the data is read"
-    size = f"{schedule.batch} x {schedule.length} tokens"
-    if schedule.accumulation > 1:
-        size += f" x {schedule.accumulation} accumulated"
-    rate = f"{schedule.optimizer.name} lr {schedule.optimizer.lr:g}, {schedule.decay.name}"
-    return ", ".join(x for x in (given, known, size, rate) if x)

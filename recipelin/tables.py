@@ -323,6 +323,11 @@ def table_command(arguments: argparse.Namespace) -> int:
             raise TableError(
                 f"{path}: --check compares specs (results/tables/*.yaml) with their .md; there is none here"
             )
+        if not record_path(path).exists():
+            near = difflib.get_close_matches(path.stem, [p.stem for p in Path("results/tables").glob("*.yaml")], 1)
+            hint = f"; did you mean results/tables/{near[0]}.yaml?" if near else ""
+            expected = "a table spec (.yaml), a folder of them, a run's folder (with record.json) or a Record's .json"
+            raise TableError(f"{path}: found no {'table' if path.exists() else 'such file'}; expected {expected}{hint}")
         record = read_record(path)
         items = read_items(path) if items_path(path).exists() else {}
         print(render(run_table(record, items, place=record_path(path)), arguments.format), end="")

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from .base import Config
 from .mistakes import listed, located, nearest, placed
-from .strict_yaml import RecipeError, Where, read_yaml
+from .strict_yaml import Mistake, RecipeError, Where, read_yaml
 
 Trust = Literal["T", "R", "M", "C", "I"]
 TRUST = {
@@ -88,7 +88,11 @@ class Spec(Config):
 
 def read_spec(path: Path) -> Spec:
     """Read a spec. Raises RecipeError with every mistake of the file."""
-    raw, places, _ = read_yaml(path, kind="a table spec (name, title, columns, rows; results/README.md)", decimals=True)
+    expected = "a table spec (name, title, columns, rows; results/README.md)"
+    raw, places, _ = read_yaml(path, kind=expected, decimals=True)
+    if {"method", "extends", "evals"} & raw.keys():
+        kind = "suite" if "evals" in raw else "recipe"
+        raise RecipeError([Mistake(str(path), 0, 0, f"is a {kind}; expected {expected}")])
     try:
         spec = Spec.model_validate(raw)
     except ValidationError as error:
