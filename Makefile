@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check tables bench clean
+.PHONY: help demo test check plans tables catalogue wheel bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 .venv/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,18 +23,30 @@ demo: .venv/.run  ## converts the pocket teacher twice and shows both tables
 test: .venv/.dev  ## the whole test suite
 	$(BIN)/python -m pytest
 
-check: .venv/.dev  ## style, types, and every recipe
+check: .venv/.dev  ## style, types, every recipe, suite and table spec, and the catalogue
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/recipelin check recipes
+	$(BIN)/recipelin check recipes results/tables
+	$(BIN)/recipelin list --check recipes/README.md
+
+plans: .venv/.run  ## the plan of every recipe
+	for recipe in $$(find recipes -name '*.yaml' -not -path 'recipes/suites/*' | sort); do \
+	  $(BIN)/recipelin plan $$recipe --device cpu || exit 1; echo; done
 
 tables: .venv/.run  ## makes every table anew from results/records and compares it with the committed one
 	$(BIN)/recipelin table results/tables --check
+
+catalogue: .venv/.run  ## makes recipes/README.md anew
+	$(BIN)/recipelin list --format markdown > recipes/README.new
+	mv recipes/README.new recipes/README.md
+
+wheel:  ## builds the wheel, installs it in an empty environment and runs a recipe from another folder (four minutes)
+	$(PYTHON) .ci/wheel.py
 
 bench: .venv/.dev  ## speed and memory of the operators against their references
 	$(BIN)/python kernels/bench/hybrid.py
 	$(BIN)/python kernels/bench/weight_transfer.py
 
-clean:
-	rm -rf .venv runs
+clean:  ## removes .venv, dist and runs
+	rm -rf .venv dist runs

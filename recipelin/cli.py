@@ -1,18 +1,24 @@
 """The command line. Nothing of an experiment is a flag: a recipe holds it (no torch)."""
 
 import argparse
+import difflib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from . import __version__
+
+Command = Callable[[argparse.Namespace], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 failed, 2 the input is wrong, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
+    arguments = _arguments(sys.argv[1:] if argv is None else argv)
     from .lookup import LookupFailed
     from .plan import PlanError
+    from .records import RecordError
     from .sources import SourceError
     from .strict_yaml import RecipeError
 
@@ -21,65 +27,194 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except RecipeError as error:
         print(error, file=sys.stderr)
-    except (PlanError, LookupFailed, SourceError) as error:
+    except PlanError as error:
+        print(error if error.located else f"recipelin: {error}", file=sys.stderr)
+    except (LookupFailed, RecordError, SourceError) as error:
         print(f"recipelin: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\nrecipelin: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"recipelin: {where}{error.strerror or error}", file=sys.stderr)
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage in two lines: what was found and expected, and where to read more."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}\n{self.format_usage().strip()}\n`{self.prog} -h` explains", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """The parsed command line. Exits with code 2 and the nearest name for a command or an option that is not there."""
+    parser, commands = _parser()
+    if not argv:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    given = argv[0]
+    if given not in commands and given not in ("-h", "--help", "--version"):
+        known = [*commands, "--help", "--version"]
+        parser.error(f"no command {given!r}{_nearest(given, known)}; there are {', '.join(commands)}")
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = re.findall(r"--[a-z-]+", commands[given].format_usage())
+        kind = "option" if unknown[0].startswith("-") else "argument"
+        commands[given].error(f"unexpected {kind} {unknown[0]!r}{_nearest(unknown[0], options)}")
+    return arguments
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name.lower(), known, 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected auto, cpu, cuda or cuda:0")
+    return text
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of the commands by name: the help of each ends in examples."""
+    parser = _Parser(
         prog="recipelin",
         description="Converts pretrained Transformers to hybrid linear attention, from a recipe, and measures what works.",
-        epilog="Begin with `recipelin run pocket/lolcats`: two minutes on a laptop, no download.",
+        epilog="Begin with `recipelin run pocket/lolcats`: two minutes on a laptop, no download.\n"
+        "`recipelin COMMAND -h` explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"recipelin {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    added = parser.add_subparsers(required=True, metavar="COMMAND", dest="name")
+    commands: dict[str, argparse.ArgumentParser] = {}
 
-    def command(name: str, function: object, text: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text[:1].upper() + text[1:] + ".")
+    def command(name: str, function: Command, text: str, *examples: str) -> argparse.ArgumentParser:
+        made = added.add_parser(
+            name,
+            help=text,
+            description=text[:1].upper() + text[1:] + ".",
+            epilog="\n  ".join(["examples:", *(f"recipelin {name} {example}".rstrip() for example in examples)]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
         made.set_defaults(command=function)
+        commands[name] = made
         return made
 
-    def recipe(made: argparse.ArgumentParser) -> None:
-        made.add_argument("recipe", metavar="RECIPE", help="a path, or a name such as pocket/lolcats")
+    def allow_code(made: argparse.ArgumentParser) -> None:
         made.add_argument(
             "--allow-code",
             action="append",
             default=[],
             metavar="PACKAGE",
-            help="let the recipe name methods of this Python package (may be given more than once)",
+            help="let recipes name methods of this Python package, which runs its code (may be given more than once)",
         )
 
-    run = command("run", _run, "convert, evaluate, write a Record and a table; resumes where it was stopped")
+    def recipe(made: argparse.ArgumentParser) -> None:
+        made.add_argument("recipe", metavar="RECIPE", help="a path, or a name such as pocket/lolcats (recipelin list)")
+        allow_code(made)
+
+    run = command(
+        "run",
+        _run,
+        "convert, evaluate, write a Record and a table; resumes where it was stopped",
+        "pocket/lolcats",
+        "my-recipe.yaml --out runs/mine --device cpu",
+    )
     recipe(run)
     run.add_argument("--out", metavar="DIR", help="the run's folder (default: a folder under runs/)")
-    run.add_argument("--device", default="auto", help="cpu, cuda, or auto: the GPU where there is one (default)")
+    run.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        help="cpu, cuda, cuda:0, or auto: the GPU where there is one (default)",
+    )
     run.add_argument("--fresh", action="store_true", help="make every step anew; finished ones are not reused")
+
     plan = command(
-        "plan", _plan, "show the steps of a recipe, what each reads, trains and costs, and what would be reused"
+        "plan",
+        _plan,
+        "show the steps of a recipe, what each reads, trains and costs, and what would be reused",
+        "pocket/lolcats",
+        "untangling/llama3-8b-lolcats",
     )
     recipe(plan)
     plan.add_argument(
-        "--device", default="auto", help="the device that finished steps are looked up for (default: auto)"
+        "--device",
+        type=_device,
+        default="auto",
+        help="the device that finished steps are looked up for (default: auto)",
     )
-    check = command("check", _check, "check recipes and suites, all mistakes at once; exit code 2 if there is one")
+
+    check = command(
+        "check",
+        _check,
+        "check recipes, suites and table specs, all mistakes at once; exit code 2 if there is one",
+        "my-recipe.yaml",
+        "recipes results/tables",
+    )
     check.add_argument("paths", nargs="+", metavar="PATH", help="files, or folders with YAML files")
-    check.add_argument("--allow-code", action="append", default=[], metavar="PACKAGE", help="as in run")
-    listing = command("list", _list, "list recipes, methods, attention forms, evaluations and suites")
-    listing.add_argument("--runs", action="store_true", help="list the finished steps that runs would reuse")
-    command("schema", _schema, "print the JSON Schema of a recipe, for editors")
-    table = command("table", _table, "show a paper's table beside what was measured, or the table of a run")
-    table.add_argument("path", type=Path, help="a table spec, a folder of specs, a run's folder, or a record.json")
-    table.add_argument("--format", choices=("markdown", "latex", "html", "csv"), default="markdown")
+    allow_code(check)
+
+    new = command(
+        "new",
+        _new,
+        "write a recipe that extends another, with the fields that one usually changes as comments",
+        "my-lolcats --from pocket/lolcats",
+        "experiments/wide.yaml --from untangling/llama3-8b-lolcats",
+    )
+    new.add_argument("name", metavar="NAME", help="the new recipe's name, or its path; the file must not be there yet")
+    new.add_argument("--from", dest="parent", metavar="RECIPE", required=True, help="the recipe it extends")
+    allow_code(new)
+
+    listing = command(
+        "list",
+        _list,
+        "list recipes, methods, attention forms, evaluations and suites",
+        "",
+        "--runs",
+        "--format markdown > recipes/README.md",
+    )
+    one = listing.add_mutually_exclusive_group()
+    one.add_argument("--runs", action="store_true", help="list the finished steps that runs would reuse")
+    one.add_argument(
+        "--format", choices=("text", "markdown"), default="text", help="markdown: recipes and suites with their costs"
+    )
+    one.add_argument("--check", metavar="FILE", help="compare FILE with the Markdown list; exit code 1 if it differs")
+
+    command("schema", _schema, "print the JSON Schema of a recipe, for editors", "> recipe.schema.json")
+
+    table = command(
+        "table",
+        _table,
+        "show a paper's table beside what was measured, or the table of a run",
+        "results/tables/pocket-first.yaml",
+        "runs/pocket-lolcats--b7b167c9 --format latex",
+        "results/tables --check",
+    )
+    table.add_argument(
+        "path", type=Path, metavar="PATH", help="a table spec, a folder of specs, a run's folder, or a record.json"
+    )
+    table.add_argument(
+        "--format", choices=("markdown", "latex", "html", "csv"), default="markdown", help="default: markdown"
+    )
     table.add_argument(
         "--check", action="store_true", help="compare with the committed table; exit code 1 if it differs"
     )
-    publish = command("publish", _publish, "copy a run's Record and items into results/")
-    publish.add_argument("run", type=Path, help="the run's folder")
-    return parser
+
+    publish = command(
+        "publish",
+        _publish,
+        "copy a run's Record and items into results/ of the current folder; refuses what nobody could repeat",
+        "runs/pocket-lolcats--b7b167c9",
+    )
+    publish.add_argument("run", type=Path, metavar="RUN", help="the run's folder, which `run` names at its end")
+    return parser, commands
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -100,10 +235,16 @@ def _check(arguments: argparse.Namespace) -> int:
     return check_command(arguments)
 
 
-def _list(arguments: argparse.Namespace) -> int:
-    from .commands import list_command, runs_command
+def _new(arguments: argparse.Namespace) -> int:
+    from .new import new_command
 
-    return runs_command() if arguments.runs else list_command()
+    return new_command(arguments)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from .commands import list_command
+
+    return list_command(arguments)
 
 
 def _schema(arguments: argparse.Namespace) -> int:

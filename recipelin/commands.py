@@ -1,18 +1,25 @@
 """What the commands do, from arguments to what is printed (torch only inside `run_command`)."""
 
 import argparse
+import itertools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from . import lookup, reuse
+from . import catalogue, lookup, reads, reuse
 from .evals import EvalError
 from .files import write_atomically
-from .load import CHECKOUT, INSTALLED, Loaded, expand, load, read_suite
-from .plan import Plan, PlanError, plan, show
+from .finding import CHECKOUT, kind_of
+from .load import Loaded, expand, load, read_suite
+from .plan import Plan, PlanError, plan, refusal
+from .show import show
+from .sources import Hub, LocalFile, SourceError, dataset_folder, local_path
 from .steps import Calibrate, Transfer, Tune
-from .strict_yaml import RecipeError, read_yaml
+from .strict_yaml import RecipeError, Where, read_yaml
+from .tablespec import read_spec
 
 
 def plan_command(arguments: argparse.Namespace) -> int:
@@ -63,8 +70,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     points = expand(
         load(arguments.recipe, allow_code=tuple(arguments.allow_code)), allow_code=tuple(arguments.allow_code)
     )
-    for point in points:
-        plan(point, allow_code=arguments.allow_code)  # all points are refused before the first one costs anything
+    for point in points:  # all points are refused before the first one costs anything
+        _sources_are_there(point, plan(point, allow_code=arguments.allow_code))
     try:
         from .checkpoint import OtherCheckpoint
         from .hf import TeacherError
@@ -110,37 +117,63 @@ def run_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sources_are_there(point: Loaded, planned: Plan) -> None:
+    """Raises PlanError at the line that names a local file or dataset which is not there."""
+    for source in reads.texts(p.step for p in planned.steps):
+        try:
+            if isinstance(source, LocalFile):
+                field, given = "path", source.path
+                local_path(source, point.path.parent)
+            elif isinstance(source, Hub) and source.local:
+                field, given = "dataset", source.dataset
+                dataset_folder(source, point.path.parent)
+        except SourceError as error:
+            named = (p for p in point.places if p[-1:] == (field,) and _at(point.raw, p) == given)
+            raise refusal(point, next(named, ("eval", "suites")), str(error)) from error
+
+
+def _at(values: Any, where: Where) -> Any:
+    for part in where:
+        values = values[part]
+    return values
+
+
 def check_command(arguments: argparse.Namespace) -> int:
-    """Check files and folders; one line for each that is right, every mistake of the others. Exit 2 if there is one."""
-    wrong = 0
+    """One line for each file that is right, every mistake of the others. Exit 2 if there is one."""
+    wrong = unread = 0
     files: list[Path] = []
     for given in map(Path, arguments.paths):
-        if given.is_dir():
+        if os.path.isdir(given):
             below = sorted(given.rglob("*.yaml"))
-            if not below:
-                print(f"{given}: no YAML files in this folder", file=sys.stderr)
-                wrong += 1
             files += below
+            problems = [f"{p}: is named .yml; expected .yaml" for p in sorted(given.rglob("*.yml"))]
+            if not below and not problems:
+                problems = [f"{given}: no YAML files in this folder"]
+            for problem in problems:
+                print(problem, file=sys.stderr)
+            unread += len(problems)
         else:
             files.append(given)
     for path in files:
         try:
             print(f"ok  {checked(path, arguments.allow_code)}")
         except (RecipeError, PlanError) as error:
-            text = str(error) if isinstance(error, RecipeError) else f"{path}: {error}"
-            print(text, file=sys.stderr)
+            whole = isinstance(error, PlanError) and not error.located
+            print(f"{path}: {error}" if whole else error, file=sys.stderr)
             wrong += 1
     if len(files) > 1:
         print(f"{len(files) - wrong} of {len(files)} files are right")
-    return 2 if wrong else 0
+    return 2 if wrong or unread else 0
 
 
 def checked(path: Path, allow_code: Sequence[str] = ()) -> str:
-    """What a right recipe or suite is, in words: a suite is told by its `evals`. Raises RecipeError, PlanError."""
-    if path.suffix == ".yaml" and path.is_file():
-        raw, _, _ = read_yaml(path)
-        if "evals" in raw and "method" not in raw:
+    """What a right recipe, suite or table spec is, in words. Raises RecipeError, PlanError."""
+    if os.path.isfile(path):
+        kind = kind_of(read_yaml(path)[0])
+        if kind == "suite":
             return f"suite {read_suite(path).name}"
+        if kind == "table spec":
+            return f"table {read_spec(path).name}"
     points = expand(load(path, allow_code=allow_code), allow_code=allow_code)
     for point in points:
         plan(point, allow_code=allow_code)
@@ -148,21 +181,21 @@ def checked(path: Path, allow_code: Sequence[str] = ()) -> str:
     return f"{name} ({len(points)} run{'s' if len(points) > 1 else ''})"
 
 
-def list_command() -> int:
-    """Everything that a recipe can name, each with its first line."""
-    for root, origin in ((CHECKOUT, "checkout"), (INSTALLED, "installed")):
-        if not root.is_dir():
-            continue
-        found = {str(p.relative_to(root).with_suffix("")): p for p in sorted(root.rglob("*.yaml"))}
-        recipes = {n: p for n, p in found.items() if not n.startswith("suites/")}
-        print(f"recipes ({origin})")
-        for name, path in recipes.items():
-            print(f"  {name:<30} {_first_comment(path)}")
-        print("suites")
-        for name, path in found.items():
-            if name.startswith("suites/"):
-                print(f"  {name.removeprefix('suites/'):<30} {read_suite(path).about or ''}")
-        break
+def list_command(arguments: argparse.Namespace) -> int:
+    """Everything that a recipe can name, each with its first sentence; as Markdown the catalogue; or the finished steps."""
+    if arguments.runs:
+        return runs_command()
+    if arguments.check:
+        return catalogue.compare(Path(arguments.check))
+    if arguments.format == "markdown":
+        print(catalogue.catalogue(), end="")
+        return 0
+    print(f"recipes ({'checkout' if catalogue.root() == CHECKOUT else 'installed'})")
+    for name, path in catalogue.names().items():
+        print(f"  {name:<30} {_first_comment(path)}")
+    print("suites")
+    for name, path in catalogue.names(suites=True).items():
+        print(f"  {name.removeprefix('suites/'):<30} {read_suite(path).about or ''}")
     folders: tuple[tuple[lookup.Folder, str], ...] = (
         ("methods", "methods"),
         ("attention", "attention forms"),
@@ -171,14 +204,17 @@ def list_command() -> int:
     for folder, title in folders:
         print(title)
         for name in lookup.names(folder):
-            text = (lookup.lookup(folder, name).Config.__doc__ or "").strip().splitlines()
-            print(f"  {name:<30} {text[0] if text else ''}")
+            print(f"  {name:<30} {_first_sentence(lookup.lookup(folder, name).Config.__doc__ or '')}")
     return 0
 
 
 def _first_comment(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").splitlines()[:1]
-    return first[0].removeprefix("#").strip() if first and first[0].startswith("#") else ""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return _first_sentence(" ".join(line.lstrip("# ") for line in itertools.takewhile(lambda x: x[:1] == "#", lines)))
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.?!])\s", " ".join(text.split()), maxsplit=1)[0]
 
 
 def runs_command() -> int:

@@ -14,15 +14,13 @@ from pydantic import BaseModel, ValidationError
 
 from . import families, lookup
 from .base import Config
+from .finding import CHECKOUT, INSTALLED, find_recipe, kind_of, rebased, shown
 from .mistakes import describe, listed, located, nearest, placed
 from .recipe import Recipe, StateOf, Student, Suite
 from .schedule import Schedule
 from .states import NAMES, State
 from .strict_yaml import Mistake, RecipeError, Where, read_yaml
 
-RECIPES = "recipes"
-INSTALLED = Path(__file__).parent / "_recipes"
-CHECKOUT = Path(__file__).parent.parent / RECIPES
 MOST_POINTS = 1_000  # of a grid; each one is a run
 
 
@@ -40,49 +38,24 @@ class Loaded:
     places: Mapping[Where, Mistake] = field(default_factory=dict)
 
 
-# --- finding files ----------------------------------------------------------------------------------------------------
-
-
-def find_recipe(name: str | Path, *, beside: Path | None = None) -> tuple[Path, str]:
-    """(path, origin) of a recipe or suite by path or by name: an existing path, the checkout's, then the installed copy.
-
-    Raises RecipeError with the nearest name.
-    """
-    given = Path(name)
-    for base in ([beside] if beside else []) + [Path()]:
-        for candidate in (base / given, base / f"{given}.yaml"):
-            if candidate.is_file():
-                return candidate, "file"
-    if given.exists() and given.is_dir():
-        raise RecipeError([Mistake(str(name), 1, 1, "is a folder; expected a recipe")])
-    roots = [(CHECKOUT, "checkout"), (INSTALLED, "installed")]
-    for root, origin in roots:
-        for candidate in (root / given, root / f"{given}.yaml"):
-            if candidate.is_file():
-                return candidate, origin
-    known = sorted({str(p.relative_to(r).with_suffix("")) for r, _ in roots if r.is_dir() for p in r.rglob("*.yaml")})
-    siblings = [str(p) for p in (Path() / given).parent.glob("*.yaml")]
-    near = difflib.get_close_matches(str(given), [*known, *siblings], 1) or difflib.get_close_matches(
-        str(given.with_suffix("")).removeprefix(f"{RECIPES}/"), known, 1
-    )
-    hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-    raise RecipeError([Mistake(str(name), 1, 1, f"no such recipe{hint}")])
-
-
-def _shown(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
 # --- plain values -> Recipe -------------------------------------------------------------------------------------------
 
 
 def load(name: str | Path, *, allow_code: Sequence[str] = ()) -> Loaded:
     """Read a recipe by path or name. Raises RecipeError with every mistake of the file, and of the one it extends."""
     path, origin = find_recipe(name)
-    raw, places, text = read_yaml(path, _shown(path))
+    if path.suffix not in (".yaml", ".yml"):
+        raise RecipeError(
+            [Mistake(str(name), 0, 0, f"is named {path.suffix or 'without an ending'}; expected a .yaml file")]
+        )
+    raw, places, text = read_yaml(path, shown(path))
+    kind = kind_of(raw)
+    if kind == "suite":
+        text = "this is a suite, which recipes name in eval.suites; expected a recipe"
+        raise RecipeError([placed(places, ("evals", "key"), text)])
+    if kind == "table spec":
+        text = f"this is a table spec (recipelin table {path}); expected a recipe"
+        raise RecipeError([placed(places, ("columns", "key"), text)])
     extends_text = None
     if "extends" in raw:
         raw, places, extends_text = _extended(raw, places, path)
@@ -95,21 +68,23 @@ def load(name: str | Path, *, allow_code: Sequence[str] = ()) -> Loaded:
 def _extended(
     raw: dict[str, Any], places: dict[Where, Mistake], path: Path
 ) -> tuple[dict[str, Any], dict[Where, Mistake], str]:
-    """The recipe laid over the one it extends: maps merge, everything else replaces."""
+    """The recipe laid over the one it extends, given by path or by name: maps merge, everything else replaces."""
     where = places[("extends",)]
     given = raw["extends"]
     if not isinstance(given, str):
-        raise RecipeError([replace(where, text=f"extends: found {describe(given)}; expected the path of a recipe")])
-    parent = path.parent / given
+        raise RecipeError(
+            [replace(where, text=f"extends: found {describe(given)}; expected the path or the name of a recipe")]
+        )
+    try:
+        parent, _ = find_recipe(given, beside=path.parent)
+    except RecipeError as error:
+        raise RecipeError([replace(where, text=f"extends: {given}: {error.mistakes[0].text}")]) from error
     if parent.resolve() == path.resolve():
         raise RecipeError([replace(where, text="extends: the recipe extends itself")])
-    try:
-        base, base_places, text = read_yaml(parent, _shown(parent))
-    except RecipeError as error:
-        if not parent.is_file():
-            problem = error.mistakes[0].text
-            raise RecipeError([replace(where, text=f"extends: {given}: {problem}")]) from error
-        raise
+    base, base_places, text = read_yaml(parent, shown(parent))
+    if (kind := kind_of(base)) != "recipe":
+        raise RecipeError([replace(where, text=f"extends: {given} is a {kind}; expected a recipe")])
+    base = rebased(base, parent.parent, path.parent)
     if "extends" in base:
         at = base_places[("extends", "key")]
         raise RecipeError(
@@ -152,7 +127,7 @@ def _build(raw: Mapping[str, Any], places: Mapping[Where, Mistake], path: Path, 
     _architecture(found, places, path, mistakes)
     _student(found, places, path, mistakes)
     _suites(found, places, path, mistakes)
-    _state_names(found, places, mistakes)
+    _names(found, places, path, mistakes)
     try:
         recipe = Recipe.model_validate(found)
     except ValidationError as error:
@@ -167,7 +142,13 @@ def _method(
 ) -> tuple[Config | None, Mapping[str, Schedule | None] | None]:
     if not isinstance(given, Mapping):
         if given is not None:
-            mistakes.append(placed(places, ("method",), f"found {describe(given)}; expected a map with a name"))
+            mistakes.append(
+                placed(
+                    places,
+                    ("method",),
+                    f"method: found {describe(given)}; expected a map with a name, as {{name: lolcats}}",
+                )
+            )
         return None, None
     name = given.get("name")
     if not isinstance(name, str):
@@ -252,9 +233,15 @@ def _architecture(found: dict[str, Any], places: Mapping[Where, Mistake], path: 
     except FileNotFoundError:
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.json")], 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        mistakes.append(placed(places, where, f"no such file {file}{hint}"))
-    except (OSError, UnicodeDecodeError, ValueError, AttributeError, TypeError) as error:
-        mistakes.append(placed(places, where, f"{file}: {error}"))
+        mistakes.append(placed(places, where, f"model.architecture: no such file {file}{hint}"))
+    except OSError as error:
+        mistakes.append(placed(places, where, f"model.architecture: {file}: {error.strerror}"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        mistakes.append(
+            placed(places, where, f"model.architecture: {file} is not JSON; expected a model's config.json")
+        )
+    except (ValueError, AttributeError, TypeError) as error:
+        mistakes.append(placed(places, where, f"model.architecture: {file}: {error}"))
     if isinstance(found["model"]["architecture"], str):
         found["model"] = {k: v for k, v in model.items() if k != "architecture"}
 
@@ -319,7 +306,9 @@ def load_suite(name: str, recipe: Path) -> Suite:
 
 def read_suite(path: Path) -> Suite:
     """A suite from its file. Raises RecipeError with every mistake of the file."""
-    raw, places, _ = read_yaml(path, _shown(path))
+    raw, places, _ = read_yaml(path, shown(path), kind="a suite (name, evals)")
+    if "method" in raw or "extends" in raw:
+        raise RecipeError([Mistake(shown(path), 0, 0, "is a recipe; expected a suite, a file with `evals:`")])
     mistakes: list[Mistake] = []
     evals: list[Config] = []
     given = raw.get("evals")
@@ -359,23 +348,26 @@ def _suites(found: dict[str, Any], places: Mapping[Where, Mistake], path: Path, 
             suites.append(name)
         elif not isinstance(name, str):
             mistakes.append(placed(places, at, f"found {describe(name)}; expected the name of a suite"))
-        else:
-            try:
-                suites.append(load_suite(name, path))
-            except RecipeError as error:
-                if all(m.text.startswith("no such recipe") for m in error.mistakes):
-                    known = sorted(p.stem for r in (CHECKOUT, INSTALLED) for p in (r / "suites").glob("*.yaml"))
-                    mistakes.append(
-                        placed(places, at, f"no suite {name!r}{nearest(name, known)}; there are {listed(known)}")
-                    )
-                else:
-                    mistakes += error.mistakes
+        elif suite := _suite(name, path, at, places, mistakes):
+            suites.append(suite)
     if not suites and evaluation["suites"]:
         suites.append(Suite(name="stand-in", evals=(Config(),)))
     found["eval"] = {**evaluation, "suites": tuple(suites)}
 
 
-def _state_names(found: Mapping[str, Any], places: Mapping[Where, Mistake], mistakes: list[Mistake]) -> None:
+def _suite(name: str, path: Path, at: Where, places: Mapping[Where, Mistake], mistakes: list[Mistake]) -> Suite | None:
+    try:
+        return load_suite(name, path)
+    except RecipeError as error:
+        if all(m.text.startswith("no such recipe") for m in error.mistakes):
+            known = sorted(p.stem for r in (CHECKOUT, INSTALLED) for p in (r / "suites").glob("*.yaml"))
+            mistakes.append(placed(places, at, f"no suite {name!r}{nearest(name, known)}; there are {listed(known)}"))
+        else:
+            mistakes += error.mistakes
+    return None
+
+
+def _names(found: Mapping[str, Any], places: Mapping[Where, Mistake], path: Path, mistakes: list[Mistake]) -> None:
     """Names in eval.states and in what a stage's validation watches."""
     evaluation = found.get("eval")
     states = evaluation.get("states") if isinstance(evaluation, Mapping) else None
@@ -397,6 +389,8 @@ def _state_names(found: Mapping[str, Any], places: Mapping[Where, Mistake], mist
                     hint = nearest(watch.state, NAMES)
                     text = f"cannot watch the state {watch.state!r}{hint}; states are transfer, {listed(NAMES[1:])}"
                     mistakes.append(placed(places, at_watch, text))
+                if watch.suite:
+                    _suite(watch.suite, path, (*at_watch[:-1], "suite"), places, mistakes)
 
 
 # --- the grid ---------------------------------------------------------------------------------------------------------
@@ -423,22 +417,30 @@ def expand(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> tuple[Loaded, .
     if points > MOST_POINTS:
         mistakes.append(placed(loaded.places, ("grid",), f"found {points:,} points; expected at most {MOST_POINTS:,}"))
     if mistakes:
+        right = {axis: values for axis, values in grid.items() if values and not _no_field(loaded, axis)}
+        if len(right) < len(grid):  # the values of the other axes are tried all the same
+            try:
+                expand(replace(loaded, recipe=loaded.recipe.model_copy(update={"grid": right})), allow_code=allow_code)
+            except RecipeError as error:
+                mistakes += error.mistakes
         raise RecipeError(mistakes)
     last = [axis.rpartition(".")[2] for axis in grid]
     short = {axis: end if last.count(end) == 1 else axis for axis, end in zip(grid, last, strict=True)}
     labels = {axis: _labels(values) for axis, values in grid.items()}
-    found = []
+    found: list[Loaded] = []
     for choice in itertools.product(*(enumerate(values) for values in grid.values())):
         point = {axis: value for axis, (_, value) in zip(grid, choice, strict=True)}
         raw = {k: v for k, v in loaded.raw.items() if k != "grid"}
         places = dict(loaded.places)
         for axis, (index, value) in zip(grid, choice, strict=True):
-            path = tuple(axis.split("."))
+            path: Where = tuple(axis.split("."))
             raw = _set(raw, path, value)
-            at = ("grid", axis, index)
-            own = {(*path, *p[3:]): m for p, m in loaded.places.items() if p[:3] == at}  # a map has places inside
+            here: Where = ("grid", axis, index)
+            own = {(*path, *p[3:]): m for p, m in loaded.places.items() if p[:3] == here}  # a map has places inside
             places = {p: m for p, m in places.items() if p[: len(path)] != path} | own
             places[(*path, "key")] = places[path]
+            for depth in range(len(path)):
+                places.setdefault(path[:depth], places[path])
         label = ",".join(f"{short[axis]}={labels[axis][index]}" for axis, (index, _) in zip(grid, choice, strict=True))
         raw["name"] = f"{loaded.recipe.name}/{label}"
         try:
@@ -446,6 +448,10 @@ def expand(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> tuple[Loaded, .
         except RecipeError as error:
             mistakes += error.mistakes
             continue
+        if twin := next((p.point for p in found if p.recipe.name == recipe.name), None):
+            axis = next((a for a in grid if twin[a] != point[a]), next(reversed(grid)))
+            text = f"two points are named {recipe.name!r}; expected values that differ, in letters and digits too"
+            mistakes.append(placed(loaded.places, ("grid", axis), text))
         found.append(replace(loaded, recipe=recipe, point=point, raw=raw, places=places))
     if mistakes:
         raise RecipeError(mistakes)
@@ -483,7 +489,9 @@ def _no_field(loaded: Loaded, axis: str) -> str | None:
             if isinstance(here, Mapping)
             else []
         )
-        if part not in known or axis in ("name", "grid", "extends"):
+        if axis in ("name", "grid", "about"):
+            return f"{axis!r} is no axis: it does not change what a run does"
+        if part not in known:
             before = ".".join(axis.split(".")[:depth]) or "a recipe"
             return f"{axis!r} is no field: {before} has no {part!r}{nearest(part, known)}"
         here = here[part] if isinstance(here, Mapping) else getattr(here, part)

@@ -17,7 +17,7 @@ def located(
     """pydantic's errors with their lines; one mistake may come from several branches of a union: the deepest counts."""
     told: dict[Where, list[str]] = {}
     for each in error.errors(include_url=False):
-        path = (*prefix, *_real(each["loc"], prefix, places))
+        path = (*prefix, *_real(each["loc"], prefix, places, missing=each["type"] == "missing"))
         told.setdefault(path, []).append(_say(each, model))
     paths = list(told)
     for path, texts in told.items():
@@ -26,26 +26,20 @@ def located(
         unknown = any(t.startswith("unknown") for t in texts)
         place = (*path, "key") if unknown and (*path, "key") in places else path
         field_name = ".".join(str(p) for p in path)
+        found, expected, _ = texts[0].partition("; expected ")
+        if expected and all(t.startswith(found + expected) for t in texts):  # branches of a union: told once
+            texts = [texts[0], *(t.removeprefix(found + expected) for t in texts[1:])]
         text = " or ".join(dict.fromkeys(texts))
         yield placed(places, place, f"{field_name}: {text}" if field_name else text)
 
 
-def _real(loc: Sequence[str | int], prefix: Where, places: Mapping[Where, Mistake]) -> Where:
-    """The loc without the tags of unions that pydantic puts into it."""
+def _real(loc: Sequence[str | int], prefix: Where, places: Mapping[Where, Mistake], *, missing: bool) -> Where:
+    """The loc without the tags of unions that pydantic puts into it: what the file has, and a field that is missing."""
     found: Where = ()
     for index, part in enumerate(loc):
-        rest_known = (*prefix, *found, part) in places or (*prefix, *found, part, "key") in places
-        tag = index + 1 < len(loc) or not isinstance(part, str) or not re.fullmatch(r"[a-z_]+|[a-z-]+", part)
-        if rest_known or not tag:
+        here = (*prefix, *found, part)
+        if here in places or (*here, "key") in places or (missing and index + 1 == len(loc)):
             found = (*found, part)
-        elif isinstance(part, str) and index + 1 < len(loc):
-            nxt = loc[index + 1]
-            if (
-                (*prefix, *found, nxt) not in places
-                and (*prefix, *found, nxt, "key") not in places
-                and index + 2 < len(loc)
-            ):
-                continue
     return found
 
 
@@ -78,8 +72,24 @@ def _say(error: Any, model: type[BaseModel]) -> str:
         return f"found {describe(given)}; expected a list"
     if kind == "too_short":
         return "found an empty list; expected at least one entry"
-    expected = str(error["msg"]).removeprefix("Input should be ")
+    if kind == "string_pattern_mismatch":
+        signs = re.search(r"\[a-z0-9([^]]*)\]\*", str(context.get("pattern")))
+        words = f"small letters, digits and {' '.join(signs[1])}, a letter or digit first" if signs else error["msg"]
+        return f"found {describe(given)}; expected {words}"
+    if kind == "string_type" and isinstance(given, (int, float)):
+        return f"found {describe(given)}; expected text: put it in quotes"
+    expected = _EXPECTED.get(kind) or str(error["msg"]).removeprefix("Input should be ")
     return f"found {describe(given)}; expected {expected}"
+
+
+# pydantic's words where plainer ones say more.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "is_instance_of": "a number",  # Decimal, the one class that a schema names
+}
 
 
 def _fieldsat(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from .attention.hybrid.config import Config as Hybrid
 from .base import Config
 from .families import Architecture
 from .load import Loaded, load_suite
-from .mistakes import listed, nearest
+from .mistakes import listed, nearest, placed
 from .recipe import Converted, StateOf, Suite
-from .schedule import Schedule, optimiser_steps
+from .schedule import optimiser_steps
 from .sources import Data, Hub, LocalFile, Recall, Rows, SourceError, Stdlib
 from .states import NAMES, NamedState, State, resolve, subsets
 from .steps import Calibrate, Evaluate, Lora, Step, StepsError, Swap, Switch, Transfer, Tune
+from .strict_yaml import Mistake, Where
 from .templates import name_of
 
 BYTES_PER_TOKEN = 4  # of English text under a vocabulary of tens of thousands; only sizes `epochs` before tokenising
@@ -29,7 +30,11 @@ POCKET = Path(__file__).parent / "pocket"
 
 
 class PlanError(ValueError):
-    """A recipe that is well formed but cannot be carried out; the message says what to change."""
+    """A recipe that is well formed but cannot be carried out; the message says what to change, and at `place` where."""
+
+    def __init__(self, text: str, place: Mistake | None = None) -> None:
+        self.located = place is not None
+        super().__init__(str(replace(place, text=text)) if place else text)
 
 
 class Cost(Config):
@@ -104,6 +109,11 @@ def teacher_folder(loaded: Loaded) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def refusal(loaded: Loaded, where: Where, text: str) -> PlanError:
+    """A PlanError at a field of the recipe's file."""
+    return PlanError(text, placed(loaded.places, where, "") if loaded.places else None)
+
+
 def architecture_of(loaded: Loaded) -> Architecture:
     """The teacher's numbers: from the recipe, or from the config.json of a local teacher."""
     model = loaded.recipe.model
@@ -114,16 +124,22 @@ def architecture_of(loaded: Loaded) -> Architecture:
         try:
             return families.architecture(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         except (ValueError, OSError) as error:
-            raise PlanError(f"{folder / 'config.json'}: {error}") from error
+            reason = "not JSON: " if isinstance(error, json.JSONDecodeError) else ""
+            raise refusal(loaded, ("model", "teacher"), f"{folder / 'config.json'}: {reason}{error}") from error
+    if folder is not None and model.teacher:
+        text = f"the teacher's folder {folder} has no config.json; expected a model's folder"
+        raise refusal(loaded, ("model", "teacher"), text)
     if model.architecture:
         return model.architecture
     near = difflib.get_close_matches(
         str(model.teacher), ["pocket", *(p.name for p in loaded.path.parent.iterdir() if p.is_dir())], 1
     )
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise PlanError(
+    raise refusal(
+        loaded,
+        ("model", "teacher"),
         f"model.teacher {model.teacher!r} is not a folder here{hint}; to plan without it, "
-        "give its numbers: model.architecture (a map, or the path of its config.json)"
+        "give its numbers: model.architecture (a map, or the path of its config.json)",
     )
 
 
@@ -136,33 +152,34 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     try:
         found: list[Step] = list(method.steps(recipe))
     except StepsError as error:
-        raise PlanError(str(error)) from error
+        raise refusal(loaded, ("method",), str(error)) from error
     if recipe.model.converted and not any(isinstance(s, Swap) and s.published for s in found):
-        raise PlanError(
+        text = (
             f"model.converted: method {name!r} starts from the teacher and would not read it; "
             "use method: {name: converted}, or leave model.converted out"
         )
+        raise refusal(loaded, ("model", "converted"), text)
     if recipe.model.student and name != "exported":
-        raise PlanError(
-            f"model.student: method {name!r} starts from a teacher and would not read it; use method: {{name: exported}}"
-        )
-    _refuse_idle_rates(found)
+        text = f"model.student: method {name!r} starts from a teacher and would not read it; use method: {{name: exported}}"
+        raise refusal(loaded, ("model", "student"), text)
+    _refuse_idle_rates(loaded, found)
     hybrid = next((s.state for s in reversed(found) if isinstance(s, Switch)), None)
     found.append(
         Evaluate(
             suites=recipe.eval.suites,
-            states=_states(recipe.eval.states, hybrid, teacher=recipe.model.teacher is not None),
+            states=_states(loaded, hybrid),
             hybrid=hybrid,
             seeds=recipe.eval.seeds,
             margin=recipe.eval.margin,
         )
     )
     if recipe.model.scratch and any(isinstance(s, Hub) and s.streaming for s in recipe.data.mix):
-        raise PlanError("data: a new model's tokenizer is trained on whole sources; give one that does not stream")
+        text = "data: a new model's tokenizer is trained on whole sources; give one that does not stream"
+        raise refusal(loaded, ("data", "mix"), text)
     try:
         reads.refuse_leaks(found)
     except SourceError as error:
-        raise PlanError(f"data: {error}") from error
+        raise refusal(loaded, ("data",), f"data: {error}") from error
     _refuse_padding(loaded, tuple(found))
     counting = _Counting(loaded, arch, tuple(found))
     model = recipe.model.model_dump(mode="json", exclude={"architecture", "converted"})  # the Swap has the latter
@@ -185,17 +202,18 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     )
 
 
-def _refuse_idle_rates(steps: Sequence[Step]) -> None:
+def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
     """A learning rate of its own for a group that does not train in a stage would do nothing. Raises PlanError."""
     for step in steps:
         if isinstance(step, (Transfer, Tune)):
             groups = [*step.trains, *(["lora"] if isinstance(step, Tune) and step.lora else [])]
             for name in step.schedule.optimizer.group_lr:
                 if name not in groups:
-                    raise PlanError(
+                    text = (
                         f"schedule.{step.stage}.optimizer.group_lr: {name!r} does not train in this stage"
                         f"{nearest(name, groups)}; groups that do: {listed(groups) or 'none'}"
                     )
+                    raise refusal(loaded, ("schedule", step.stage, "optimizer", "group_lr", name, "key"), text)
 
 
 def _watched(step: Step) -> list[str]:
@@ -214,40 +232,42 @@ def _refuse_padding(loaded: Loaded, steps: Sequence[Step]) -> None:
         return
     for step in steps:
         if isinstance(step, (Calibrate, Transfer, Tune)) and (step.data.separate or step.data.positions == "restart"):
-            raise PlanError(
-                f"compat: {compat} knows no separate documents; write data: {{separate: false, positions: run_on}}"
-            )
+            text = f"compat: {compat} knows no separate documents; write data: {{separate: false, positions: run_on}}"
+            raise refusal(loaded, ("data",), text)
         watched = [load_suite(name, loaded.path) for name in _watched(step)]
         for suite in suites_of(step) if isinstance(step, Evaluate) else watched:
             for evaluation in suite.evals:
                 batch = getattr(evaluation, "batch", 1)
                 if getattr(evaluation, "eval", "") == "lm_eval" and batch != 1:
-                    raise PlanError(
+                    text = (
                         f"compat: {compat} counts its blocks from the end of the padded row; lm_eval of suite "
                         f"{suite.name!r} has batch {batch}, write batch: 1 (LoLCATs' own)"
                     )
+                    raise refusal(loaded, ("eval", "suites"), text)
 
 
-def _states(asked: Sequence[str | StateOf], hybrid: State | None, *, teacher: bool) -> tuple[NamedState, ...]:
+def _states(loaded: Loaded, hybrid: State | None) -> tuple[NamedState, ...]:
     """The states to evaluate, resolved; the subsets that Shapley values need are added at the end."""
     found: list[NamedState] = []
-    for entry in asked:
+    for index, entry in enumerate(loaded.recipe.eval.states):
+        where: Where = ("eval", "states", index)
         name = entry if isinstance(entry, str) else entry.of
-        if name == "teacher" and not teacher:
-            raise PlanError("eval.states: `teacher` needs model.teacher; without one leave it out, e.g. [softmax]")
+        if name == "teacher" and loaded.recipe.model.teacher is None:
+            text = "eval.states: `teacher` needs model.teacher; without one leave it out, e.g. [softmax]"
+            raise refusal(loaded, where, text)
         if hybrid is None:
             if name not in ("teacher", "softmax") or not isinstance(entry, str):
-                raise PlanError(
-                    f"eval.states: {name!r} needs a swapped layer, and this method swaps none; use [softmax]"
-                )
+                text = f"eval.states: {name!r} needs a swapped layer, and this method swaps none; use [softmax]"
+                raise refusal(loaded, where, text)
             found.append(NamedState(name=name, weights="teacher" if name == "teacher" else "student", state=None))
             continue
         if name not in NAMES:
-            raise PlanError(f"eval.states: {name!r} is not a state; states are {', '.join(NAMES)}")
+            text = f"eval.states: {name!r} is not a state; states are {', '.join(NAMES)}"
+            raise refusal(loaded, where, text)
         state = resolve(name, hybrid)
         if isinstance(entry, StateOf):
             if state.state is None:
-                raise PlanError("eval.states: the teacher has no branches to change")
+                raise refusal(loaded, where, "eval.states: the teacher has no branches to change")
             changes = {k: v for k, v in entry.model_dump(exclude={"name", "of"}).items() if v is not None}
             if "compat" in entry.model_fields_set:  # null says: without
                 changes["compat"] = entry.compat
@@ -255,12 +275,12 @@ def _states(asked: Sequence[str | StateOf], hybrid: State | None, *, teacher: bo
                 changed = State(**{**state.state.model_dump(), **changes})
             except ValidationError as error:
                 wrong = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-                raise PlanError(f"eval.states: {entry.name!r}: {wrong}") from error
+                raise refusal(loaded, where, f"eval.states: {entry.name!r}: {wrong}") from error
             state = NamedState(name=entry.name, weights="student", state=changed)
         found.append(state)
     names = [s.name for s in found]
     if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise PlanError(f"eval.states: {', '.join(twice)} given twice")
+        raise refusal(loaded, ("eval", "states"), f"eval.states: {', '.join(twice)} given twice")
     if hybrid is not None and "hybrid" in names:
         found += [s for s in subsets(hybrid).values() if s.name not in names]
     return tuple(found)
@@ -495,48 +515,3 @@ def count(value: float | None, unit: str = "") -> str:
         if value >= size:
             return f"{value / size:.3g} {letter}{unit}"
     return f"{value:g} {unit}".strip()
-
-
-def show(planned: Plan, *, header: Sequence[str] = (), reused: Sequence[str] = ()) -> str:
-    """The plan as text: one block a step. `reused[i]` says what is known of an earlier result of step i."""
-    lines = [*header]
-    arch = planned.architecture
-    lines.append(
-        f"model     {arch.model_type}, {arch.num_hidden_layers} layers, {count(planned.parameters)} parameters, "
-        f"{arch.num_attention_heads}:{arch.num_key_value_heads} heads of {arch.head_dim}, vocabulary {arch.vocab_size}"
-    )
-    lines.append(f"plan      {planned.hash[:8]}, seed {planned.seed}")
-    lines.append("")
-    for i, p in enumerate(planned.steps):
-        lines.append(f"{i + 1:>2}. {p.step.step:<9} {p.what}")
-        if p.reads:
-            lines.append(f"    {'reads':<9} {p.reads}")
-        if p.trains:
-            lines.append(f"    {'trains':<9} {p.trains:,} parameters ({p.share:.2%} of the model)")
-        if isinstance(p.step, (Transfer, Tune)):
-            lines.append(f"    {'schedule':<9} {_schedule(p.step.schedule, p.optimiser_steps)}")
-        if p.cost.memory:
-            memory = p.cost.memory
-            lines.append(
-                f"    {'cost':<9} {count(p.cost.tokens)} tokens, {count(p.cost.flops, 'FLOP')}; memory about "
-                f"{count(memory['cpu'], 'B')} on a CPU, or {count(memory['cuda'], 'B')} on a GPU "
-                f"+ {count(memory['host'], 'B')} of host"
-            )
-        if i < len(reused) and reused[i]:
-            lines.append(f"    {'result':<9} {reused[i]}")
-    flops = [p.cost.flops for p in planned.steps if p.cost.memory]
-    total = None if any(f is None for f in flops) else sum(f for f in flops if f)
-    lines += ["", f"in all    {count(total, 'FLOP')} (estimates; memory without the allocator's own)"]
-    return "\n".join(lines)
-
-
-def _schedule(schedule: Schedule, steps: int | None) -> str:
-    given = (
-        f"{schedule.epochs:g} epochs" if schedule.epochs else f"{schedule.tokens:,} tokens" if schedule.tokens else ""
-    )
-    known = f"{steps} optimiser steps" if steps is not None else "steps known once the data is read"
-    size = f"{schedule.batch} x {schedule.length} tokens"
-    if schedule.accumulation > 1:
-        size += f" x {schedule.accumulation} accumulated"
-    rate = f"{schedule.optimizer.name} lr {schedule.optimizer.lr:g}, {schedule.decay.name}"
-    return ", ".join(x for x in (given, known, size, rate) if x)

@@ -198,7 +198,8 @@ def read_items(path: Path) -> dict[ItemsOf, tuple[Item, ...]]:
     except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
         if isinstance(error, RecordError):
             raise
-        raise RecordError(f"{file}:{number}: not a sidecar of items: {error}") from error
+        place = f"{file}:{number}" if number else str(file)
+        raise RecordError(f"{place}: not a sidecar of items: {error}") from error
     return found
 
 

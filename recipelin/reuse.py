@@ -17,7 +17,7 @@ from .files import digest_file as digest_file
 from .files import home as home
 from .files import locked, write_atomically
 from .load import Loaded
-from .plan import Plan, Planned, digest, teacher_folder
+from .plan import Plan, PlanError, Planned, digest, teacher_folder
 from .sources import fingerprint
 from .steps import Calibrate, Evaluate, Step, Swap, Switch, Transfer, Tune
 
@@ -28,7 +28,11 @@ LIBRARIES = ("torch", "transformers", "peft", "lm_eval", "tokenizers", "numpy")
 def threads() -> int:
     """Threads of a CPU run: OMP_NUM_THREADS, or the cores that this process may use."""
     given = os.environ.get("OMP_NUM_THREADS")
-    return int(given) if given else len(os.sched_getaffinity(0))
+    if not given:
+        return len(os.sched_getaffinity(0))
+    if not given.isdecimal() or int(given) < 1:
+        raise PlanError(f"the environment's OMP_NUM_THREADS is {given!r}; expected a whole number of threads")
+    return int(given)
 
 
 def versions() -> dict[str, str]:

@@ -208,7 +208,11 @@ class _Walk:
         model = self.loaded.recipe.model
         source = teacher_folder(self.loaded) or model.teacher
         assert source is not None, "a recipe has a teacher or makes a model from nothing"
-        return hf.load_teacher(source, revision=model.revision, dtype=model.dtype, device=self.device)
+        try:
+            return hf.load_teacher(source, revision=model.revision, dtype=model.dtype, device=self.device)
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RunError(f"model.teacher {model.teacher!r} ({source}) cannot be loaded: {reason}") from error
 
     def _tokenizer(self) -> Any:
         scratch = self.loaded.recipe.model.scratch

@@ -42,7 +42,7 @@ def recipe_schema() -> dict[str, Any]:
     }
     schema["properties"]["extends"] = {
         "type": "string",
-        "description": "path of a recipe that this one changes (one level)",
+        "description": "path or name of a recipe that this one changes (one level)",
     }
     definitions["Evaluation"]["properties"]["suites"] = {
         "type": "array",

@@ -1,15 +1,17 @@
 """YAML with nothing surprising: each value with its place, and every mistake as file:line:column (no torch)."""
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-LARGEST = 1 << 20  # bytes of a recipe; the longest of ours has two thousand
+LARGEST = 1 << 20  # bytes of a file; the longest of ours has a few thousand
 DEEPEST = 40  # levels of nesting
 MOST_NODES = 20_000  # after aliases are followed
 MOST_DIGITS = 300  # of a number; Python itself refuses to read whole ones above 4,300
@@ -19,7 +21,7 @@ Where = tuple[str | int, ...]
 
 @dataclass(frozen=True, order=True)
 class Mistake:
-    """One thing that is wrong, and where."""
+    """One thing that is wrong, and where; line 0: the file as a whole."""
 
     file: str
     line: int
@@ -27,18 +29,19 @@ class Mistake:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}: {self.text}"
+        place = f":{self.line}:{self.column}" if self.line else ""
+        return f"{self.file}{place}: {self.text}"
 
 
 class RecipeError(ValueError):
-    """All mistakes of a recipe, in the order of its lines."""
+    """All mistakes of a recipe, a suite or a table spec, in the order of its lines."""
 
     def __init__(self, mistakes: Sequence[Mistake]) -> None:
         self.mistakes = tuple(sorted(set(mistakes)))
         super().__init__("\n".join(map(str, self.mistakes)))
 
 
-_NUMBER = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)?|[-+]?\.\d+([eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(\d+(_\d+)*)(\.\d*)?([eE][-+]?\d+)?|[-+]?\.\d+([eE][-+]?\d+)?")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class _Reader:
     file: str
     places: dict[Where, Mistake]
     mistakes: list[Mistake]
+    decimals: bool
 
     def at(self, node: yaml.Node, text: str = "") -> Mistake:
         return Mistake(self.file, node.start_mark.line + 1, node.start_mark.column + 1, text)
@@ -85,8 +89,8 @@ class _Reader:
 
     def scalar(self, node: yaml.ScalarNode) -> Any:
         text = node.value
-        if "\0" in text:
-            self.wrong(node, "found the character \\0; no name, path or text of a recipe holds one")
+        if wrong := re.search("[\0\ud800-\udfff]", text):
+            self.wrong(node, f"found the character \\u{ord(wrong[0]):04x}; no name, path or text holds one")
             return text
         if node.style is not None:
             return text
@@ -99,7 +103,9 @@ class _Reader:
                 self.wrong(node, f"found a number of {len(text):,} characters; expected at most {MOST_DIGITS}")
                 return text
             digits = text.replace("_", "")
-            return int(digits) if re.fullmatch(r"[-+]?\d+", digits) else float(digits)
+            if re.fullmatch(r"[-+]?\d+", digits):
+                return int(digits)
+            return Decimal(digits) if self.decimals else float(digits)
         if text.lower() in (".inf", "-.inf", "+.inf", ".nan"):
             self.wrong(node, f"found {text}; expected a finite number")
         return text
@@ -111,33 +117,61 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.yaml_implicit_resolvers = {}
 
+# PyYAML's words for the mistakes that are made by hand, in words for the hand that made them.
+_PLAIN = {
+    "mapping values are not allowed here": "found a second `: ` on this line, or a field below a value; quote the text, or "
+    "mend the indentation",
+    "expected <block end>, but found": "this line is not indented as the lines that it belongs to",
+    "could not find expected ':'": "found a line without `: `; expected `field: value`",
+    "found unexpected end of stream": "found quotes that open here and never close",
+    "found another document": "found a second document (`---`); expected one",
+    "but found another document": "found a second document (`---`); expected one",
+    "found character": "found a character that begins no plain text; quote the text",
+    "found undefined alias": "found `*`, which refers to an anchor `&` that is not there; quote a text that begins with `*`",
+    "found incompatible YAML document": "found another version of YAML; leave the line %YAML out",
+}
 
-def read_yaml(path: Path, shown: str | None = None) -> tuple[dict[str, Any], dict[Where, Mistake], str]:
-    """(values, places, text) of a YAML file that holds a map. Raises RecipeError."""
+
+def read_yaml(
+    path: Path,
+    shown: str | None = None,
+    *,
+    kind: str = "a recipe (recipelin schema shows its fields)",
+    decimals: bool = False,
+) -> tuple[dict[str, Any], dict[Where, Mistake], str]:
+    """(values, places, text) of a YAML file that holds a map; `kind` says what it should be.
+
+    With `decimals`, a number with a point keeps its digits: 78.40 is Decimal("78.40"). Raises RecipeError.
+    """
     file = shown or str(path)
     text = _text(path, file)
-    reader = _Reader(file, {}, [])
+    reader = _Reader(file, {}, [], decimals)
     try:
         node = yaml.compose(text, Loader=_Loader)
         _refuse_tags(node, reader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
         problem = error.problem or "not YAML"
+        if error.context_mark and problem.startswith("found unexpected end of stream"):
+            mark = error.context_mark  # where the quotes open, not the end of the file
+        line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        problem = next((plain for start, plain in _PLAIN.items() if problem.startswith(start)), problem)
         lines = text.splitlines()
         if "\\t" in problem or (line <= len(lines) and "\t" in lines[line - 1][: column + 1]):
             problem = "found a tab; indent with spaces"
         raise RecipeError([Mistake(file, line, column, problem)]) from error
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = getattr(error, "reason", None) or "nested too deeply"
-        raise RecipeError([Mistake(file, 1, 1, f"not YAML: {reason}")]) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        column = error.position - text.rfind("\n", 0, error.position)
+        problem = f"found the control character U+{ord(text[error.position]):04X}; expected text"
+        raise RecipeError([Mistake(file, line, column, problem)]) from error
+    except RecursionError as error:
+        raise RecipeError([Mistake(file, 1, 1, f"nested more than {DEEPEST} levels deep")]) from error
     if node is None:
-        raise RecipeError(
-            [Mistake(file, 1, 1, "the file is empty; expected a recipe (recipelin schema shows its fields)")]
-        )
+        raise RecipeError([Mistake(file, 1, 1, f"the file is empty; expected {kind}")])
     if not isinstance(node, yaml.MappingNode):
-        kind = "a list" if isinstance(node, yaml.SequenceNode) else f"the text {node.value[:40]!r}"
-        raise RecipeError([reader.at(node, f"found {kind}; expected a map of fields, `name: …` first")])
+        found = "a list" if isinstance(node, yaml.SequenceNode) else f"the text {node.value[:40]!r}"
+        raise RecipeError([reader.at(node, f"found {found}; expected a map of fields, as {kind} is")])
     values = reader.value(node, (), [MOST_NODES])
     if reader.mistakes:
         raise RecipeError(reader.mistakes)
@@ -145,19 +179,19 @@ def read_yaml(path: Path, shown: str | None = None) -> tuple[dict[str, Any], dic
 
 
 def _text(path: Path, file: str) -> str:
-    if path.is_dir():
-        raise RecipeError([Mistake(file, 1, 1, "is a folder; expected a YAML file (recipelin check takes folders)")])
-    if not path.exists():
+    if os.path.isdir(path):
+        raise RecipeError([Mistake(file, 0, 0, "is a folder; expected a YAML file")])
+    if not os.path.exists(path):
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise RecipeError([Mistake(file, 1, 1, f"no such file{hint}")])
+        raise RecipeError([Mistake(file, 0, 0, f"no such file{hint}")])
     try:
         size = path.stat().st_size
         if size > LARGEST:
-            raise RecipeError([Mistake(file, 1, 1, f"has {size:,} bytes; a recipe has at most {LARGEST:,}")])
+            raise RecipeError([Mistake(file, 0, 0, f"has {size:,} bytes; expected at most {LARGEST:,}")])
         content = path.read_bytes()
     except OSError as error:
-        raise RecipeError([Mistake(file, 1, 1, f"cannot be read: {error.strerror}")]) from error
+        raise RecipeError([Mistake(file, 0, 0, f"cannot be read: {error.strerror}")]) from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -176,7 +210,7 @@ def _refuse_tags(node: yaml.Node | None, reader: _Reader) -> None:
             continue
         seen.add(id(here))
         if here.tag not in plain:
-            raise RecipeError([reader.at(here, f"found the tag {here.tag}; a recipe holds plain values")])
+            raise RecipeError([reader.at(here, f"found the tag {here.tag}; expected plain values")])
         if isinstance(here, yaml.SequenceNode):
             todo += here.value
         elif isinstance(here, yaml.MappingNode):

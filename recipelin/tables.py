@@ -18,7 +18,7 @@ from .records import Items, Record, RecordError, items_path, read_items, read_re
 from .render import DASH, FORMATS, Block, Cell, Format, Number, Table, plus_minus, render
 from .runtable import mean_of, run_table, scale, score_cell
 from .statistics import Draws, Interval, recovery
-from .tablespec import TRUST, Column, Printed, Spec, SpecError, TableRow, read_spec
+from .tablespec import TRUST, Column, Printed, Spec, TableRow, read_spec
 from .verdict import RULE, judge
 
 
@@ -323,10 +323,15 @@ def table_command(arguments: argparse.Namespace) -> int:
             raise TableError(
                 f"{path}: --check compares specs (results/tables/*.yaml) with their .md; there is none here"
             )
+        if not record_path(path).exists():
+            near = difflib.get_close_matches(path.stem, [p.stem for p in Path("results/tables").glob("*.yaml")], 1)
+            hint = f"; did you mean results/tables/{near[0]}.yaml?" if near else ""
+            expected = "a table spec (.yaml), a folder of them, a run's folder (with record.json) or a Record's .json"
+            raise TableError(f"{path}: found no {'table' if path.exists() else 'such file'}; expected {expected}{hint}")
         record = read_record(path)
         items = read_items(path) if items_path(path).exists() else {}
         print(render(run_table(record, items, place=record_path(path)), arguments.format), end="")
-    except (SpecError, TableError, RecordError) as error:
+    except (TableError, RecordError) as error:
         print(f"recipelin: {error}", file=sys.stderr)
         return 2
     return 0

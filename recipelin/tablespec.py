@@ -1,14 +1,15 @@
 """The schema of a table spec: rows, columns, what the paper printed, and which recipe fills a cell (no torch)."""
 
-import math
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from .base import Config
+from .mistakes import listed, located, nearest, placed
+from .strict_yaml import Mistake, RecipeError, Where, read_yaml
 
 Trust = Literal["T", "R", "M", "C", "I"]
 TRUST = {
@@ -84,93 +85,43 @@ class Spec(Config):
     rows: Annotated[tuple[TableRow, ...], Field(min_length=1)]
     footnotes: tuple[str, ...] = Field((), description="numbered from 1; the paper's own contradictions, for one")
 
-    @model_validator(mode="after")
-    def _names_fit(self) -> "Spec":
-        labels = [c.label for c in self.columns]
-        plain = [c.label for c in self.columns if c.task or c.recall]
-        if twice := [x for x in dict.fromkeys(labels) if labels.count(x) > 1]:
-            raise ValueError(f"two columns {twice[0]!r}")
-        for column in self.columns:
-            for label in column.mean_of or ():
-                if label not in plain:
-                    raise ValueError(
-                        f"mean_of of {column.label!r}: no task column {label!r}; there are {', '.join(plain)}"
-                    )
-            if column.recovery_of is not None and column.recovery_of not in labels:
-                raise ValueError(f"recovery_of of {column.label!r}: no column {column.recovery_of!r}")
-        for row in self.rows:
-            for label, printed in row.printed.items():
-                if label not in labels:
-                    raise ValueError(
-                        f"row {row.label!r}: printed has no column {label!r}; there are {', '.join(labels)}"
-                    )
-                if isinstance(printed, Printed) and (printed.footnote or 0) > len(self.footnotes):
-                    raise ValueError(f"row {row.label!r}, {label!r}: there is no footnote {printed.footnote}")
-        return self
-
-
-class SpecError(ValueError):
-    """A table spec that cannot be read: one line a mistake, each with file:line."""
-
 
 def read_spec(path: Path) -> Spec:
-    """Read a spec. Raises SpecError with all its mistakes."""
+    """Read a spec. Raises RecipeError with every mistake of the file."""
+    expected = "a table spec (name, title, columns, rows; results/README.md)"
+    raw, places, _ = read_yaml(path, kind=expected, decimals=True)
+    if {"method", "extends", "evals"} & raw.keys():
+        kind = "suite" if "evals" in raw else "recipe"
+        raise RecipeError([Mistake(str(path), 0, 0, f"is a {kind}; expected {expected}")])
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except FileNotFoundError as error:
-        raise SpecError(f"{path}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise SpecError(f"{path}: not UTF-8") from error
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if node is None:
-        raise SpecError(f"{path}: empty; a table spec has name, title, columns and rows")
-    mistakes: list[str] = []
-    value = _value(node, path, mistakes, set())
-    if mistakes:
-        raise SpecError("\n".join(mistakes))
-    try:
-        return Spec.model_validate(value)
+        spec = Spec.model_validate(raw)
     except ValidationError as error:
-        found = [
-            f"{path}:{_line(node, e['loc'])}: {'.'.join(str(p) for p in e['loc']) or 'spec'}: {e['msg']}"
-            for e in error.errors(include_url=False)
-        ]
-        raise SpecError("\n".join(dict.fromkeys(found))) from error
+        raise RecipeError(list(located(error, (), Spec, places))) from error
+    if unfit := [placed(places, where, text) for where, text in _unfit(spec)]:
+        raise RecipeError(unfit)
+    return spec
 
 
-def _value(node: yaml.Node, path: Path, mistakes: list[str], seen: set[int]) -> Any:
-    """A node as Python: lists become tuples. Keys given twice, aliases and tags are mistakes."""
-    place = f"{path}:{node.start_mark.line + 1}"
-    if id(node) in seen:
-        mistakes.append(f"{place}: an anchor is used twice; write it out")
-        return None
-    seen.add(id(node))
-    if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
-        mistakes.append(f"{place}: the tag {node.tag!r} has no place in a table spec")
-        return None
-    if isinstance(node, yaml.SequenceNode):
-        return tuple(_value(n, path, mistakes, seen) for n in node.value)
-    if isinstance(node, yaml.MappingNode):
-        found: dict[str, Any] = {}
-        for key, value in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                mistakes.append(f"{place}: a key must be a word")
-            elif key.value in found:
-                mistakes.append(f"{path}:{key.start_mark.line + 1}: {key.value!r} is given twice")
-            else:
-                found[key.value] = _value(value, path, mistakes, seen)
-        return found
-    value = yaml.SafeLoader("").construct_object(node)
-    return Decimal(node.value) if isinstance(value, float) and math.isfinite(value) else value  # 78.40 keeps its 0
-
-
-def _line(node: yaml.Node, place: tuple[int | str, ...]) -> int:
-    """The line of a place in the file, or of the nearest thing around it."""
-    for part in place:
-        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-        elif isinstance(node, yaml.MappingNode):
-            node = next((v for k, v in node.value if k.value == part), node)
-    return int(node.start_mark.line) + 1
+def _unfit(spec: Spec) -> Iterator[tuple[Where, str]]:
+    """What names a column or a footnote that is not there, and where."""
+    labels = [c.label for c in spec.columns]
+    plain = [c.label for c in spec.columns if c.task or c.recall]
+    for index, column in enumerate(spec.columns):
+        if column.label in labels[:index]:
+            yield ("columns", index, "label"), f"two columns are labelled {column.label!r}"
+        for place, label in enumerate(column.mean_of or ()):
+            if label not in plain:
+                text = f"no task column {label!r}{nearest(label, plain)}; there are {listed(plain)}"
+                yield ("columns", index, "mean_of", place), f"mean_of of {column.label!r}: {text}"
+        if column.recovery_of is not None and column.recovery_of not in labels:
+            text = f"no column {column.recovery_of!r}{nearest(column.recovery_of, labels)}; there are {listed(labels)}"
+            yield ("columns", index, "recovery_of"), f"recovery_of of {column.label!r}: {text}"
+    for index, row in enumerate(spec.rows):
+        for label, printed in row.printed.items():
+            at: Where = ("rows", index, "printed", label)
+            if label not in labels:
+                text = f"printed has no column {label!r}{nearest(label, labels)}; there are {listed(labels)}"
+                yield (*at, "key"), f"row {row.label!r}: {text}"
+            if isinstance(printed, Printed) and (printed.footnote or 0) > len(spec.footnotes):
+                text = f"there is no footnote {printed.footnote}; the spec has {len(spec.footnotes)}"
+                yield (*at, "footnote"), f"row {row.label!r}, {label!r}: {text}"

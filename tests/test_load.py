@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from recipelin import lookup
 from recipelin.cli import main
 from recipelin.commands import checked
-from recipelin.load import RECIPES, expand, load, read_suite
+from recipelin.finding import RECIPES
+from recipelin.load import expand, load, read_suite
 from recipelin.plan import plan
 from recipelin.sources import Hub
 from recipelin.strict_yaml import RecipeError
@@ -76,8 +77,8 @@ CASES = {
     "unknown key": ("window: 16", "windw: 16", "5:3: method.windw: unknown key; did you mean 'window'?"),
     "unknown top key": ("eval:", "evall: {}\neval:", "9:1: evall: unknown key; did you mean 'eval'?"),
     "duplicate key": ("  window: 16", "  window: 16\n  window: 8", "6:3: the key 'window' is given twice, first in line 5"),
-    "text for a number": ("window: 16", "window: sixteen", "5:11: method.window: found the text 'sixteen'; expected a valid integer"),
-    "float for an integer": ("window: 16", "window: 16.5", "5:11: method.window: found 16.5; expected a valid integer"),
+    "text for a number": ("window: 16", "window: sixteen", "5:11: method.window: found the text 'sixteen'; expected a whole number"),
+    "float for an integer": ("window: 16", "window: 16.5", "5:11: method.window: found 16.5; expected a whole number"),
     "yes is no boolean": ("eval:", "data: {separate: yes}\neval:", "9:18: data.separate: found the text 'yes'; expected true or false"),
     "unknown method": ("name: lolcats", "name: lolcat", "4:9: no method 'lolcat'; did you mean 'lolcats'?"),
     "unknown stage": ("  tune: null", "  tun: null", "8:3: unknown stage 'tun'; did you mean 'tune'?; the method has transfer, tune"),
@@ -110,7 +111,7 @@ CASES = {
     "unknown key of a dataset": ("eval:", HUB.replace("loss: response", "stream: true"), "15:7: data.mix.0.stream: unknown key; did you mean 'streaming'?; fields here: dataset, field, loss, name, parts, revision,"),
     "text file with a template": ("eval:", "data: {mix: [{source: text, path: a.txt, template: alpaca}]}\neval:", "9:23: data.mix.0.source: text has no columns for a template"),
     "masked text of recall": ("eval:", "data: {mix: [{source: recall, text: {source: jsonl, path: a, template: alpaca, loss: response}}]}\neval:", "loss: response is for training data; here the whole text is read"),
-    "no such file": ("eval:", "extends: nothing.yaml\neval:", "9:10: extends: nothing.yaml: no such file"),
+    "no such file": ("eval:", "extends: nothing.yaml\neval:", "9:10: extends: nothing.yaml: no such recipe"),
     "itself": ("eval:", "extends: r.yaml\neval:", "9:10: extends: the recipe extends itself"),
     "negative": ("window: 16", "window: 0", "5:11: method.window: found 0; expected greater than or equal to 1"),
     "not finite": ("1e-2", ".inf", "found .inf; expected a finite number"),
@@ -156,7 +157,7 @@ def test_numbers_are_numbers(tmp_path):
     text = GOOD.replace("lr: 1e-2", "lr: 1E-2")
     assert load(write(tmp_path, text)).recipe.schedule["transfer"].optimizer.lr == 0.01
     quoted = GOOD.replace("lr: 1e-2", "lr: '1e-2'")
-    assert "found the text '1e-2'; expected a valid number" in mistakes(write(tmp_path, quoted))[0]
+    assert "found the text '1e-2'; expected a number" in mistakes(write(tmp_path, quoted))[0]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_a_damaged_recipe_never_breaks_the_reader(tmp_path_factory, place, lette
 def test_what_python_itself_would_choke_on(tmp_path):
     """A number of thousands of digits, a NUL in a path, and a grid of millions of runs: refused at once, in a line."""
     assert "found a number of 5,000 characters" in mistakes(write(tmp_path, GOOD.replace("16", "9" * 5000)))[0]
-    assert "found the character \\0" in mistakes(write(tmp_path, GOOD + 'extends: "\\0"\n'))[0]
+    assert "found the character \\u0000" in mistakes(write(tmp_path, GOOD + 'extends: "\\0"\n'))[0]
     axis = ", ".join(map(str, range(3000)))
     grid = write(tmp_path, GOOD + f"grid:\n  seed: [{axis}]\n  method.window: [{axis}]\n")
     assert "found 9,000,000 points; expected at most 1,000" in mistakes(grid)[0]

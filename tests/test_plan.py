@@ -12,10 +12,12 @@ import pytest
 
 from recipelin import lookup
 from recipelin.exposure import exposed_from
-from recipelin.load import RECIPES, expand, load
-from recipelin.plan import PlanError, lora_parameters, plan, show
+from recipelin.finding import RECIPES
+from recipelin.load import expand, load
+from recipelin.plan import PlanError, lora_parameters, plan
 from recipelin.schedule import Schedule, optimiser_steps
 from recipelin.schema import recipe_schema
+from recipelin.show import show
 from recipelin.steps import Evaluate, Lora, Step, Transfer, Tune
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +25,8 @@ ALL = sorted(p for p in (ROOT / RECIPES).rglob("*.yaml") if "suites" not in p.pa
 FRONT = (
     "base", "states", "sources", "schedule", "steps", "families", "recipe", "load", "lookup", "plan", "reuse", "records",
     "statistics", "verdict", "measures", "render", "runtable", "tables", "tablespec", "publish", "commands", "schema",
-    "exposure", "files", "strict_yaml", "mistakes", "templates", "hub", "documents", "reads", "cli",
+    "exposure", "files", "strict_yaml", "mistakes", "finding", "show", "catalogue", "new",
+    "templates", "hub", "documents", "reads", "cli",
 )  # fmt: skip
 
 
@@ -278,6 +281,7 @@ def test_imports_go_one_way():
         "steps",
         "recipe",
         "lookup",
+        "finding",
         "load",
         "plan",
         "reuse",

@@ -12,8 +12,9 @@ from recipelin.plan import Plan, plan
 from recipelin.records import ItemsOf, write_record
 from recipelin.render import DASH, Cell, Table, render
 from recipelin.steps import Evaluate
+from recipelin.strict_yaml import RecipeError
 from recipelin.tables import Published, TableError, read_spec, table_command, tabulate
-from recipelin.tablespec import Printed, SpecError
+from recipelin.tablespec import Printed
 
 SPEC = """\
 name: paper-table1
@@ -146,29 +147,53 @@ def test_a_recovery_of_perplexity_has_no_meaning(spec: Any, make: Any) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("task: next_line_short", "tsak: next_line_short", r"x.yaml:6: columns.1"),
-        ("mean_of: [short, long]", "mean_of: [short, lnog]", "no task column 'lnog'; there are PPL, short, long, far"),
-        ("recovery_of: AVG}", "recovery_of: MEAN}", "no column 'MEAN'"),
-        ("printed: {long: 33.3}", "printed: {lang: 33.3}", "printed has no column 'lang'"),
-        ("footnote: 1", "footnote: 2", "there is no footnote 2"),
-        ("state: teacher, trust: T", "state: teacher, trust: X", r"x.yaml:13: rows.0.trust"),
-        ("printed: {long: 33.3}", "printed: {long: high}", r"x.yaml:16: rows.2.printed.long"),
-        ("title: Table 1", "title: Table 1\ntitle: Table 2", r"x.yaml:3.*title"),
+        (
+            "task: next_line_short",
+            "tsak: next_line_short",
+            r"x.yaml:6:20: columns.1.tsak: unknown key; did you mean 'task'",
+        ),
+        (
+            "mean_of: [short, long]",
+            "mean_of: [short, lnog]",
+            "8:35: .*no task column 'lnog'; did you mean 'long'.*; there are PPL, short",
+        ),
+        ("recovery_of: AVG}", "recovery_of: MEAN}", "9:31: .*no column 'MEAN'"),
+        (
+            "printed: {long: 33.3}",
+            "printed: {lang: 33.3}",
+            "16:70: .*printed has no column 'lang'; did you mean 'long'",
+        ),
+        ("footnote: 1", "footnote: 2", "15:47: .*there is no footnote 2; the spec has 1"),
+        (
+            "state: teacher, trust: T",
+            "state: teacher, trust: X",
+            r"x.yaml:13:66: rows.0.trust: found the text 'X'; expected 'T', 'R'",
+        ),
+        (
+            "printed: {long: 33.3}",
+            "printed: {long: high}",
+            r"x.yaml:16:76: rows.2.printed.long: found the text 'high'; expected a number or",
+        ),
+        (
+            "title: Table 1",
+            "title: Table 1\ntitle: Table 2",
+            r"x.yaml:3:1: the key 'title' is given twice, first in line 2",
+        ),
         ("rows:", "rows: [", r"x.yaml"),
-        ("title: Table 1", "title: !!python/name:os.system x", r"x.yaml:2: the tag"),
         ("task: next_line_short}", "task: next_line_short, of: passkey}", "`of` is the format of a recall column"),
-        ("title: Table 1", "title: {[a]: b}", r"x.yaml:2: a key must be a word"),
+        ("title: Table 1", "title: !!python/name:os.system x", r"x.yaml:2:8: found the tag"),
+        ("title: Table 1", "title: {[a]: b}", r"x.yaml:2:9: found a key that is no plain word"),
         (
             "{label: PPL, task: perplexity}",
             "&a {label: PPL, task: perplexity}\n  - *a",
-            r"x.yaml:5: an anchor is used twice",
+            "two columns are labelled 'PPL'",
         ),
     ],
 )
 def test_mistakes_in_a_spec(old: str, new: str, words: str, tmp_path: Path) -> None:
     assert old in SPEC
     (tmp_path / "x.yaml").write_text(SPEC.replace(old, new))
-    with pytest.raises(SpecError, match=words):
+    with pytest.raises(RecipeError, match=words):
         read_spec(tmp_path / "x.yaml")
 
 
@@ -196,7 +221,7 @@ def test_the_command_shows_a_run(make: Any, tmp_path: Path, capsys: Any) -> None
     assert capsys.readouterr().out.startswith("block,row,column,")
     assert table_command(argparse.Namespace(path=str(tmp_path), format="csv", check=True)) == 2
     assert table_command(argparse.Namespace(path=str(tmp_path / "no"), format="csv", check=False)) == 2
-    assert "no such file" in capsys.readouterr().err
+    assert "no: found no such file; expected a table spec" in capsys.readouterr().err
 
 
 SPECS = sorted((Path(__file__).parents[2] / "results" / "tables").glob("*.yaml"))
