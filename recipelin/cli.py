@@ -135,6 +135,37 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="cpu, cuda, cuda:0, or auto: the GPU where there is one (default)",
     )
     run.add_argument("--fresh", action="store_true", help="make every step anew; finished ones are not reused")
+    run.add_argument(
+        "--shrink",
+        action="store_true",
+        help="a dry run: the same recipe on a tiny random model of its family, three steps a stage; its numbers mean nothing",
+    )
+
+    diagnose = command(
+        "diagnose",
+        _diagnose,
+        "measure what each branch of an exported student does, or of a published LoLCATs checkpoint; needs no recipe",
+        "runs/pocket-lolcats--b7b167c9/model",
+        "my-student --teacher Qwen/Qwen3-8B --suite recall-4k --suite untangling",
+        "lolcats-llama-3.1-8b-distill/model.pt --finetune lolcats-llama-3.1-8b-ft-lora/model.pt "
+        "--teacher ./llama-3.1-8b --suite untangling-unpadded",
+    )
+    diagnose.add_argument(
+        "path", metavar="PATH", help="the folder of an exported student, or LoLCATs' stage-1 .pt file"
+    )
+    diagnose.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help="pocket, a folder, or a hub id (ID@COMMIT); default: the one that the student's folder names",
+    )
+    diagnose.add_argument(
+        "--suite", action="append", default=[], metavar="SUITE", help="what is asked (may be given more than once)"
+    )
+    diagnose.add_argument("--finetune", metavar="FILE", help="LoLCATs' stage-2 .pt file")
+    diagnose.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: that of the weights")
+    diagnose.add_argument("--out", metavar="DIR", help="the run's folder (default: a folder under runs/)")
+    diagnose.add_argument("--device", type=_device, default="auto", help="as in run")
+    diagnose.add_argument("--fresh", action="store_true", help="measure everything anew")
 
     plan = command(
         "plan",
@@ -221,6 +252,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from .commands import run_command
 
     return run_command(arguments)
+
+
+def _diagnose(arguments: argparse.Namespace) -> int:
+    from .diagnose import diagnose_command
+
+    return diagnose_command(arguments)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -14,8 +14,9 @@ from .evals import EvalError
 from .files import write_atomically
 from .finding import CHECKOUT, kind_of
 from .load import Loaded, expand, load, read_suite
-from .plan import Plan, PlanError, plan, refusal
+from .plan import POCKET, Plan, PlanError, plan, refusal
 from .show import show
+from .shrink import ShrinkError, shrink, tiny_folder, tiny_of
 from .sources import Hub, LocalFile, SourceError, dataset_folder, local_path
 from .steps import Calibrate, Transfer, Tune
 from .strict_yaml import RecipeError, Where, read_yaml
@@ -70,8 +71,10 @@ def run_command(arguments: argparse.Namespace) -> int:
     points = expand(
         load(arguments.recipe, allow_code=tuple(arguments.allow_code)), allow_code=tuple(arguments.allow_code)
     )
-    for point in points:  # all points are refused before the first one costs anything
-        _sources_are_there(point, plan(point, allow_code=arguments.allow_code))
+    planned = [plan(point, allow_code=arguments.allow_code) for point in points]
+    if not arguments.shrink:
+        for point, each in zip(points, planned, strict=True):  # refused before the first one costs anything
+            _sources_are_there(point, each)
     try:
         from .checkpoint import OtherCheckpoint
         from .hf import TeacherError
@@ -89,6 +92,8 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        if arguments.shrink:
+            points = shrunk(points)
         for point in points:
             out = Path(arguments.out) if arguments.out else None
             if out and len(points) > 1:
@@ -103,7 +108,16 @@ def run_command(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nrecipelin: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except (RunError, TeacherError, StageError, PlanError, EvalError, OtherCheckpoint, PublishedError) as error:
+    except (
+        RunError,
+        TeacherError,
+        StageError,
+        PlanError,
+        EvalError,
+        OtherCheckpoint,
+        PublishedError,
+        ShrinkError,
+    ) as error:
         print(f"recipelin: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -115,6 +129,25 @@ def run_command(arguments: argparse.Namespace) -> int:
         )
         return 1
     return 0
+
+
+def shrunk(points: Sequence[Loaded]) -> tuple[Loaded, ...]:
+    """The points at tiny size, each on a tiny teacher of its family; what plans the same is there once. Raises ShrinkError."""
+    from .hf import tiny_teacher
+
+    found: dict[str, Loaded] = {}
+    for point in points:
+        numbers = tiny_of(point)
+        folder = tiny_folder(reuse.home(), numbers)
+        if point.recipe.model.scratch is None:
+            tiny_teacher(numbers, folder, POCKET)
+        small = shrink(point, str(folder))
+        found.setdefault(plan(small).hash, small)
+    print(
+        f"shrunk: {len(found)} of {len(points)} runs differ; the numbers of a tiny random model mean nothing",
+        file=sys.stderr,
+    )
+    return tuple(found.values())
 
 
 def _sources_are_there(point: Loaded, planned: Plan) -> None:

@@ -48,7 +48,12 @@ def diagnose_command(arguments: argparse.Namespace) -> int:
     print(f"recipe: {path}", file=sys.stderr)
     return run_command(
         argparse.Namespace(
-            recipe=str(path), out=arguments.out, device=arguments.device, fresh=arguments.fresh, allow_code=[]
+            recipe=str(path),
+            out=arguments.out,
+            device=arguments.device,
+            fresh=arguments.fresh,
+            shrink=False,
+            allow_code=[],
         )
     )
 

@@ -15,7 +15,7 @@ from .branches import RandomWidth
 from .families import Architecture
 from .load import Loaded
 from .lookup import lookup
-from .plan import architecture_of
+from .plan import architecture_of, digest
 from .recipe import Evaluation, Model, Recipe, Suite
 from .schedule import Schedule, Validation
 from .sources import Data, Recall, Stdlib
@@ -154,6 +154,6 @@ def _evaluation(evaluation: Evaluation) -> Evaluation:
     return evaluation.model_copy(update={"suites": (suite,), "seeds": (0,)})
 
 
-def tiny_folder(home: Path, arch: Architecture, digest: str) -> Path:
+def tiny_folder(home: Path, arch: Architecture) -> Path:
     """Where the tiny teacher of an architecture lies."""
-    return home / "shrunk" / f"{arch.model_type}-{digest[:12]}"
+    return home / "shrunk" / f"{arch.model_type}-{digest(arch.model_dump(mode='json'))[:12]}"

@@ -7,7 +7,7 @@ import pytest
 from recipelin import hf, lookup
 from recipelin.families import Architecture, architecture, parameters
 from recipelin.load import CHECKOUT, Loaded, expand, load
-from recipelin.plan import digest, plan
+from recipelin.plan import plan
 from recipelin.records import read_record
 from recipelin.run import run
 from recipelin.shrink import LENGTH, ShrinkError, shrink, tiny_architecture, tiny_folder, tiny_of
@@ -24,7 +24,7 @@ def points() -> list[Loaded]:
 def small(point: Loaded, home) -> Loaded | None:
     """The point at tiny size, its teacher made; None for one that starts from given weights."""
     numbers = tiny_of(point)
-    folder = tiny_folder(home, numbers, digest(numbers.model_dump(mode="json")))
+    folder = tiny_folder(home, numbers)
     try:
         made = shrink(point, str(folder))
     except ShrinkError:
