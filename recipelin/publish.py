@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .files import write_atomically
-from .records import Record, RecordError, items_path, read_items, read_record, record_path
+from .records import SHRUNK, Record, RecordError, items_path, read_items, read_record, record_path
 
 
 class PublishError(ValueError):
@@ -45,6 +45,8 @@ def _refuse(record: Record, run: Path) -> None:
     again = f"then run it again (finished steps are reused): recipelin run {record.name}"
     if record.status != "finished":
         raise PublishError(f"{run}: this run is {record.status}; run it to its end: recipelin run {record.name}")
+    if record.name.startswith(SHRUNK):
+        raise PublishError(f"{run}: a shrunk run: its numbers mean nothing; run the recipe itself")
     if record.commit is None:
         raise PublishError(
             f"{run}: the commit of the source that ran is unknown (not a git checkout?), so nobody could repeat it; "

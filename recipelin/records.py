@@ -12,6 +12,8 @@ from pydantic import Field, ValidationError
 from .base import Config
 from .files import write_atomically
 
+SHRUNK = "shrunk/"  # begins the name of a Record whose recipe ran at tiny size (`run --shrink`)
+
 
 class Item(Config):
     """One scored item. `exposed`: share of its scored tokens whose linear set is not empty in the hybrid state.

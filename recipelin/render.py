@@ -105,7 +105,7 @@ def _markdown(table: Table) -> str:
 def _grid(block: Block) -> str:
     lines = [list(block.columns)] + [[label, *(c.text for c in cells)] for label, cells in block.rows]
     lines = [[text.replace("|", "\\|") for text in line] for line in lines]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(block.columns))]
+    widths = [max(2, *(len(line[i]) for line in lines)) for i in range(len(block.columns))]  # `-:` is the least rule
 
     def row(line: Sequence[str]) -> str:
         cells = [

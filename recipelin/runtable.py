@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from .measures import Measure, by_distance, kind_of, measures, reach
-from .records import Items, Record
+from .records import SHRUNK, Items, Record
 from .render import DASH, WIDTH, Block, Cell, Number, Table, plus_minus
 from .states import State, subsets
 from .statistics import Draws, Interval, compare, gap, ratio, recovery, retention, shapley
@@ -45,6 +45,8 @@ def _after_colon(sentence: str) -> str:
 
 
 def scale(record: Record) -> str:
+    if record.name.startswith(SHRUNK):
+        return "**Shrunk**: a tiny random model that trained three steps a stage. These numbers mean nothing but that it runs."
     parameters = record.plan.get("parameters")
     if isinstance(parameters, int) and parameters < POCKET_PARAMETERS:
         size = f"{parameters / 1e6:.2f} M parameters"

@@ -17,6 +17,7 @@ from .load import Loaded
 from .lookup import lookup
 from .plan import architecture_of, digest
 from .recipe import Evaluation, Model, Recipe, Suite
+from .records import SHRUNK
 from .schedule import Schedule, Validation
 from .sources import Data, Recall, Stdlib
 
@@ -74,7 +75,7 @@ def shrink(loaded: Loaded, teacher: str) -> Loaded:
         model["teacher"] = teacher
     stages = lookup("methods", recipe.method.name).STAGES if "." not in recipe.method.name else {}  # type: ignore[attr-defined]
     small = Recipe(
-        name=f"shrunk/{recipe.name}",
+        name=f"{SHRUNK}{recipe.name}",
         about=recipe.about,
         seed=recipe.seed,
         model=Model(**model),
