@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .cost import count
 from .finding import CHECKOUT, INSTALLED
 from .load import Loaded, expand, load, read_suite
-from .plan import POCKET, Plan, count, plan
+from .plan import POCKET, Plan, plan
 from .recipe import Model
 from .records import Record, read_record
 

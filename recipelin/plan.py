@@ -4,28 +4,25 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SerializeAsAny, ValidationError
+from pydantic import SerializeAsAny, ValidationError
 
 from . import families, lookup, reads
 from .attention.hybrid.config import Config as Hybrid
 from .base import Config
+from .cost import Cost, Counting, suites_of
 from .families import Architecture
 from .load import Loaded, load_suite
 from .mistakes import listed, nearest, placed
-from .recipe import Converted, StateOf, Suite
-from .schedule import optimiser_steps
-from .sources import Data, Hub, LocalFile, Recall, Rows, SourceError, Stdlib
+from .recipe import StateOf
+from .sources import Hub, SourceError
 from .states import NAMES, NamedState, State, resolve, subsets
-from .steps import Calibrate, Evaluate, Lora, Step, StepsError, Swap, Switch, Transfer, Tune
+from .steps import Calibrate, Evaluate, Step, StepsError, Swap, Switch, Transfer, Tune
 from .strict_yaml import Mistake, Where
-from .templates import name_of
 
-BYTES_PER_TOKEN = 4  # of English text under a vocabulary of tens of thousands; only sizes `epochs` before tokenising
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 POCKET = Path(__file__).parent / "pocket"
 
 
@@ -35,14 +32,6 @@ class PlanError(ValueError):
     def __init__(self, text: str, place: Mistake | None = None) -> None:
         self.located = place is not None
         super().__init__(str(replace(place, text=text)) if place else text)
-
-
-class Cost(Config):
-    """Estimates. `memory`: bytes at the peak by place; `cpu` for a CPU run, `cuda` and `host` for a run on one GPU."""
-
-    tokens: int | None = None
-    flops: float | None = None
-    memory: dict[str, int] = Field({}, description="bytes at the peak by place")
 
 
 class Planned(Config):
@@ -181,7 +170,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     except SourceError as error:
         raise refusal(loaded, ("data",), f"data: {error}") from error
     _refuse_padding(loaded, tuple(found))
-    counting = _Counting(loaded, arch, tuple(found))
+    counting = Counting(loaded, arch, tuple(found))
     model = recipe.model.model_dump(mode="json", exclude={"architecture", "converted"})  # the Swap has the latter
     chain = digest({"model": model, "seed": recipe.seed})
     planned = []
@@ -284,234 +273,3 @@ def _states(loaded: Loaded, hybrid: State | None) -> tuple[NamedState, ...]:
     if hybrid is not None and "hybrid" in names:
         found += [s for s in subsets(hybrid).values() if s.name not in names]
     return tuple(found)
-
-
-@dataclass(frozen=True)
-class _Counting:
-    """Counts and cost estimates of the steps of one recipe.
-
-    FLOPs a token, forward: 2 a weight of the matrices, plus attention. Softmax over T keys: 2 T d a head (causal half);
-    hybrid: 4 (C + w) d + 2 C F + 4 F d a head with chunk C = w (facts/performance.md §2). Backward: twice the forward
-    where weights train, once where only activations carry gradient.
-    """
-
-    loaded: Loaded
-    arch: Architecture
-    steps: tuple[Step, ...]
-
-    def describe(self, step: Step) -> dict[str, Any]:
-        if isinstance(step, Swap):
-            new = self._new(step)
-            what = f"{step.form} into {self._layers(step)} layers, {sum(new.values()):,} new parameters"
-            if isinstance(step.published, Converted):
-                what += f", published weights ({step.published.format})"
-                return {"what": what, "reads": ", ".join(self._published(step.published))}
-            return {"what": what}
-        if isinstance(step, Switch):
-            return {"what": describe_state(step.state)}
-        if isinstance(step, Calibrate):
-            tokens = step.batches * step.batch * step.length
-            return {
-                "what": f"{step.what} in closed form",
-                "reads": describe_data(step.data),
-                "cost": Cost(tokens=tokens, flops=tokens * self._forward(step.length), memory=self._memory(step, 0)),
-            }
-        if isinstance(step, Transfer):
-            return self._training(step, self._groups(step.trains), factor=1.0, what=_objective(step))
-        if isinstance(step, Tune):
-            trained = self._groups(step.trains)
-            total = families.parameters(self.arch)["total"]
-            if step.lora:
-                what = f"next-token loss, LoRA rank {step.lora.rank} on {', '.join(step.lora.targets)}"
-                return self._training(step, trained + lora_parameters(step.lora, self.arch), factor=2.0, what=what)
-            return self._training(step, trained + total, factor=3.0, what="next-token loss, all weights")
-        return self._evaluation(step)
-
-    def _published(self, converted: Converted) -> list[str]:
-        """The files in words, with what is not here."""
-        return [
-            f"{name} {path}" + ("" if (self.loaded.path.parent / path).is_file() else " (not here)")
-            for name, path in converted.files().items()
-        ]
-
-    def _swap(self) -> Swap | None:
-        return next((s for s in self.steps if isinstance(s, Swap)), None)
-
-    def _layers(self, step: Swap) -> int:
-        return self.arch.num_hidden_layers if step.layers == "all" else len(step.layers)
-
-    def _new(self, step: Swap) -> dict[str, int]:
-        counts: dict[str, int] = step.config.parameters(self.arch)  # type: ignore[attr-defined]
-        return {group: n * self._layers(step) for group, n in counts.items()}
-
-    def _groups(self, names: Sequence[str]) -> int:
-        swap = self._swap()
-        return sum(self._new(swap)[n] for n in names) if swap else 0
-
-    def _forward(self, length: int) -> float:
-        counts = families.parameters(self.arch)
-        weights = self.arch.num_hidden_layers * (counts["attention"] + counts["mlp"])
-        weights += self.arch.vocab_size * self.arch.hidden_size
-        attention = 2 * length * self.arch.head_dim * self.arch.num_attention_heads * self.arch.num_hidden_layers
-        return 2.0 * weights + attention
-
-    def _operator(self, window: int) -> float:
-        swap = self._swap()
-        if swap is None:
-            return 0.0
-        features = swap.config.features(self.arch)  # type: ignore[attr-defined]
-        head = 8 * window * self.arch.head_dim + 2 * window * features + 6 * features * self.arch.head_dim
-        return float(head * self.arch.num_attention_heads * self._layers(swap))
-
-    def _rows(self, data: Data, length: int) -> int | None:
-        """Rows of one epoch by the size of the files; None where they are not here."""
-        size = 0
-        for source in data.mix:
-            text = source.text if isinstance(source, Recall) else source
-            if not isinstance(text, LocalFile):
-                return None
-            path = self.loaded.path.parent / text.path
-            if not path.is_file():
-                return None
-            size += path.stat().st_size
-        return max(1, size // BYTES_PER_TOKEN // length)
-
-    def _training(self, step: Transfer | Tune, trained: int, *, factor: float, what: str) -> dict[str, Any]:
-        schedule = step.schedule
-        count = optimiser_steps(schedule, self._rows(step.data, schedule.length))
-        tokens = None if count is None else count * schedule.batch * schedule.accumulation * schedule.length
-        before = self.steps[: self.steps.index(step)]
-        keys = next((s.state.most_keys for s in reversed(before) if isinstance(s, Switch)), None)
-        operator = self._operator(schedule.length if keys is None else min(keys, schedule.length))
-        per_token = factor * self._forward(schedule.length) + 3.0 * operator
-        if isinstance(step, Tune) and schedule.gradient_checkpointing:
-            per_token += self._forward(schedule.length)
-        total = families.parameters(self.arch)["total"]
-        return {
-            "what": what,
-            "reads": describe_data(step.data),
-            "trains": trained,
-            "share": trained / total,
-            "optimiser_steps": count,
-            "cost": Cost(
-                tokens=tokens,
-                flops=None if tokens is None else tokens * per_token,
-                memory=self._memory(step, trained),
-            ),
-        }
-
-    def _memory(self, step: Calibrate | Transfer | Tune | Evaluate, trained: int) -> dict[str, int]:
-        """Weights + (value, gradient, two moments in fp32 of what trains) + activations of one micro-batch."""
-        arch = self.arch
-        size = DTYPE_BYTES[self.loaded.recipe.model.dtype]
-        weights = families.parameters(arch)["total"] * size
-        if isinstance(step, (Transfer, Tune)):
-            tokens = step.schedule.batch * step.schedule.length
-        elif isinstance(step, Calibrate):
-            tokens = step.batch * step.length
-        else:
-            tokens = max((e.batch * getattr(e, "length", 512) for s in suites_of(step) for e in s.evals), default=0)  # type: ignore[attr-defined]
-        swap = self._swap()
-        features = swap.config.features(arch) if swap else 0  # type: ignore[attr-defined]
-        heads = arch.num_attention_heads
-        # Saved for backward in one layer: inputs of the projections, q k v, features of queries and keys, three of the MLP.
-        layer = tokens * (
-            4 * arch.hidden_size + 4 * heads * arch.head_dim + 2 * heads * features + 3 * arch.intermediate_size
-        )
-        if isinstance(step, Tune):
-            checkpointed = step.schedule.gradient_checkpointing
-            kept = (
-                tokens * arch.hidden_size * arch.num_hidden_layers + layer
-                if checkpointed
-                else layer * arch.num_hidden_layers
-            )
-            activations = kept * (2 if step.schedule.autocast else 4) + 2 * tokens * arch.vocab_size * 4
-        else:
-            activations = layer * 4 + tokens * arch.vocab_size * 4
-        peak = weights + 16 * trained + activations
-        return {"cpu": peak, "cuda": peak, "host": weights}
-
-    def _evaluation(self, step: Evaluate) -> dict[str, Any]:
-        suites = suites_of(step)
-        counts = [e.tokens() for s in suites for e in s.evals]  # type: ignore[attr-defined]
-        tokens = None if any(c is None for c in counts) else sum(counts) * len(step.states) * len(step.seeds)
-        names = ", ".join(s.name for s in suites)
-        length = max((getattr(e, "length", 512) for s in suites for e in s.evals), default=512)
-        return {
-            "what": f"{names} in {len(step.states)} states: {', '.join(s.name for s in step.states)}",
-            "reads": "the exported folder, reloaded",
-            "cost": Cost(
-                tokens=tokens,
-                flops=None if tokens is None else tokens * self._forward(length),
-                memory=self._memory(step, 0),
-            ),
-        }
-
-
-def suites_of(step: Evaluate) -> tuple[Suite, ...]:
-    """The step's suites; steps know them as plain Configs, since the recipe's schema comes after the steps'."""
-    return tuple(s for s in step.suites if isinstance(s, Suite))
-
-
-def lora_parameters(lora: Lora, arch: Architecture) -> int:
-    """Adapter weights: rank x (in + out) for each named projection of each layer."""
-    shapes = families.shapes(arch)
-    return arch.num_hidden_layers * sum(lora.rank * sum(shapes[t]) for t in lora.targets)
-
-
-def _objective(step: Transfer) -> str:
-    return " + ".join(f"{weight:g} x {name}" for name, weight in step.objective.items())
-
-
-def describe_state(state: State) -> str:
-    """A state in words, for the plan and the table's legend."""
-    if not state.branches:
-        return "no attention"
-    parts = []
-    if "window" in state.branches:
-        shape = "" if state.shape == "sliding" else f"{state.shape} "
-        parts.append(f"{shape}window {state.window}{f' ({state.compat})' if state.compat else ''}")
-    if "sinks" in state.branches:
-        parts.append(f"{state.sinks} sinks")
-    if "linear" in state.branches:
-        parts.append(f"linear over {'all keys' if state.cover == 'all' else 'keys outside the window'}")
-    joined = f", join {state.join}" if len(parts) > 1 else ""
-    return " + ".join(parts) + joined
-
-
-def describe_data(data: Data) -> str:
-    """The mixture in words."""
-    total = sum(s.weight for s in data.mix)
-    return " + ".join(f"{s.weight / total:.0%} {_source(s)}" for s in data.mix)
-
-
-def _source(source: Stdlib | LocalFile | Hub | Recall) -> str:
-    """A source in words: what is read, by which template, and which tokens carry loss."""
-    if not isinstance(source, Rows):
-        return source.source
-    facts = []
-    if isinstance(source, LocalFile):
-        name = source.path
-    else:
-        name = source.label
-        facts = [x for x in (source.name, source.split if source.split != "train" else None) if x]
-        if source.tokens:
-            facts.append(f"the first {count(source.tokens)} tokens" + (" shuffled" if source.shuffle else ""))
-    if source.template:
-        facts.append(f"template {name_of(source.template)}")
-    if source.loss == "response":
-        facts.append("loss on the response")
-    if source.parts:
-        held = {part: getattr(source.parts, part) for part in ("selection", "test")}
-        facts.append(", ".join(f"{part} rows {first} to {end - 1}" for part, (first, end) in held.items()))
-    return f"{source.source} {name}" + (f" ({', '.join(facts)})" if facts else "")
-
-
-def count(value: float | None, unit: str = "") -> str:
-    """1234567 -> '1.23 M'."""
-    if value is None:
-        return "not known"
-    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {letter}{unit}"
-    return f"{value:g} {unit}".strip()

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from . import lookup
-from .plan import Plan, suites_of
+from .cost import suites_of
+from .plan import Plan
 from .steps import Evaluate
 
 

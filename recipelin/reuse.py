@@ -101,7 +101,7 @@ _SOURCES: Mapping[type, tuple[str, ...]] = {
     Calibrate: _TRAINING,
     Transfer: _TRAINING,
     Tune: _TRAINING,
-    Evaluate: (*_MODEL, *_DATA, "hf.py", "exposure.py", "evals/**/*.py"),
+    Evaluate: (*_MODEL, *_DATA, "hf.py", "evaluate.py", "exposure.py", "evals/**/*.py"),
 }
 
 

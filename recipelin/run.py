@@ -14,19 +14,16 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 from transformers.utils import logging
 
-from . import data, hf, lolcats_checkpoint, lookup, reads, records, reuse, spool, stages, swap
-from .exposure import exposed_from
-from .files import write_atomically
-from .load import Loaded, load_suite
-from .plan import Plan, Planned, digest, plan, suites_of, teacher_folder
+from . import data, hf, lolcats_checkpoint, reads, records, reuse, spool, stages, swap
+from .evaluate import Evaluator
+from .load import Loaded
+from .plan import Plan, Planned, digest, plan, teacher_folder
 from .preflight import preflight
 from .records import Record, Result, Row, StepTime
 from .reuse import Store, Surroundings
 from .sources import Data, Part
-from .states import NamedState, resolve
 from .steps import Calibrate, Evaluate, Swap, Switch, Transfer, Tune
 
 
@@ -244,7 +241,7 @@ class _Walk:
             return
         if isinstance(step, Evaluate):
             _say(f"{number}: {planned.what}")
-            self._evaluate(step, key)
+            self._evaluate(step)
             self.times.append(
                 StepTime(
                     step=step.step,
@@ -314,56 +311,15 @@ class _Walk:
             "log": self.folder / "logs" / step.stage,
             "key": key,
             "validation_batches": validation,
-            "evaluate": self._watch,
+            "evaluate": self._watched,
         }
         if isinstance(step, Transfer):
             return stages.transfer(self.model, step, batches, **arguments)
         teacher = self._teacher()[0] if step.loss.kl else None
         return stages.tune(self.model, step, batches, teacher=teacher, **arguments)
 
-    def _watch(self, state: str, suite: str, metric: str) -> float:
-        """A suite's metric of the model as it is now, on the selection part: what a stage's validation may watch.
-
-        The mean over the suite's rows whose metric or task has that name, oriented so that smaller is better.
-        """
-        assert self.plan.hybrid is not None
-        named = resolve(state, self.plan.hybrid)
-        found: list[float] = []
-        for config in load_suite(suite, self.loaded.path).evals:
-            config = type(config).model_validate(_on_selection(config.model_dump()))
-            for result in self._run_eval(config, self.model, self.tokenizer, named, seed=0, tasks="selection-tasks"):
-                if metric in (result.metric, result.task):
-                    found.append(-result.value if result.higher_is_better else result.value)
-        if not found:
-            raise RunError(f"validation: suite {suite!r} has no metric or task {metric!r}")
-        return sum(found) / len(found)
-
-    def _run_eval(
-        self, config: Any, model: Any, tokenizer: Any, named: NamedState, *, seed: int, tasks: str = "tasks"
-    ) -> tuple[Result, ...]:
-        before = swap.state_of(model)
-        if named.state is not None:
-            swap.switch(model, named.state)
-        was_training = model.training
-        model.eval()
-        try:
-            module = lookup.implementation("evals", config.eval)
-            results: tuple[Result, ...] = module.run(
-                config,
-                model=model,
-                tokenizer=tokenizer,
-                state=named,
-                seed=seed,
-                exposed_from=exposed_from(self.plan.hybrid, self.plan.reach),
-                folder=self.folder / tasks,
-                base=self.loaded.path.parent,
-                device=self.device,
-            )
-            return results
-        finally:
-            model.train(was_training)
-            if before is not None:
-                swap.switch(model, before)
+    def _watched(self, state: str, suite: str, metric: str) -> float:
+        return self._evaluator().watched(self.model, self.tokenizer, state, suite, metric)
 
     def _named(self, step: Calibrate | Transfer | Tune) -> set[str]:
         """Names of the weights that a step may have changed."""
@@ -403,77 +359,28 @@ class _Walk:
         if isinstance(step, Tune) and swap.forms(self.model):
             swap.mark_merged(self.model)
 
-    def _evaluate(self, step: Evaluate, key: str) -> None:
-        """Export, reload, then every (state, suite, seed); each unit's result is kept, so a killed run goes on."""
+    def _evaluate(self, step: Evaluate) -> None:
+        """Export the student, and measure the folder as it will be used."""
         student = reuse.student_folder(self.loaded)
         exported = student or self.folder / "model"
         if student is None:
             hf.export(self.model, self.tokenizer, exported, hybrid=step.hybrid, teacher=self._named_teacher())
         del self.model
-        units = [
-            (named, suite, config, seed)
-            for named in sorted(step.states, key=lambda s: s.weights != "teacher")
-            for suite in suites_of(step)
-            for seed in step.seeds
-            for config in suite.evals
-        ]
-        digests = {"student": reuse.digest_folder(exported), "teacher": self.around.digests.get("teacher", "")}
-        sources = reuse.source_digest(step)
-        model, weights, found, reused = None, "", [], 0
-        bar = tqdm(units, desc="evaluate", unit="eval", file=sys.stderr, disable=None, mininterval=1.0)
-        for named, suite, config, seed in bar:
-            bar.set_postfix_str(f"{named.name}: {config.eval}")
-            module = lookup.implementation("evals", config.eval)
-            if hasattr(module, "prepare"):
-                module.prepare(
-                    config, self.tokenizer, seed=seed, folder=self.folder / "tasks", base=self.loaded.path.parent
-                )
-            unit = digest(
-                {
-                    "weights": digests[named.weights],
-                    "tokenizer": spool.tokenizer_digest(self.tokenizer),
-                    "surroundings": [
-                        self.around.digests["data"],
-                        self.around.device,
-                        self.around.threads,
-                        self.around.dtype,
-                    ],
-                    "versions": dict(self.around.versions),
-                    "state": named.state.model_dump(mode="json") if named.state else None,
-                    "config": config.model_dump(mode="json"),
-                    "seed": seed,
-                    "exposed_from": exposed_from(step.hybrid, self.plan.reach),
-                    "sources": sources,
-                }
-            )[:20]
-            path = reuse.home() / "evaluations" / f"{unit}.json"
-            if path.is_file() and not self.fresh:
-                results = tuple(Result.model_validate_json(x) for x in json.loads(path.read_text(encoding="utf-8")))
-                reused += 1
-            else:
-                if weights != named.weights:
-                    model = None
-                    model, tokenizer = (
-                        self._teacher()
-                        if named.weights == "teacher"
-                        else hf.load_student(exported, dtype=self.around.dtype, device=self.device)
-                    )
-                    weights = named.weights
-                    if found_forms := swap.forms(model):
-                        self.kernels["hybrid_attention"] = found_forms[0].kernel
-                results = self._run_eval(config, model, tokenizer, named, seed=seed)
-                write_atomically(path, json.dumps([r.model_dump_json() for r in results]).encode())
-            found.append((named, suite, seed, results))
-        bar.close()
-        if reused:
-            _say(f"    {reused} of {len(units)} evaluations reused from {reuse.home() / 'evaluations'}")
-        order = {s.name: i for i, s in enumerate(step.states)}
-        for named, suite, seed, results in sorted(found, key=lambda f: order[f[0].name]):
-            for result in results:
-                row = Row(state=named.name, suite=suite.name, seed=seed, **result.model_dump(exclude={"items"}))
-                self.rows.append(row)
-                if result.items:
-                    self.items.append((row, result))
+        found = self._evaluator().all(step, exported, self.tokenizer)
+        self.rows += found.rows
+        self.items += found.items
+        self.kernels |= found.kernels
+
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(
+            loaded=self.loaded,
+            plan=self.plan,
+            folder=self.folder,
+            device=self.device,
+            around=self.around,
+            fresh=self.fresh,
+            teacher=self._teacher,
+        )
 
     def _named_teacher(self) -> dict[str, str | None] | None:
         """Which teacher an exported student came from, so that `diagnose` finds it again."""
@@ -520,13 +427,6 @@ class _Walk:
         )
         records.write_items(self.folder / "items.jsonl.gz", self.items)
         records.write_record(self.folder / "record.json", record)
-
-
-def _on_selection(value: Any) -> Any:
-    """An evaluation's settings with every `part`, however deep, on the selection part: validation never sees test items."""
-    if isinstance(value, dict):
-        return {k: "selection" if k == "part" else _on_selection(v) for k, v in value.items()}
-    return tuple(map(_on_selection, value)) if isinstance(value, tuple) else value
 
 
 def _say(text: str) -> None:

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from .plan import Plan, count
+from .cost import count
+from .plan import Plan
 from .schedule import Schedule
 from .steps import Transfer, Tune
 

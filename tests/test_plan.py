@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from recipelin import lookup
+from recipelin.cost import lora_parameters
 from recipelin.exposure import exposed_from
 from recipelin.finding import RECIPES
 from recipelin.load import expand, load
-from recipelin.plan import PlanError, lora_parameters, plan
+from recipelin.plan import PlanError, plan
 from recipelin.schedule import Schedule, optimiser_steps
 from recipelin.schema import recipe_schema
 from recipelin.show import show

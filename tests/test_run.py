@@ -250,7 +250,7 @@ def test_the_exported_student_generates_with_its_own_classes(folder, home, tmp_p
 def test_validation_never_sees_test_items():
     """Every `part` of a suite's settings, however deep, is on the selection part while a stage validates."""
     from recipelin.load import load_suite
-    from recipelin.run import _on_selection
+    from recipelin.evaluate import _on_selection
 
     for config in load_suite("pocket", Path("x.yaml")).evals:
         watched = type(config).model_validate(_on_selection(config.model_dump()))
