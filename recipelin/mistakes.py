@@ -17,7 +17,9 @@ def located(
     """pydantic's errors with their lines; one mistake may come from several branches of a union: the deepest counts."""
     told: dict[Where, list[str]] = {}
     for each in error.errors(include_url=False):
-        path = (*prefix, *_real(each["loc"], prefix, places, missing=each["type"] == "missing"))
+        loc = each["loc"]
+        absent = bool(loc) and (each["type"] == "missing" or loc[-1] in _fieldsat(model, loc[:-1]))
+        path = (*prefix, *_real(loc, prefix, places, absent=absent))
         told.setdefault(path, []).append(_say(each, model))
     paths = list(told)
     for path, texts in told.items():
@@ -33,12 +35,12 @@ def located(
         yield placed(places, place, f"{field_name}: {text}" if field_name else text)
 
 
-def _real(loc: Sequence[str | int], prefix: Where, places: Mapping[Where, Mistake], *, missing: bool) -> Where:
-    """The loc without the tags of unions that pydantic puts into it: what the file has, and a field that is missing."""
+def _real(loc: Sequence[str | int], prefix: Where, places: Mapping[Where, Mistake], *, absent: bool) -> Where:
+    """The loc without the tags of unions that pydantic puts into it; its end counts even if it is `absent` in the file."""
     found: Where = ()
     for index, part in enumerate(loc):
         here = (*prefix, *found, part)
-        if here in places or (*here, "key") in places or (missing and index + 1 == len(loc)):
+        if here in places or (*here, "key") in places or (absent and index + 1 == len(loc)):
             found = (*found, part)
     return found
 

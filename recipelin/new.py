@@ -15,7 +15,6 @@ from .finding import CHECKOUT, INSTALLED, find_recipe, rebased
 from .load import Loaded, expand, load
 from .plan import plan
 from .reads import texts
-from .recipe import Recipe
 from .schedule import Schedule
 from .sources import LocalFile
 from .strict_yaml import read_yaml
@@ -102,7 +101,7 @@ def _text(name: str, base: Loaded, folder: Path) -> str:
         parts.append(f"\n# What {base.recipe.name} changes; `extends:` has one level, so it stands here again.\n")
         parts.append(_yaml(copied))
     parts.append(FIELDS.format(parent=base.recipe.name))
-    for key, value in rebased(usual(base.recipe), base.path.parent, folder).items():
+    for key, value in rebased(usual(base), base.path.parent, folder).items():
         if key not in copied:
             parts.append("".join(f"# {line}\n" for line in _yaml({key: value}).splitlines()))
     if not base.recipe.grid:
@@ -118,13 +117,15 @@ def _extends(source: Path, folder: Path) -> str:
     return Path(os.path.relpath(source.resolve(), folder.resolve())).as_posix()
 
 
-def usual(recipe: Recipe) -> dict[str, Any]:
-    """The fields that one usually changes, with their values in `recipe`: written back, they change nothing."""
+def usual(base: Loaded) -> dict[str, Any]:
+    """The fields that one usually changes, with their values in a recipe: written back, they change nothing."""
+    recipe = base.recipe
     found: dict[str, Any] = {"seed": recipe.seed}
     if recipe.model.teacher:
         found["model"] = {"teacher": recipe.model.teacher, "dtype": recipe.model.dtype}
     found["method"] = recipe.method.model_dump(mode="json")
-    found["data"] = {"mix": [s.model_dump(mode="json", exclude_unset=True) for s in recipe.data.mix]}
+    sources = [s.model_dump(mode="json", exclude_unset=True) for s in recipe.data.mix]
+    found["data"] = {"mix": base.raw.get("data", {}).get("mix", sources)}  # as written, where it is: names of templates
     found["schedule"] = {name: _stage(stage) for name, stage in recipe.schedule.items()}
     states = [s if isinstance(s, str) else s.model_dump(mode="json", exclude_unset=True) for s in recipe.eval.states]
     found["eval"] = {"states": states, "seeds": list(recipe.eval.seeds), "margin": recipe.eval.margin}
@@ -147,7 +148,8 @@ def _plain(value: Any) -> Any:
 
 
 def _yaml(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True, default_flow_style=None, width=WIDTH)
+    flow = None if any(isinstance(v, (Mapping, list, tuple)) for v in values.values()) else False
+    return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True, default_flow_style=flow, width=WIDTH)
 
 
 def new_command(arguments: argparse.Namespace) -> int:

@@ -135,7 +135,7 @@ def test_what_cannot_change_a_result_is_not_in_the_hash(tmp_path):
 
 def test_states_that_need_a_swap_are_refused(tmp_path):
     text = (ROOT / "recipes/pocket/teacher.yaml").read_text()
-    for state, words in (("hybrid", "this method swaps none"), ("teacher", "has no teacher")):
+    for state, words in (("hybrid", "this method swaps none"), ("teacher", "needs model.teacher")):
         path = tmp_path / f"{state}.yaml"
         path.write_text(text.replace("states: [softmax]", f"states: [{state}]"))
         with pytest.raises(PlanError, match=words):
