@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 failed, 2 the input is wrong, 130 interrupted."""
     arguments = _arguments(sys.argv[1:] if argv is None else argv)
     from .lookup import LookupFailed
-    from .plan import PlanError
+    from .mistakes import PlanError
     from .records import RecordError
     from .sources import SourceError
     from .strict_yaml import RecipeError

@@ -14,7 +14,8 @@ from .evals import EvalError
 from .files import write_atomically
 from .finding import CHECKOUT, kind_of
 from .load import Loaded, expand, load, read_suite
-from .plan import POCKET, Plan, PlanError, plan, refusal
+from .mistakes import PlanError
+from .plan import POCKET, Plan, plan, refusal
 from .show import show
 from .shrink import ShrinkError, shrink, tiny_folder, tiny_of
 from .sources import Hub, LocalFile, SourceError, dataset_folder, local_path

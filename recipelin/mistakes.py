@@ -11,6 +11,14 @@ from pydantic import BaseModel, ValidationError
 from .strict_yaml import Mistake, Where
 
 
+class PlanError(ValueError):
+    """A recipe that is well formed but cannot be carried out; the message says what to change, and at `place` where."""
+
+    def __init__(self, text: str, place: Mistake | None = None) -> None:
+        self.located = place is not None
+        super().__init__(str(replace(place, text=text)) if place else text)
+
+
 def located(
     error: ValidationError, prefix: Where, model: type[BaseModel], places: Mapping[Where, Mistake]
 ) -> Iterator[Mistake]:

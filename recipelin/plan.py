@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,14 @@ from .base import Config
 from .cost import Cost, Counting, suites_of
 from .families import Architecture
 from .load import Loaded, load_suite
-from .mistakes import listed, nearest, placed
+from .mistakes import PlanError, listed, nearest, placed
 from .recipe import StateOf
 from .sources import Hub, SourceError
 from .states import NAMES, NamedState, State, resolve, subsets
 from .steps import Calibrate, Evaluate, Step, StepsError, Swap, Switch, Transfer, Tune
-from .strict_yaml import Mistake, Where
+from .strict_yaml import Where
 
 POCKET = Path(__file__).parent / "pocket"
-
-
-class PlanError(ValueError):
-    """A recipe that is well formed but cannot be carried out; the message says what to change, and at `place` where."""
-
-    def __init__(self, text: str, place: Mistake | None = None) -> None:
-        self.located = place is not None
-        super().__init__(str(replace(place, text=text)) if place else text)
 
 
 class Planned(Config):

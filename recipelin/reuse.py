@@ -17,7 +17,8 @@ from .files import digest_file as digest_file
 from .files import home as home
 from .files import locked, write_atomically
 from .load import Loaded
-from .plan import Plan, PlanError, Planned, digest, teacher_folder
+from .mistakes import PlanError
+from .plan import Plan, Planned, digest, teacher_folder
 from .sources import fingerprint
 from .steps import Calibrate, Evaluate, Step, Swap, Switch, Transfer, Tune
 

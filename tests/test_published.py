@@ -16,7 +16,8 @@ from recipelin.attention.hybrid.config import Config, FeatureMap
 from recipelin.cli import main
 from recipelin.load import load
 from recipelin.lolcats_checkpoint import MAPS, PublishedError, lay, read
-from recipelin.plan import PlanError, plan
+from recipelin.mistakes import PlanError
+from recipelin.plan import plan
 from recipelin.recipe import Converted
 from recipelin.records import read_record
 from recipelin.run import run
