@@ -260,8 +260,11 @@ def _gather(state: str, rows: Iterable[Row], sidecar: Items) -> list[tuple[Items
 
 def _distinct(states: Sequence[str], rows: Sequence[Row], items: Sequence[Items]) -> set[int]:
     """Evaluation seeds whose items do not merely repeat those of another seed."""
+    seeds = {r.seed for r in rows}
+    if len(seeds) == 1:
+        return seeds
     drawn: dict[object, int] = {}
-    for seed in sorted({r.seed for r in rows}):
+    for seed in sorted(seeds):
         here = [r for r in rows if r.seed == seed]
         content = tuple(
             (state, key.task, tuple(item.model_dump().values()))
