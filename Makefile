@@ -21,7 +21,7 @@ demo: .venv/.run  ## converts the pocket teacher twice and shows both tables
 	$(BIN)/recipelin run pocket/absolute
 
 test: .venv/.dev  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: .venv/.dev  ## style, types, every recipe, suite and table spec, and the catalogue
 	$(BIN)/ruff format --check .

@@ -22,6 +22,13 @@ def _own_home(tmp_path_factory):
         yield
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What tests counted: shown with workers too, whose own output nobody sees."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """$RECIPELIN_HOME of this test alone."""

@@ -266,9 +266,9 @@ def test_the_front_half_never_imports_torch():
     ids=lambda a: a[0],
 )
 def test_a_front_command_is_quick(arguments):
-    """Under 0.6 s of CPU a command; the best of three, since these machines are shared."""
+    """Far under the 2 s that torch alone takes to import; the best of three, since these machines are shared."""
     code = f"import sys\nfrom recipelin.cli import main\nsys.exit(main({arguments!r}))"
-    assert min(run_front(code)[1] for _ in range(3)) < 0.6
+    assert min(run_front(code)[1] for _ in range(3)) < 0.9
 
 
 def test_imports_go_one_way():

@@ -35,7 +35,7 @@ def small(point: Loaded, home) -> Loaded | None:
 
 
 @pytest.mark.slow
-def test_every_recipe_runs_at_tiny_size(home, capsys, monkeypatch):
+def test_every_recipe_runs_at_tiny_size(home, record_property):
     found = [(point, small(point, home)) for point in points()]
     runs = {plan(made).hash: made for _, made in found if made is not None}
     left_out = [point.recipe.name for point, made in found if made is None]
@@ -47,12 +47,11 @@ def test_every_recipe_runs_at_tiny_size(home, capsys, monkeypatch):
         assert {s.step for s in record.steps} >= {getattr(p.step, "stage", p.step.step) for p in planned.steps}
         methods.add(made.recipe.method.name)
         families.add(planned.architecture.model_type)
-    with capsys.disabled():
-        total = len(found) - len(left_out)
-        print(
-            f"\n    {len(runs)} unique of {total} recipe points ran at tiny size in {time.monotonic() - started:.0f} s; "
-            f"{len(left_out)} start from given weights"
-        )
+    record_property(
+        "tiny runs",
+        f"{len(runs)} unique of {len(found) - len(left_out)} recipe points, {time.monotonic() - started:.0f} s; "
+        f"{len(left_out)} start from given weights",
+    )
     assert methods >= set(lookup.names("methods")) - {"converted", "exported"}
     assert families >= {"llama", "mistral"}
     assert all(name.startswith("untangling/llama3.1-8b") for name in left_out)
