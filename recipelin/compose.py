@@ -59,6 +59,22 @@ def tune(
     )
 
 
+def joint_transfer(
+    recipe: Recipe, state: State, objective: Mapping[Objective, float], *, size: Schedule, calibration_batches: int
+) -> tuple[Step, ...]:
+    """Stage `transfer` of a hybrid in its own state, as LoLCATs: it trains the maps, and what weighs the branches.
+
+    `hybrid_*` objectives train the mix of `shared` and c_h of `absolute` along; pure linear ones do not see them. c_h
+    is set in closed form: before a joint objective, which then learns it; after a linear one, which does not move it.
+    """
+    joint = any(name.startswith("hybrid") for name in objective)
+    scales: dict[str, tuple[Trained, ...]] = {"shared": ("mix",), "absolute": ("log_scale",)}
+    trains: tuple[Trained, ...] = ("feature_maps", *(scales.get(state.join, ()) if joint else ()))
+    scale = calibrate_scale(recipe, size, calibration_batches) if state.join == "absolute" else ()
+    learned = transfer(recipe, "transfer", objective, trains)
+    return (*scale, *learned) if joint else (*learned, *scale)
+
+
 def calibrate_scale(recipe: Recipe, size: Schedule, batches: int) -> tuple[Step, ...]:
     """The closed form of c_h for the `absolute` join, on batches as large as those of `size`, of its data."""
     data = size.data or recipe.data

@@ -6,18 +6,21 @@ from pydantic import Field
 
 from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
+from ..branches import BranchSchedule
+from ..compose import calibrate_scale, hybrid_state, transfer, tune
 from ..recipe import Recipe
 from ..schedule import Optimizer, Schedule
-from ..states import Branch, State
-from ..steps import Calibrate, Lora, Objective, Step, Swap, Switch, Trained, Transfer, Tune
+from ..steps import Lora, Loss, Objective, Step, Swap, Switch, Trained
 
 
 class Config(Base):
     """Stage `transfer`: cross-entropy of the pure linear weights (Hedgehog). Then c_h of the `absolute` join in closed
     form. Stage `refine`, off by default: cross-entropy of the joint weights + `linear_share` of the linear one, c_h
-    learned along. Stage `tune`, off by default: LoRA.
+    learned along. Stage `tune`, off by default: LoRA, or all weights with `lora: null`, on `loss`; `branches` may drop the
+    window in a share of its steps, which keeps the linear branch alive.
 
-    Sample YAML: `{name: absolute, window: 32, form: {feature_map: {width: 8}}}`
+    Sample YAML: `{name: absolute, window: 32, form: {feature_map: {width: 8, token_scale: true}},
+    loss: {lm: 0, kl: 1}, branches: {dropout: [{until: 1, value: 0.25}], granularity: step}}`
     """
 
     name: Literal["absolute"] = "absolute"
@@ -29,11 +32,13 @@ class Config(Base):
     linear_share: Annotated[float, Field(ge=0)] = Field(
         0.3, description="weight of the linear objective in `refine`: keeps linear-only alive (facts/pocket.md §F)"
     )
-    lora: Lora = Lora()
+    loss: Loss = Field(Loss(), description="of stage `tune`; facts/pocket.md §F, recipe C: {lm: 0, kl: 1}")
+    branches: BranchSchedule | None = Field(None, description="of stage `tune`: steps without the window")
+    lora: Lora | None = Field(Lora(), description="null: all weights train in `tune`")
     tune_form: tuple[Trained, ...] = ()
 
 
-STAGES = {
+STAGES: dict[str, Schedule | None] = {
     "transfer": Schedule(steps=150, batch=4, length=1024, optimizer=Optimizer(lr=3e-2)),  # facts/pocket.md §F, recipe A
     "refine": None,
     "tune": None,
@@ -44,53 +49,24 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     """Swap, transfer the linear weights, switch to the absolute join, calibrate c_h, then what the schedule adds."""
     method = recipe.method
     assert isinstance(method, Config)
-    branches: tuple[Branch, ...] = ("window", "linear", "sinks") if method.sinks else ("window", "linear")
-    state = State(branches=branches, window=method.window, sinks=method.sinks, cover=method.cover, join="absolute")
-    found: list[Step] = [Swap(form="hybrid", config=method.form)]
-    transfer = recipe.schedule["transfer"]
-    if transfer:
-        found.append(
-            Transfer(
-                stage="transfer",
-                objective={"weights": 1.0},
-                trains=("feature_maps",),
-                schedule=transfer,
-                data=transfer.data or recipe.data,
-            )
-        )
-    found.append(Switch(state=state))
-    size = transfer or STAGES["transfer"]
+    state = hybrid_state(window=method.window, sinks=method.sinks, cover=method.cover, join="absolute")
+    size = recipe.schedule["transfer"] or STAGES["transfer"]
     assert size is not None
-    found.append(
-        Calibrate(
-            what="log_scale",
-            data=(transfer.data if transfer else None) or recipe.data,
-            batches=method.calibration_batches,
-            batch=size.batch,
-            length=size.length,
-        )
+    refined: dict[Objective, float] = {"hybrid_weights": 1.0}
+    if method.linear_share:
+        refined["weights"] = method.linear_share
+    return (
+        Swap(form="hybrid", config=method.form),
+        *transfer(recipe, "transfer", {"weights": 1.0}, ("feature_maps",)),
+        Switch(state=state),
+        *calibrate_scale(recipe, size, method.calibration_batches),
+        *transfer(recipe, "refine", refined, ("feature_maps", "log_scale")),
+        *tune(
+            recipe,
+            "tune",
+            lora=method.lora,
+            trains=method.tune_form,
+            loss=method.loss,
+            branches=method.branches,
+        ),
     )
-    if schedule := recipe.schedule["refine"]:
-        objective: dict[Objective, float] = {"hybrid_weights": 1.0}
-        if method.linear_share:
-            objective["weights"] = method.linear_share
-        found.append(
-            Transfer(
-                stage="refine",
-                objective=objective,
-                trains=("feature_maps", "log_scale"),
-                schedule=schedule,
-                data=schedule.data or recipe.data,
-            )
-        )
-    if schedule := recipe.schedule["tune"]:
-        found.append(
-            Tune(
-                stage="tune",
-                lora=method.lora,
-                trains=method.tune_form,
-                schedule=schedule,
-                data=schedule.data or recipe.data,
-            )
-        )
-    return tuple(found)

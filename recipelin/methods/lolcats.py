@@ -6,10 +6,11 @@ from pydantic import Field, model_validator
 
 from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
+from ..compose import hybrid_state, joint_transfer, tune
 from ..recipe import Recipe
 from ..schedule import Decay, Optimizer, Schedule
-from ..states import Branch, Compat, Shape, State, check_compat
-from ..steps import Lora, Objective, Step, Swap, Switch, Trained, Transfer, Tune
+from ..states import Compat, Join, Shape, check_compat
+from ..steps import Lora, Objective, Step, Swap, Switch, Trained
 
 
 class Config(Base):
@@ -30,10 +31,12 @@ class Config(Base):
     compat: Compat | None = Field(
         None, description="with shape: terraced, LoLCATs' published window with its three defects (facts/peers.md A.6)"
     )
+    join: Join = Field("shared", description="LoLCATs: shared; another one asks whether it mends the method")
     max_gradient: Literal["through", "detached"] = "through"
     objective: dict[Objective, Annotated[float, Field(gt=0)]] = Field(
         {"hybrid_outputs": 1000.0}, description="LoLCATs: mse_factor 1000, xent_factor 0"
     )
+    calibration_batches: Annotated[int, Field(ge=1)] = Field(8, description="of c_h, for join: absolute")
     lora: Lora = Lora()
     tune_form: tuple[Trained, ...] = Field((), description="LoLCATs' fqkvo config: [feature_maps, mix]")
 
@@ -56,37 +59,19 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     """Swap, switch to the hybrid, transfer, tune."""
     method = recipe.method
     assert isinstance(method, Config)
-    branches: tuple[Branch, ...] = ("window", "linear", "sinks") if method.sinks else ("window", "linear")
-    state = State(
-        branches=branches,
+    state = hybrid_state(
         window=method.window,
         shape=method.shape,
         sinks=method.sinks,
         cover=method.cover,
         compat=method.compat,
-        join="shared",
+        join=method.join,
         max_gradient=method.max_gradient,
     )
-    found: list[Step] = [Swap(form="hybrid", config=method.form), Switch(state=state)]
-    if schedule := recipe.schedule["transfer"]:
-        hybrid = any(name.startswith("hybrid") for name in method.objective)  # the pure linear ones never see the mix
-        found.append(
-            Transfer(
-                stage="transfer",
-                objective=method.objective,
-                trains=("feature_maps", "mix") if hybrid else ("feature_maps",),
-                schedule=schedule,
-                data=schedule.data or recipe.data,
-            )
-        )
-    if schedule := recipe.schedule["tune"]:
-        found.append(
-            Tune(
-                stage="tune",
-                lora=method.lora,
-                trains=method.tune_form,
-                schedule=schedule,
-                data=schedule.data or recipe.data,
-            )
-        )
-    return tuple(found)
+    size = recipe.schedule["transfer"] or STAGES["transfer"]
+    return (
+        Swap(form="hybrid", config=method.form),
+        Switch(state=state),
+        *joint_transfer(recipe, state, method.objective, size=size, calibration_batches=method.calibration_batches),
+        *tune(recipe, "tune", lora=method.lora, trains=method.tune_form),
+    )

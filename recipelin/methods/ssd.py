@@ -7,7 +7,7 @@ from pydantic import Field
 from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
 from ..branches import SSD, BranchSchedule
-from ..compose import calibrate_scale, hybrid_state, transfer, tune
+from ..compose import hybrid_state, joint_transfer, tune
 from ..recipe import Recipe
 from ..schedule import Optimizer, Schedule
 from ..states import Join
@@ -57,16 +57,9 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     state = hybrid_state(window=method.window, sinks=method.sinks, cover=method.cover, join=method.join)
     size = recipe.schedule["transfer"] or STAGES["transfer"]
     assert size is not None
-    joint = any(name.startswith("hybrid") for name in method.objective)
-    trains: tuple[Trained, ...] = ("feature_maps",)
-    if joint and method.join in ("shared", "absolute"):
-        trains = ("feature_maps", "mix" if method.join == "shared" else "log_scale")
-    scale = calibrate_scale(recipe, size, method.calibration_batches) if method.join == "absolute" else ()
     return (
         Swap(form="hybrid", config=method.form),
         Switch(state=state),
-        *(scale if joint else ()),  # a joint objective then learns c_h; a linear one does not move it
-        *transfer(recipe, "transfer", method.objective, trains),
-        *(() if joint else scale),
+        *joint_transfer(recipe, state, method.objective, size=size, calibration_batches=method.calibration_batches),
         *tune(recipe, "tune", lora=method.lora, trains=method.tune_form, branches=method.branches),
     )

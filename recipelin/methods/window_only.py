@@ -6,10 +6,11 @@ from pydantic import Field
 
 from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
+from ..compose import tune
 from ..recipe import Recipe
 from ..schedule import Schedule
 from ..states import State
-from ..steps import Lora, Step, Swap, Switch, Tune
+from ..steps import Lora, Step, Swap, Switch
 
 
 class Config(Base):
@@ -34,7 +35,8 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     state = State(
         branches=("window", "sinks") if method.sinks else ("window",), window=method.window, sinks=method.sinks
     )
-    found: list[Step] = [Swap(form="hybrid", config=Hybrid()), Switch(state=state)]
-    if schedule := recipe.schedule["tune"]:
-        found.append(Tune(stage="tune", lora=method.lora, schedule=schedule, data=schedule.data or recipe.data))
-    return tuple(found)
+    return (
+        Swap(form="hybrid", config=Hybrid()),
+        Switch(state=state),
+        *tune(recipe, "tune", lora=method.lora),
+    )
