@@ -133,7 +133,8 @@ class Counting:
         per_token = factor * self._forward(schedule.length) + 3.0 * operator
         if isinstance(step, Tune) and schedule.gradient_checkpointing:
             per_token += self._forward(schedule.length)
-        total = families.parameters(self.arch)["total"]
+        swap = self._swap()
+        total = families.parameters(self.arch)["total"] + (sum(self._new(swap).values()) if swap else 0)
         return {
             "what": what,
             "reads": describe_data(step.data),
