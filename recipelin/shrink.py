@@ -77,7 +77,7 @@ def shrink(loaded: Loaded, teacher: str) -> Loaded:
     small = Recipe(
         name=f"{SHRUNK}{recipe.name}",
         about=recipe.about,
-        seed=recipe.seed,
+        seed=0,  # points that differ by their seed alone are one tiny run
         model=Model(**model),
         method=_method(recipe.method),
         data=_data(recipe.data),
