@@ -62,15 +62,15 @@ def diagnosis(
     path: Path, *, teacher: str | None, suites: Sequence[str], finetune: str | None, dtype: str | None
 ) -> dict[str, Any]:
     """The recipe of a diagnosis. Raises DiagnoseError."""
+    # The recipe lies elsewhere: suites by path are named from the root. A wrong one is refused before anything is written.
+    suites = [str(Path(s).resolve()) if s.endswith(".yaml") else s for s in suites]
     for suite in suites:
-        load_suite(
-            suite, Path("recipe.yaml")
-        )  # a wrong name is refused with the nearest one, before anything is written
+        load_suite(suite, Path("recipe.yaml"))
     if path.is_dir() and (path / "config.json").is_file():
         if finetune:
             raise DiagnoseError("--finetune belongs to LoLCATs' .pt files; an exported student holds all its weights")
         return _of_student(path, teacher=teacher, suites=suites, dtype=dtype)
-    if path.suffix == ".pt" or (path / "model.pt").is_file():
+    if (path.suffix == ".pt" and path.is_file()) or (path / "model.pt").is_file():
         return _of_lolcats(path, teacher=teacher, suites=suites, finetune=finetune, dtype=dtype)
     beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     raise DiagnoseError(
@@ -90,8 +90,8 @@ def _of_student(path: Path, *, teacher: str | None, suites: Sequence[str], dtype
     model["dtype"] = dtype or ("bfloat16" if "bfloat16" in str(config.get("dtype")) else "float32")
     kept = [s for s in STATES if s != "sinks" or "sinks" in student.state.branches]
     return {
-        "name": _name(path.parent.name if path.name == "model" else path.name),
-        "about": {"claim": f"what each branch of {path.name} does"},
+        "name": _name(_folder(path)),
+        "about": {"claim": f"what each branch of {_folder(path)} does"},
         "model": model,
         "method": {"name": "exported"},
         "eval": {
@@ -119,8 +119,8 @@ def _of_lolcats(
     if not suites:
         raise DiagnoseError("give --suite NAME: which tasks this model is to be asked (recipelin list names them)")
     return {
-        "name": _name(path.parent.name if path.name == "model.pt" else path.stem),
-        "about": {"claim": f"what each branch of {path.name} does"},
+        "name": _name(_folder(path)),
+        "about": {"claim": f"what each branch of {_folder(path)} does"},
         "model": {**_teacher(teacher), "dtype": dtype or "bfloat16", "converted": converted},
         "method": {"name": "converted"},
         "eval": {"suites": list(suites), "states": ["teacher", *(s for s in STATES if s != "sinks")]},
@@ -172,6 +172,18 @@ def _suites(path: Path) -> tuple[str, ...]:
     if digest_folder(path, ("tokenizer.json",)) == digest_folder(POCKET, ("tokenizer.json",)):
         return ("pocket",)
     raise DiagnoseError("give --suite NAME: which tasks this model is to be asked (recipelin list names them)")
+
+
+def _folder(path: Path) -> str:
+    """What a person calls it: a run's `model` by the run."""
+    whole = path.resolve()
+    return (
+        whole.parent.name
+        if whole.name in ("model", "model.pt")
+        else whole.stem
+        if whole.suffix == ".pt"
+        else whole.name
+    )
 
 
 def _name(text: str) -> str:

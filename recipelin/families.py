@@ -29,7 +29,7 @@ class Architecture(Config):
     max_position_embeddings: Annotated[int, Field(ge=2)]
     tie_word_embeddings: bool = False
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
-    rope_scaling: dict[str, str | int | float] | None = Field(
+    rope_scaling: dict[str, str | bool | int | float] | None = Field(
         None, description="as in config.json, without rope_theta: rope_type linear, llama3 or yarn and its numbers"
     )
     rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
@@ -62,19 +62,33 @@ class Family:
     own_window: Literal["none", "all", "layers"] = "none"
     """Whether the config may give layers a sliding window of their own: all of them, or those of `layer_types`."""
 
+    defaults: tuple[tuple[str, int], ...] = ()
+    """Numbers that transformers fills where a config.json leaves them out (None written out is not left out)."""
+
     @property
     def modeling(self) -> str:
         """Module of transformers that holds the family's classes and its `apply_rotary_pos_emb`."""
         return f"transformers.models.{self.model_type}.modeling_{self.model_type}"
 
 
+_QWEN = (
+    ("max_position_embeddings", 32768),
+    ("num_key_value_heads", 32),
+    ("sliding_window", 4096),
+    ("max_window_layers", 28),
+)
 FAMILIES: Mapping[str, Family] = {
     row.model_type: row
     for row in (
-        Family("llama", "Llama"),  # 2, 3, 3.1, 3.2
-        Family("mistral", "Mistral", own_window="all"),
-        Family("qwen2", "Qwen2", qkv_bias=True, own_window="layers"),  # and 2.5
-        Family("qwen3", "Qwen3", qk_norm=True, own_window="layers"),
+        Family("llama", "Llama", defaults=(("max_position_embeddings", 2048),)),  # 2, 3, 3.1, 3.2
+        Family(
+            "mistral",
+            "Mistral",
+            own_window="all",
+            defaults=(("max_position_embeddings", 131072), ("num_key_value_heads", 8), ("sliding_window", 4096)),
+        ),
+        Family("qwen2", "Qwen2", qkv_bias=True, own_window="layers", defaults=_QWEN),  # and 2.5
+        Family("qwen3", "Qwen3", qk_norm=True, own_window="layers", defaults=(*_QWEN, ("head_dim", 128))),
     )
 }
 
@@ -110,6 +124,7 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """
     model_type = str(config.get("model_type"))
     row = family(model_type)
+    config = {**dict(row.defaults), **config}
     missing = [
         k
         for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -137,9 +152,9 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or (128 if row.qk_norm else int(config["hidden_size"]) // heads)),
+        head_dim=int(config.get("head_dim") or int(config["hidden_size"]) // heads),
         vocab_size=int(config["vocab_size"]),
-        max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
+        max_position_embeddings=int(config["max_position_embeddings"]),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         rope_theta=float(theta),
         rope_scaling=None if rope_type == "default" else {"rope_type": rope_type, **rope},
@@ -163,7 +178,7 @@ def _own_windows(
         return int(window), None
     if not config.get("use_sliding_window", False):
         return None, None
-    first = int(config.get("max_window_layers", 28))  # transformers' default for Qwen2 and Qwen3
+    first = int(config["max_window_layers"])
     types = config.get("layer_types") or [
         "sliding_attention" if i >= first else "full_attention" for i in range(layers)
     ]

@@ -143,6 +143,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
         text = f"model.student: method {name!r} starts from a teacher and would not read it; use method: {{name: exported}}"
         raise refusal(loaded, ("model", "student"), text)
     _refuse_idle_rates(loaded, found)
+    _refuse_watching_the_test(loaded, found)
     hybrid = next((s.state for s in reversed(found) if isinstance(s, Switch)), None)
     found.append(
         Evaluate(
@@ -194,6 +195,26 @@ def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
                         f"{nearest(name, groups)}; groups that do: {listed(groups) or 'none'}"
                     )
                     raise refusal(loaded, ("schedule", step.stage, "optimizer", "group_lr", name, "key"), text)
+
+
+def _refuse_watching_the_test(loaded: Loaded, steps: Sequence[Step]) -> None:
+    """A watched suite is asked on the selection part; one that has no parts would select on what is reported."""
+    for step in steps:
+        for name in _watched(step):
+            for evaluation in load_suite(name, loaded.path).evals:
+                if not _has_parts(evaluation.model_dump()):
+                    text = (
+                        f"suite {name!r} cannot be watched: its {evaluation.eval} has no selection part, so training would "  # type: ignore[attr-defined]
+                        "stop on the items that are reported; watch held-out rows (no suite), or a suite of local texts"
+                    )
+                    raise refusal(loaded, ("schedule", step.stage, "validation", "watch"), text)  # type: ignore[union-attr]
+
+
+def _has_parts(value: object) -> bool:
+    """Whether every item of an evaluation's settings comes from a part: of a list, each entry must say its own."""
+    if isinstance(value, Mapping):
+        return "part" in value or any(_has_parts(v) for v in value.values())
+    return isinstance(value, tuple) and bool(value) and all(_has_parts(v) for v in value)
 
 
 def _watched(step: Step) -> list[str]:

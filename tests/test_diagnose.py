@@ -67,6 +67,13 @@ def test_a_student_says_its_teacher_and_gives_the_numbers_of_its_run(made, capsy
     assert "Verdict" in text.out and "diagnoses" in text.err
 
 
+def test_a_suite_by_path_starts_at_the_current_folder(made, monkeypatch):
+    monkeypatch.chdir(made)
+    found = diagnosis(Path("run/model"), teacher=None, suites=["./suite.yaml"], finetune=None, dtype=None)
+    assert found["eval"]["suites"] == [str(made / "suite.yaml")]
+    assert found["name"] == "diagnose/run" and "of run does" in found["about"]["claim"]
+
+
 def test_without_its_teacher_it_is_diagnosed_all_the_same(made, capsys):
     shutil.move(made / "teacher", made / "gone")
     assert command(made / "run" / "model", suite=[str(made / "suite.yaml")], out=str(made / "found")) == 0
@@ -107,6 +114,7 @@ def test_what_cannot_be_diagnosed_is_refused(tmp_path, made):
         (tmp_path / "teacher", {}, "is no student of recipelin"),
         (tmp_path / "run" / "model", {}, "give --suite NAME"),
         (tmp_path / "run" / "model", {"finetune": "y.pt"}, "--finetune belongs to"),
+        (tmp_path / "nix.pt", {}, "expected the folder of an exported student"),
         (tmp_path / "x.pt", {}, "give --teacher"),
         (tmp_path / "x.pt", {"teacher": str(tmp_path / "teacher")}, "give --suite"),
         (tmp_path / "x.pt", {"teacher": str(tmp_path / "teacher"), "finetune": "y.pt"}, "no such file"),

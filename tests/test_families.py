@@ -301,7 +301,14 @@ def test_config_files_of_the_hub_are_read():
     assert [windowed.own_window(i) for i in range(4)] == [None, None, None, 8]
     mistral = architecture({**MINIMAL, "model_type": "mistral", "sliding_window": 8})
     assert [mistral.own_window(i) for i in range(4)] == [8] * 4
-    assert architecture({**MINIMAL, "model_type": "qwen3"}).head_dim == 128
+    assert architecture({**MINIMAL, "model_type": "mistral", "sliding_window": None}).sliding_window is None
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_fills(family):
+    stem = families.family(family).stem
+    filled = getattr(transformers, f"{stem}Config")(**MINIMAL)
+    assert architecture({**MINIMAL, "model_type": family}) == architecture(filled.to_dict())
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

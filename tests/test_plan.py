@@ -316,3 +316,22 @@ def _references(value):
     elif isinstance(value, list):
         for inner in value:
             yield from _references(inner)
+
+
+def test_validation_cannot_watch_what_is_reported(tmp_path):
+    """A stock task has no selection part; our own suites have one."""
+    text = (
+        (ROOT / "recipes/pocket/lolcats.yaml")
+        .read_text()
+        .replace("    steps: 50\n", "    steps: 50\n    validation: {every: 5, watch: [{suite: SUITE, metric: acc}]}\n")
+    )
+    for suite, fits in (("pocket", True), ("recall-1k", True), ("untangling", False), ("mmlu-5shot", False)):
+        path = tmp_path / f"{suite}.yaml"
+        path.write_text(text.replace("SUITE", suite))
+        if fits:
+            plan(load(path))
+            continue
+        with pytest.raises(
+            PlanError, match=rf"{suite}.yaml:\d+:\d+: suite '{suite}' cannot be watched: its lm_eval has no"
+        ):
+            plan(load(path))
