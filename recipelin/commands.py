@@ -15,7 +15,7 @@ from .files import write_atomically
 from .finding import CHECKOUT, kind_of
 from .load import Loaded, expand, load, read_suite
 from .mistakes import PlanError
-from .plan import POCKET, Plan, plan, refusal
+from .plan import POCKET, Plan, cached_config, hub_teacher, plan, refusal
 from .show import show
 from .shrink import ShrinkError, shrink, tiny_folder, tiny_of
 from .sources import Hub, LocalFile, SourceError, dataset_folder, local_path
@@ -72,6 +72,13 @@ def run_command(arguments: argparse.Namespace) -> int:
     points = expand(
         load(arguments.recipe, allow_code=tuple(arguments.allow_code)), allow_code=tuple(arguments.allow_code)
     )
+    for point in points:
+        if hub_teacher(point) and not point.recipe.model.architecture and not cached_config(point):
+            from .hf import teacher_architecture
+
+            teacher_architecture(
+                str(point.recipe.model.teacher), revision=point.recipe.model.revision
+            )  # into the cache
     planned = [plan(point, allow_code=arguments.allow_code) for point in points]
     if not arguments.shrink:
         for point, each in zip(points, planned, strict=True):  # refused before the first one costs anything

@@ -89,6 +89,34 @@ def teacher_folder(loaded: Loaded) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def hub_teacher(loaded: Loaded) -> str | None:
+    """The hub id of a teacher that is no folder here; None for a folder, the pocket, or a model from scratch."""
+    return loaded.recipe.model.teacher if teacher_folder(loaded) is None else None
+
+
+def cached_config(loaded: Loaded) -> Path | None:
+    """The config.json of a hub teacher in the Hugging Face cache, at its revision; None where it is not there."""
+    model, name = loaded.recipe.model, hub_teacher(loaded)
+    if name is None or name.count("/") != 1:
+        return None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ModuleNotFoundError:
+        return None
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=model.revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def hub_commit(loaded: Loaded) -> str | None:
+    """The commit that a hub teacher stands at, as the cache has it: what `main` means today; None where it is not there."""
+    cached = cached_config(loaded)
+    return cached.parent.name if cached else None  # .../snapshots/<commit>/config.json
+
+
 def refusal(loaded: Loaded, where: Where, text: str) -> PlanError:
     """A PlanError at a field of the recipe's file."""
     return PlanError(text, placed(loaded.places, where, "") if loaded.places else None)
@@ -111,6 +139,11 @@ def architecture_of(loaded: Loaded) -> Architecture:
         raise refusal(loaded, ("model", "teacher"), text)
     if model.architecture:
         return model.architecture
+    if cached := cached_config(loaded):
+        try:
+            return families.architecture(json.loads(cached.read_text(encoding="utf-8")))
+        except (ValueError, OSError) as error:
+            raise refusal(loaded, ("model", "teacher"), f"{cached}: {error}") from error
     near = difflib.get_close_matches(
         str(model.teacher), ["pocket", *(p.name for p in loaded.path.parent.iterdir() if p.is_dir())], 1
     )
@@ -118,8 +151,8 @@ def architecture_of(loaded: Loaded) -> Architecture:
     raise refusal(
         loaded,
         ("model", "teacher"),
-        f"model.teacher {model.teacher!r} is not a folder here{hint}; to plan without it, "
-        "give its numbers: model.architecture (a map, or the path of its config.json)",
+        f"model.teacher {model.teacher!r} is not a folder here{hint}, and not in the Hugging Face cache. To plan without "
+        "it, give its numbers: model.architecture (a map, or the path of its config.json); `recipelin run` asks the hub",
     )
 
 

@@ -18,7 +18,7 @@ from .files import home as home
 from .files import locked, write_atomically
 from .load import Loaded
 from .mistakes import PlanError
-from .plan import Plan, Planned, digest, teacher_folder
+from .plan import Plan, Planned, digest, hub_commit, teacher_folder
 from .sources import fingerprint
 from .steps import Calibrate, Evaluate, Step, Swap, Switch, Transfer, Tune
 
@@ -56,7 +56,7 @@ def digest_folder(folder: Path, names: Sequence[str] = ("*.safetensors", "config
 def digests(loaded: Loaded, planned: Plan) -> dict[str, str]:
     """Digests of what the run reads: teacher, published weights, tokenizer, data.
 
-    A hub id is known by its revision until it is here; a published file that is not here is `absent`.
+    A hub id is known by the commit that the cache has of its revision; a published file that is not here is `absent`.
     """
     found = {}
     folder = teacher_folder(loaded)
@@ -70,7 +70,11 @@ def digests(loaded: Loaded, planned: Plan) -> dict[str, str]:
     if folder is not None:
         found["teacher"] = digest_folder(folder)
         found.setdefault("tokenizer", digest_folder(folder, ("tokenizer*",)))
-    elif model.teacher or model.scratch:
+    elif model.teacher:
+        # A branch moves; what a run reads is the commit that it found.
+        found["teacher_commit"] = hub_commit(loaded) or model.revision or "not known"
+        found["teacher"] = digest({"teacher": model.teacher, "commit": found["teacher_commit"]})
+    elif model.scratch:
         found["teacher"] = digest(model.model_dump(mode="json", exclude={"dtype", "converted"}))
     found["data"] = digest(
         {s.model_dump_json(): fingerprint(s, loaded.path.parent) for s in reads.sources(p.step for p in planned.steps)}
@@ -96,20 +100,23 @@ _MODEL = ("swap.py", "masks.py", "cache.py", "states.py", "families.py", "attent
 _DATA = ("data.py", "sources.py", "templates.py", "hub.py", "documents.py", "spool.py")
 _LOOP = ("stages.py", "loop.py", "losses.py", "adapters.py", "checkpoint.py", "optimizer.py")
 _TRAINING = (*_MODEL, *_DATA, *_LOOP, "hf.py", "schedule.py", "branches.py")
+_EVALUATION = ("evaluate.py", "exposure.py", "evals/**/*.py")  # of a stage too, where its validation watches a suite
 _SOURCES: Mapping[type, tuple[str, ...]] = {
     Swap: (*_MODEL, "lolcats_checkpoint.py"),
     Switch: ("states.py",),
     Calibrate: _TRAINING,
     Transfer: _TRAINING,
     Tune: _TRAINING,
-    Evaluate: (*_MODEL, *_DATA, "hf.py", "evaluate.py", "exposure.py", "evals/**/*.py"),
+    Evaluate: (*_MODEL, *_DATA, "hf.py", *_EVALUATION),
 }
 
 
 def source_digest(step: Step) -> str:
     """Digest of the source files that compute a step: its own, and the operators'."""
     kernels = _kernels()
-    files = {f for pattern in _SOURCES[type(step)] for f in PACKAGE.glob(pattern)}
+    watches = isinstance(step, (Transfer, Tune)) and step.schedule.validation
+    patterns = (*_SOURCES[type(step)], *(_EVALUATION if watches else ()))
+    files = {f for pattern in patterns for f in PACKAGE.glob(pattern)}
     if not isinstance(step, Switch):
         files |= set(kernels.rglob("*.py"))
     roots = (PACKAGE, kernels)

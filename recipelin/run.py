@@ -19,7 +19,7 @@ from transformers.utils import logging
 from . import data, hf, lolcats_checkpoint, reads, records, reuse, spool, stages, swap
 from .evaluate import Evaluator
 from .load import Loaded
-from .plan import Plan, Planned, digest, plan, teacher_folder
+from .plan import Plan, Planned, digest, hub_commit, plan, teacher_folder
 from .preflight import preflight
 from .records import Record, Result, Row, StepTime
 from .reuse import Store, Surroundings
@@ -206,7 +206,9 @@ class _Walk:
         source = teacher_folder(self.loaded) or model.teacher
         assert source is not None, "a recipe has a teacher or makes a model from nothing"
         try:
-            return hf.load_teacher(source, revision=model.revision, dtype=model.dtype, device=self.device)
+            # The commit of this run, also where `main` moves meanwhile.
+            revision = hub_commit(self.loaded) or model.revision
+            return hf.load_teacher(source, revision=revision, dtype=model.dtype, device=self.device)
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RunError(f"model.teacher {model.teacher!r} ({source}) cannot be loaded: {reason}") from error
@@ -389,7 +391,8 @@ class _Walk:
             return None
         folder = teacher_folder(self.loaded)
         source = model.teacher if folder is None or model.teacher == "pocket" else str(folder)
-        return {"source": source, "revision": model.revision, "digest": self.around.digests["teacher"]}
+        revision = hub_commit(self.loaded) or model.revision
+        return {"source": source, "revision": revision, "digest": self.around.digests["teacher"]}
 
     def _write(
         self, status: Literal["finished", "failed", "interrupted"], started: datetime.datetime, seconds: float
