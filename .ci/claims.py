@@ -131,9 +131,9 @@ def carry_out(program: Sequence[str], names: Sequence[str], *, jobs: int, logs: 
 
     def follow(process: "subprocess.Popen[str]", mine: Sequence[str], log: Path) -> None:
         began, waiting = time.monotonic(), list(mine)
-        with log.open("a", encoding="utf-8") as out:
-            assert process.stdout is not None
-            for line in process.stdout:
+        assert process.stdout is not None
+        with process.stdout as lines, log.open("a", encoding="utf-8") as out:
+            for line in lines:
                 out.write(line)
                 out.flush()
                 if line.startswith(ENDED):
@@ -151,7 +151,8 @@ def carry_out(program: Sequence[str], names: Sequence[str], *, jobs: int, logs: 
     started = []
     for job in range(jobs):
         mine, log = names[job::jobs], logs / f"job-{job + 1}.log"
-        with log.open("w", encoding="utf-8") as out:
+        log.write_text("", encoding="utf-8")
+        with log.open("a", encoding="utf-8") as out:  # two write to it: each at its end
             process = subprocess.Popen(
                 [*program, *mine],
                 stdout=subprocess.PIPE,

@@ -135,7 +135,7 @@ def _estimate(claim: Claim, sources: Sequence[Source]) -> Estimate | str:
     else:
         found = drawn[0].shift(-_constant(claim, first))
     interval = found.interval()
-    if not ratio and not loss and interval.low == interval.high:
+    if not ratio and not loss and interval.high - interval.low < 1e-9:  # but for rounding, no draw varies
         interval = opened(interval, least=-1.0, most=1.0)
     unit = "%" if ratio else "nats" if loss else "points"
     return Estimate(interval, found.p_value(), unit, tuple(side.seeds for side in sides))
@@ -272,7 +272,7 @@ def _margin(judged: Judged) -> str:
 
 def _seeds(estimate: Estimate) -> str:
     counts = [len(seeds) for seeds in dict.fromkeys(estimate.seeds)]
-    return " and ".join(map(str, counts)) + (" (few)" if min(counts) < FEW else "")
+    return ", ".join(f"{count}{'*' if count < FEW else ''}" for count in counts)
 
 
 def _sentence(judged: Judged) -> str:
@@ -317,6 +317,6 @@ def _legend(judged: Sequence[Judged]) -> tuple[str, ...]:
     ]
     if any(j.estimate and min(map(len, j.estimate.seeds)) < FEW for j in judged):
         lines.append(
-            "(few): under five seeds; of one seed the interval says nothing about other students trained in the same way."
+            "*: under five seeds; of one seed the interval says nothing about other students trained in the same way."
         )
     return tuple(lines)

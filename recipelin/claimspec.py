@@ -155,7 +155,7 @@ class Claim(Config):
     """
 
     id: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
-    short: Annotated[str, Field(max_length=40)] = Field(description="the row's label")
+    short: Annotated[str, Field(max_length=32)] = Field(description="the row's label")
     claim: str = Field(description="the claim, whole: a sentence that can turn out wrong")
     effect: Effect
     expect: Expected

@@ -22,7 +22,7 @@ from .render import DASH, FORMATS, Block, Cell, Format, Number, Table, plus_minu
 from .runtable import mean_of, run_table, scale, score_cell
 from .statistics import Draws, Interval, interval_of, recovery
 from .strict_yaml import read_yaml
-from .tablespec import TRUST, Column, Printed, Spec, TableRow, read_spec
+from .tablespec import EXPECTED, TRUST, Column, Printed, Spec, TableRow, read_spec
 from .verdict import RULE, judge
 
 ABOUT = (("(guessing)", "chance"), ("(exposed %)", "exposed"), ("(items n)", "n"))  # lines below the rows
@@ -261,7 +261,7 @@ def table_command(arguments: argparse.Namespace) -> int:
 def spec_table(path: Path) -> Table:
     """The table of a spec, or of claims, from the Records in `../records` beside its folder."""
     records = path.resolve().parent.parent / "records"
-    if kind_of(read_yaml(path)[0]) == "claims spec":
+    if kind_of(read_yaml(path, kind=EXPECTED)[0]) == "claims spec":
         claims = read_claims(path)
         return claims_table(claims, read_published(records, claims.recipes))
     spec = read_spec(path)

@@ -20,6 +20,8 @@ TRUST = {
     "I": "inferred",
 }
 
+EXPECTED = "a table spec (name, title, columns, rows; results/README.md)"
+
 
 class Printed(Config):
     """A number as the paper prints it, with its decimals. Sample YAML: `{value: 92.26, footnote: 1}`"""
@@ -100,11 +102,10 @@ class Spec(Config):
 
 def read_spec(path: Path) -> Spec:
     """Read a spec. Raises RecipeError with every mistake of the file."""
-    expected = "a table spec (name, title, columns, rows; results/README.md)"
-    raw, places, _ = read_yaml(path, kind=expected, decimals=True)
+    raw, places, _ = read_yaml(path, kind=EXPECTED, decimals=True)
     if {"method", "extends", "evals"} & raw.keys():
         kind = "suite" if "evals" in raw else "recipe"
-        raise RecipeError([Mistake(str(path), 0, 0, f"is a {kind}; expected {expected}")])
+        raise RecipeError([Mistake(str(path), 0, 0, f"is a {kind}; expected {EXPECTED}")])
     try:
         spec = Spec.model_validate(raw)
     except ValidationError as error:
