@@ -55,7 +55,8 @@ def main() -> int:
     parser.add_argument("--dirty", action="store_true", help="run though nothing of it could be published")
     arguments = parser.parse_args()
     try:
-        every = list(todo(check_claims(arguments.spec).recipes, ROOT / "results" / "records", home()))
+        records = arguments.spec.resolve().parent.parent / "records"  # where `recipelin table` looks
+        every = list(todo(check_claims(arguments.spec).recipes, records, home()))
     except (RecipeError, PlanError, RecordError) as error:
         print(error, file=sys.stderr)
         return 2
