@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test check plans tables catalogue wheel bench clean
+.PHONY: help demo test check plans tables claims catalogue wheel bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -23,7 +23,7 @@ demo: .venv/.run  ## converts the pocket teacher twice and shows both tables
 test: .venv/.dev  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
 
-check: .venv/.dev  ## style, types, every recipe, suite and table spec, and the catalogue
+check: .venv/.dev  ## style, types, every recipe, suite, table and claims spec, and the catalogue
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -36,6 +36,9 @@ plans: .venv/.run  ## the plan of every recipe
 
 tables: .venv/.run  ## makes every table anew from results/records and compares it with the committed one
 	$(BIN)/recipelin table results/tables --check
+
+claims: .venv/.run  ## runs every recipe of results/tables/pocket-claims.yaml that has no Record yet (JOBS=2: two side by side)
+	$(BIN)/python .ci/claims.py --jobs $(or $(JOBS),1)
 
 catalogue: .venv/.run  ## makes recipes/README.md anew
 	$(BIN)/recipelin list --format markdown > recipes/README.new

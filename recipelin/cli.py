@@ -115,8 +115,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             help="let recipes name methods of this Python package, which runs its code (may be given more than once)",
         )
 
-    def recipe(made: argparse.ArgumentParser) -> None:
-        made.add_argument("recipe", metavar="RECIPE", help="a path, or a name such as pocket/lolcats (recipelin list)")
+    def recipe(made: argparse.ArgumentParser, *, several: bool = False) -> None:
+        text = "a path, or a name such as pocket/lolcats (recipelin list); pocket/windows/window=8 is a point of a grid"
+        made.add_argument(
+            "recipes" if several else "recipe", nargs="+" if several else None, metavar="RECIPE", help=text
+        )
         allow_code(made)
 
     run = command(
@@ -125,9 +128,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "convert, evaluate, write a Record and a table; resumes where it was stopped",
         "pocket/lolcats",
         "my-recipe.yaml --out runs/mine --device cpu",
+        "pocket/lolcats pocket/absolute",
     )
-    recipe(run)
-    run.add_argument("--out", metavar="DIR", help="the run's folder (default: a folder under runs/)")
+    recipe(run, several=True)
+    run.add_argument(
+        "--out", metavar="DIR", help="the folder of a single recipe's run (default: a folder under runs/ for each run)"
+    )
     run.add_argument(
         "--device",
         type=_device,
@@ -185,7 +191,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     check = command(
         "check",
         _check,
-        "check recipes, suites and table specs, all mistakes at once; exit code 2 if there is one",
+        "check recipes, suites, table and claims specs, all mistakes at once; exit code 2 if there is one",
         "my-recipe.yaml",
         "recipes results/tables",
     )
@@ -223,13 +229,16 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     table = command(
         "table",
         _table,
-        "show a paper's table beside what was measured, or the table of a run",
+        "show a paper's table beside what was measured, the table of claims, or that of a run",
         "results/tables/pocket-first.yaml",
         "runs/pocket-lolcats--b7b167c9 --format latex",
         "results/tables --check",
     )
     table.add_argument(
-        "path", type=Path, metavar="PATH", help="a table spec, a folder of specs, a run's folder, or a record.json"
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="a table or claims spec, a folder of specs, a run's folder, or a record.json",
     )
     table.add_argument(
         "--format", choices=("markdown", "latex", "html", "csv"), default="markdown", help="default: markdown"
@@ -241,10 +250,17 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     publish = command(
         "publish",
         _publish,
-        "copy a run's Record and items into results/ of the current folder; refuses what nobody could repeat",
+        "copy Records and their items into results/ of the current folder; refuses what nobody could repeat",
         "runs/pocket-lolcats--b7b167c9",
+        "runs/pocket-claims-*",
     )
-    publish.add_argument("run", type=Path, metavar="RUN", help="the run's folder, which `run` names at its end")
+    publish.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run's folder, which `run` names at its end, or a folder of them",
+    )
     return parser, commands
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from . import catalogue, lookup, reads, reuse
+from .claimcheck import check_claims
 from .evals import EvalError
 from .files import write_atomically
 from .finding import CHECKOUT, kind_of
 from .load import Loaded, expand, load, read_suite
 from .mistakes import PlanError
+from .naming import default_folder, file_name
 from .plan import POCKET, Plan, cached_config, hub_teacher, plan, refusal
+from .points import points
 from .show import show
 from .shrink import ShrinkError, shrink, tiny_folder, tiny_of
 from .sources import Hub, LocalFile, SourceError, dataset_folder, local_path
@@ -26,17 +29,15 @@ from .tablespec import read_spec
 
 def plan_command(arguments: argparse.Namespace) -> int:
     """Print the plan of every point of a recipe's grid. Exit 2 on a recipe that cannot be carried out."""
-    points = expand(
-        load(arguments.recipe, allow_code=tuple(arguments.allow_code)), allow_code=tuple(arguments.allow_code)
-    )
-    for number, point in enumerate(points):
+    found = points(arguments.recipe, allow_code=tuple(arguments.allow_code))
+    for number, point in enumerate(found):
         planned = plan(point, allow_code=arguments.allow_code)
         if number:
             print()
         header = [f"recipe    {planned.name}   ({point.path}, {point.origin})"]
         print(show(planned, header=header, reused=known(point, planned, arguments.device)))
-    if len(points) > 1:
-        print(f"\n{len(points)} runs")
+    if len(found) > 1:
+        print(f"\n{len(found)} runs")
     return 0
 
 
@@ -68,20 +69,23 @@ def known(loaded: Loaded, planned: Plan, device: str) -> list[str]:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    """Run every point of a recipe's grid and print its table. Exit 130 when interrupted; the same command resumes."""
-    points = expand(
-        load(arguments.recipe, allow_code=tuple(arguments.allow_code)), allow_code=tuple(arguments.allow_code)
-    )
-    for point in points:
-        if hub_teacher(point) and not point.recipe.model.architecture and not cached_config(point):
-            from .hf import teacher_architecture
+    """Run every point of each recipe's grid and print its table. Exit 130 when interrupted; the same command resumes.
 
-            teacher_architecture(
-                str(point.recipe.model.teacher), revision=point.recipe.model.revision
-            )  # into the cache
-    planned = [plan(point, allow_code=arguments.allow_code) for point in points]
+    Exit 2 for a recipe that is wrong, before the first one costs anything; 1 at the first run that fails.
+    """
+    if arguments.out and len(arguments.recipes) > 1:
+        print(
+            f"recipelin: --out is the folder of one recipe's run; found {len(arguments.recipes)} recipes",
+            file=sys.stderr,
+        )
+        return 2
+    named = [p for name in arguments.recipes for p in points(name, allow_code=tuple(arguments.allow_code))]
+    for point in named:
+        _config_is_there(point)
+    planned = [plan(point, allow_code=arguments.allow_code) for point in named]
+    todo = {default_folder(each.name, each.hash): (point, each) for point, each in zip(named, planned, strict=True)}
     if not arguments.shrink:
-        for point, each in zip(points, planned, strict=True):  # refused before the first one costs anything
+        for point, each in todo.values():  # refused before the first one costs anything
             _sources_are_there(point, each)
     try:
         from .checkpoint import OtherCheckpoint
@@ -100,12 +104,13 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        chosen = [point for point, _ in todo.values()]
         if arguments.shrink:
-            points = shrunk(points)
-        for point in points:
+            chosen = list(shrunk(chosen))
+        for point in chosen:
             out = Path(arguments.out) if arguments.out else None
-            if out and len(points) > 1:
-                out = out / point.recipe.name.replace("/", "-")
+            if out and len(chosen) > 1:
+                out = out / file_name(point.recipe.name)
             folder = run(
                 point, out=out, device=arguments.device, fresh=arguments.fresh, allow_code=arguments.allow_code
             )
@@ -139,12 +144,12 @@ def run_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def shrunk(points: Sequence[Loaded]) -> tuple[Loaded, ...]:
+def shrunk(chosen: Sequence[Loaded]) -> tuple[Loaded, ...]:
     """The points at tiny size, each on a tiny teacher of its family; what plans the same is there once. Raises ShrinkError."""
     from .hf import tiny_teacher
 
     found: dict[str, Loaded] = {}
-    for point in points:
+    for point in chosen:
         numbers = tiny_of(point)
         folder = tiny_folder(reuse.home(), numbers)
         if point.recipe.model.scratch is None:
@@ -152,10 +157,25 @@ def shrunk(points: Sequence[Loaded]) -> tuple[Loaded, ...]:
         small = shrink(point, str(folder))
         found.setdefault(plan(small).hash, small)
     print(
-        f"shrunk: {len(found)} of {len(points)} runs differ; the numbers of a tiny random model mean nothing",
+        f"shrunk: {len(found)} of {len(chosen)} runs differ; the numbers of a tiny random model mean nothing",
         file=sys.stderr,
     )
     return tuple(found.values())
+
+
+def _config_is_there(point: Loaded) -> None:
+    """The config of a hub teacher whose numbers the recipe leaves out, into the cache: the plan needs it. Raises PlanError."""
+    model = point.recipe.model
+    if model.architecture or not hub_teacher(point) or cached_config(point):
+        return
+    try:
+        from .hf import TeacherError, teacher_architecture
+    except ModuleNotFoundError:
+        return  # the plan says what it lacks
+    try:
+        teacher_architecture(str(model.teacher), revision=model.revision)
+    except TeacherError as error:
+        raise refusal(point, ("model", "teacher"), str(error)) from error
 
 
 def _sources_are_there(point: Loaded, planned: Plan) -> None:
@@ -208,18 +228,21 @@ def check_command(arguments: argparse.Namespace) -> int:
 
 
 def checked(path: Path, allow_code: Sequence[str] = ()) -> str:
-    """What a right recipe, suite or table spec is, in words. Raises RecipeError, PlanError."""
+    """What a right recipe, suite, table or claims spec is, in words. Raises RecipeError, PlanError."""
     if os.path.isfile(path):
         kind = kind_of(read_yaml(path)[0])
         if kind == "suite":
             return f"suite {read_suite(path).name}"
         if kind == "table spec":
             return f"table {read_spec(path).name}"
-    points = expand(load(path, allow_code=allow_code), allow_code=allow_code)
-    for point in points:
+        if kind == "claims spec":
+            claims = check_claims(path)
+            return f"claims {claims.name} ({len(claims.claims)} about {len(claims.recipes)} recipes)"
+    found = expand(load(path, allow_code=allow_code), allow_code=allow_code)
+    for point in found:
         plan(point, allow_code=allow_code)
-    name = points[0].recipe.name if len(points) == 1 else points[0].recipe.name.rpartition("/")[0]
-    return f"{name} ({len(points)} run{'s' if len(points) > 1 else ''})"
+    name = found[0].recipe.name if len(found) == 1 else found[0].recipe.name.rpartition("/")[0]
+    return f"{name} ({len(found)} run{'s' if len(found) > 1 else ''})"
 
 
 def list_command(arguments: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ def diagnose_command(arguments: argparse.Namespace) -> int:
     print(f"recipe: {path}", file=sys.stderr)
     return run_command(
         argparse.Namespace(
-            recipe=str(path),
+            recipes=[str(path)],
             out=arguments.out,
             device=arguments.device,
             fresh=arguments.fresh,

@@ -50,9 +50,11 @@ def shown(path: Path) -> str:
 
 
 def kind_of(raw: Mapping[str, Any]) -> str:
-    """What a file holds, by its keys: a recipe, a suite or a table spec."""
+    """What a file holds, by its keys: a recipe, a suite, a table spec or a claims spec."""
     if "method" in raw or "extends" in raw:
         return "recipe"
+    if "claims" in raw:
+        return "claims spec"
     return "suite" if "evals" in raw else "table spec" if "columns" in raw and "rows" in raw else "recipe"
 
 

@@ -53,9 +53,9 @@ def load(name: str | Path, *, allow_code: Sequence[str] = ()) -> Loaded:
     if kind == "suite":
         text = "this is a suite, which recipes name in eval.suites; expected a recipe"
         raise RecipeError([placed(places, ("evals", "key"), text)])
-    if kind == "table spec":
-        text = f"this is a table spec (recipelin table {path}); expected a recipe"
-        raise RecipeError([placed(places, ("columns", "key"), text)])
+    if kind != "recipe":
+        text = f"this is a {kind} (recipelin table {path}); expected a recipe"
+        raise RecipeError([placed(places, ("claims" if kind == "claims spec" else "columns", "key"), text)])
     extends_text = None
     if "extends" in raw:
         raw, places, extends_text = _extended(raw, places, path)

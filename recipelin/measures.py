@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .records import Item, Items, ItemsOf, Record, RecordError, Row
-from .statistics import Draws, Interval, Z, mean, mean_interval
+from .statistics import RESAMPLES, Draws, Interval, Z, mean, mean_interval
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,8 @@ class Measure:
     """One quantity measured in several states on the same items.
 
     `scores[state]`: [seeds, items], oriented so that larger is better (a log-loss is negated). `exposed`: [items].
-    `weights`, `strata` (subtasks): [items], None where all are alike.
+    `weights`, `strata` (subtasks): [items], None where all are alike. `items`: which they are. `seeds`: those of the
+    students, one a row of scores; the same seeds of two recipes are paired.
     `bare[state]`: (value, stderr, n) as recorded, for Records without items.
     """
 
@@ -50,6 +51,8 @@ class Measure:
     recalled: Recalled | None = None
     weights: "Array | None" = None
     strata: "NDArray[np.intp] | None" = None
+    items: tuple[tuple[ItemsOf, str], ...] = ()
+    seeds: tuple[int, ...] = ()
 
     @property
     def n(self) -> int:
@@ -60,16 +63,36 @@ class Measure:
         """-1 where the recorded value is a loss."""
         return -1.0 if self.kind == "log_loss" else 1.0
 
-    def draws(self, state: str, *, exposed_only: bool = False) -> Draws:
+    @property
+    def stream(self) -> str:
+        """What the resamples of its items are named by."""
+        return f"{self.suite}/{self.label}"
+
+    def only(self, kept: "NDArray[np.bool_]") -> "Measure":
+        """The same of a part of the items [items]; raises KeyError for a Record without items."""
+        if self.exposed is None:
+            raise KeyError(f"{self.label} has no items")
+        return replace(
+            self,
+            scores={state: scores[:, kept] for state, scores in self.scores.items()},
+            exposed=self.exposed[kept],
+            weights=None if self.weights is None else self.weights[kept],
+            strata=None if self.strata is None else self.strata[kept],
+            items=tuple(item for item, keep in zip(self.items, kept, strict=True) if keep),
+        )
+
+    def draws(self, state: str, *, exposed_only: bool = False, resamples: int = RESAMPLES) -> Draws:
         """Mean of a state's scores with bootstrap draws; raises KeyError for a state without items."""
-        scores, weights, strata = self.scores[state], self.weights, self.strata
         if exposed_only:
-            assert self.exposed is not None
-            kept = self.exposed >= EXPOSED
-            scores = scores[:, kept]
-            weights = None if weights is None else weights[kept]
-            strata = None if strata is None else strata[kept]
-        return mean(scores, metric=f"{self.suite}/{self.label}", weights=weights, strata=strata)
+            return self.only(self.are_exposed()).draws(state, resamples=resamples)
+        return mean(
+            self.scores[state],
+            metric=self.stream,
+            weights=self.weights,
+            strata=self.strata,
+            seeds=self.seeds,
+            resamples=resamples,
+        )
 
     def interval(self, state: str) -> Interval | None:
         """Mean of a state, in the units of the record (a log-loss in nats); None if the state was not measured.
@@ -77,9 +100,12 @@ class Measure:
         Without items: value +- 1.96 standard errors, or no width where no standard error is recorded.
         """
         if state in self.scores:
-            metric = f"{self.suite}/{self.label}"
             return mean_interval(
-                self.scores[state] * self.sign, metric=metric, weights=self.weights, strata=self.strata
+                self.scores[state] * self.sign,
+                metric=self.stream,
+                weights=self.weights,
+                strata=self.strata,
+                seeds=self.seeds,
             )
         if state not in self.bare:
             return None
@@ -91,9 +117,15 @@ class Measure:
         """Mean exposure of the items."""
         return None if self.exposed is None else float(self.exposed.mean())
 
+    def are_exposed(self) -> "NDArray[np.bool_]":
+        """Which items may speak about the linear branch [items]; none of a Record without items."""
+        import numpy as np
+
+        return np.zeros(0, dtype=bool) if self.exposed is None else self.exposed >= EXPOSED
+
     def exposed_items(self) -> int:
         """Items that may speak about the linear branch."""
-        return 0 if self.exposed is None else int((self.exposed >= EXPOSED).sum())
+        return int(self.are_exposed().sum())
 
 
 EXPOSED = 0.5
@@ -114,15 +146,15 @@ def reach(record: Record) -> int | None:
     return None if record.window is None else record.layers * (record.window - 1)
 
 
-def measures(records: Sequence[Record], items: Sequence[Items]) -> tuple[Measure, ...]:
+def measures(records: Sequence[Record], items: Sequence[Items], *, limit: int | None = None) -> tuple[Measure, ...]:
     """Measures of Records of one recipe (several: students of different seeds, pooled as seeds), in their order.
 
-    Recall of one format, length and metric is pooled over distances: near (at most `reach`) and far. Item draws of several
-    evaluation seeds are more items, since generated items are independent; a draw that only repeats another (the same
-    held-out text) is left out. Raises RecordError where states or Records were not measured on the same items.
+    Recall of one format, length and metric is pooled over distances: near (at most `limit`; default: `reach`) and far.
+    Item draws of several evaluation seeds are more items, since generated items are independent; a draw that only repeats
+    another (the same held-out text) is left out. Raises RecordError where states or Records were not measured on the same items.
     """
     first = records[0]
-    limit = reach(first)
+    limit = reach(first) if limit is None else limit
     groups: dict[tuple[str, str, str | Recalled], list[Row]] = {}
     for row in first.rows:
         if kind_of(row) is not None:
@@ -243,7 +275,21 @@ def _measure(
             if any(item.subtask for _, item in got):
                 strata = np.unique([item.subtask for _, item in got], return_inverse=True)[1]
         scores[state] = np.asarray(stack, dtype=np.float64)
-    return Measure(label, kind, suite, tasks, metric, chance, scores, exposed, bare, weights=weights, strata=strata)
+    return Measure(
+        label,
+        kind,
+        suite,
+        tasks,
+        metric,
+        chance,
+        scores,
+        exposed,
+        bare,
+        weights=weights,
+        strata=strata,
+        items=tuple(reference),
+        seeds=tuple(record.seed for record in records),
+    )
 
 
 def _gather(state: str, rows: Iterable[Row], sidecar: Items) -> list[tuple[ItemsOf, Item]]:

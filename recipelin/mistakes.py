@@ -82,6 +82,8 @@ def _say(error: Any, model: type[BaseModel]) -> str:
         return f"found {describe(given)}; expected a list"
     if kind == "too_short":
         return "found an empty list; expected at least one entry"
+    if kind == "string_too_long":
+        return f"found {len(given)} characters; expected at most {context.get('max_length')}"
     if kind == "string_pattern_mismatch":
         signs = re.search(r"\[a-z0-9([^]]*)\]\*", str(context.get("pattern")))
         words = f"small letters, digits and {' '.join(signs[1])}, a letter or digit first" if signs else error["msg"]

@@ -4,9 +4,11 @@ import argparse
 import datetime
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from .files import write_atomically
+from .naming import default_folder
 from .records import SHRUNK, Record, RecordError, items_path, read_items, read_record, record_path
 
 
@@ -38,7 +40,7 @@ def publish(run: Path, results: Path) -> Path:
 
 def _stem(record: Record) -> str:
     time = datetime.datetime.fromisoformat(record.started).astimezone(datetime.UTC)
-    return f"{record.name.replace('/', '-')}--{record.plan_hash[:8]}--{time:%Y%m%dT%H%M%SZ}"
+    return f"{default_folder(record.name, record.plan_hash)}--{time:%Y%m%dT%H%M%SZ}"
 
 
 def _refuse(record: Record, run: Path) -> None:
@@ -59,15 +61,45 @@ def _refuse(record: Record, run: Path) -> None:
         )
 
 
+def runs_in(given: Sequence[Path]) -> tuple[Path, ...]:
+    """The runs' folders: each as given, or those right below a folder of runs, by name. Raises PublishError for an empty one."""
+    found: list[Path] = []
+    for path in given:
+        if not path.is_dir() or record_path(path).is_file():
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.iterdir() if p.is_dir() and record_path(p).is_file())
+        if not inside:
+            raise PublishError(
+                f"{path}: no record.json in it, nor in a folder below it; expected a run, or a folder of runs"
+            )
+        found += inside
+    return tuple(dict.fromkeys(found))
+
+
 def publish_command(arguments: argparse.Namespace) -> int:
-    """`recipelin publish RUN`: into `results/` of the current folder. Exit 2 with the reason when refused."""
+    """`recipelin publish RUN...`: into `results/` of the current folder; each run whole or not at all.
+
+    Exit 2 with the reason of every run that was refused; the others are published all the same.
+    """
     results = Path("results")
+    refused = 0
     try:
         if not results.is_dir():
             raise PublishError(f"there is no {results}/ in {Path.cwd()}; go to the root of a clone of recipelin")
-        path = publish(Path(arguments.run), results)
-    except (PublishError, RecordError) as error:
+        runs = runs_in(arguments.runs)
+    except PublishError as error:
         print(f"recipelin: {error}", file=sys.stderr)
         return 2
-    print(f"{path}\n{items_path(path)}\ncommit both, and `recipelin table results/tables/...` shows them")
-    return 0
+    for run in runs:
+        try:
+            path = publish(run, results)
+            print(f"{path}\n{items_path(path)}")
+        except (PublishError, RecordError) as error:
+            print(f"recipelin: {error}", file=sys.stderr)
+            refused += 1
+    if refused < len(runs):
+        print("commit them, and `recipelin table results/tables/...` shows them")
+    if len(runs) > 1:
+        print(f"{len(runs) - refused} of {len(runs)} runs are published")
+    return 2 if refused else 0

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from . import data, hf, lolcats_checkpoint, reads, records, reuse, spool, stages, swap
 from .evaluate import Evaluator
 from .load import Loaded
+from .naming import default_folder
 from .plan import Plan, Planned, digest, hub_commit, plan, teacher_folder
 from .preflight import preflight
 from .records import Record, Result, Row, StepTime
@@ -49,17 +50,12 @@ def run(
     place = choose_device(device)
     for source in reads.texts(p.step for p in planned.steps):
         spool.ready(source, loaded.path.parent, reuse.home() / "tokens")
-    folder = (out or reuse.home() / default_folder(planned)).resolve()
+    folder = (out or reuse.home() / default_folder(planned.name, planned.hash)).resolve()
     _refuse_other_run(folder, planned)
     published = lolcats_checkpoint.of_run(loaded, planned)
     _refuse_other_teacher(loaded, planned)
     walk = _Walk(loaded, planned, folder, place, fresh, published)
     return walk.go()
-
-
-def default_folder(planned: Plan) -> str:
-    """`pocket/lolcats` -> `pocket-lolcats--1a2b3c4d`."""
-    return f"{planned.name.replace('/', '-')}--{planned.hash[:8]}"
 
 
 def choose_device(asked: str) -> str:

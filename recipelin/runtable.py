@@ -12,7 +12,7 @@ from .measures import Measure, by_distance, kind_of, measures, reach
 from .records import SHRUNK, Items, Record
 from .render import DASH, WIDTH, Block, Cell, Number, Table, plus_minus
 from .states import State, subsets
-from .statistics import Draws, Interval, compare, gap, ratio, recovery, retention, shapley
+from .statistics import Draws, Interval, compare, gap, interval_of, ratio, recovery, retention, shapley
 from .verdict import RULE, judge, verdict
 
 POCKET_PARAMETERS = 10_000_000  # below this a teacher is a pocket teacher; the shipped one has well under 2 M
@@ -135,8 +135,8 @@ def _recovered(found: Sequence[Measure], states: Sequence[str]) -> Block:
             if own is None or teacher is None:
                 cells.append(Cell(DASH))
                 continue
-            plain = recovery(own, teacher)
-            corrected = recovery(own, teacher, chance) if chance is not None else None
+            plain = interval_of(recovery(own, teacher))
+            corrected = interval_of(recovery(own, teacher, chance)) if chance is not None else None
             numbers = [Number(q, i, "fraction") for q, i in (("plain", plain), ("chance-corrected", corrected)) if i]
             text = " / ".join(plus_minus(i, scale=100, digits=0) for i in (plain, corrected))
             cells.append(Cell(text, tuple(numbers)))
@@ -188,10 +188,10 @@ def _branches(record: Record, found: Sequence[Measure]) -> Block:
         cells.append(cell("hybrid - window", brought, scale, digits, True, base))
         cells.append(Cell(compare(brought, record.margin) if brought else DASH))
         lost = gap(draws["hybrid"], draws["window"], draws["teacher"]) if brought and "teacher" in draws else None
-        cells.append(cell("gap", lost, 100, 0, False, "fraction"))
+        cells.append(cell("gap", interval_of(lost), 100, 0, False, "fraction"))
         three = [draws.get(s) for s in ("linear", "none", "teacher")]
         kept = retention(*three) if all(three) else None  # type: ignore[arg-type]
-        cells.append(cell("retention", kept, 100, 0, False, "fraction"))
+        cells.append(cell("retention", interval_of(kept), 100, 0, False, "fraction"))
         cells.append(_shapley(record, draws, base))
         each = judged.get(measure.label)
         cells.append(Cell(each.word if each else DASH))
@@ -231,7 +231,7 @@ def _shapley(record: Record, draws: dict[str, Draws], unit: str) -> Cell:
     found = shapley(values, record.branches)
     numbers = [Number(f"Shapley value of {b}", d.interval(), unit) for b, d in found.items()]
     whole = values[frozenset(record.branches)] - values[frozenset()]
-    shares = {b: ratio(d, whole) for b, d in found.items()}
+    shares = {b: interval_of(ratio(d, whole)) for b, d in found.items()}
     numbers += [Number(f"Shapley share of {b}", i, "fraction") for b, i in shares.items() if i]
     text = " / ".join(plus_minus(i, scale=100, digits=0) for i in shares.values())
     return Cell(text if all(shares.values()) else DASH, tuple(numbers))

@@ -1,7 +1,7 @@
-"""Means, paired differences and ratios with bootstrap intervals, recoveries and Shapley values (no torch).
+"""Means, paired differences and ratios with bootstrap intervals, recoveries, Shapley values and Holm (no torch).
 
-A quantity is held as its point and its 2000 bootstrap draws. All states of one metric share the resamples, so that
-differences and ratios are paired item by item.
+A quantity is held as its point and its bootstrap draws, 2000 unless told otherwise. All states of one metric share the
+resamples, so that differences and ratios are paired item by item; students of the same seeds are paired, too.
 """
 
 import itertools
@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ class Interval:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """A quantity: its point estimate, its bootstrap draws [2000], and the items behind it."""
+    """A quantity: its point estimate, its bootstrap draws [resamples], and the items behind it. A draw is NaN where the
+    quantity does not exist (a ratio without a positive denominator).
+    """
 
     point: float
     draws: "Array"
@@ -61,67 +63,133 @@ class Draws:
         return Draws(self.point + constant, self.draws + constant, self.n)
 
     def interval(self) -> Interval:
-        """Percentile interval, ends taken outwards."""
+        """Percentile interval, ends taken outwards; a NaN draw counts as beyond either end."""
         import numpy as np
 
-        tail = (1 - LEVEL) / 2
-        low = float(np.quantile(self.draws, tail, method="lower"))
-        high = float(np.quantile(self.draws, 1 - tail, method="higher"))
+        tail, lost = (1 - LEVEL) / 2, np.isnan(self.draws)
+        low = float(np.quantile(np.where(lost, -np.inf, self.draws), tail, method="lower"))
+        high = float(np.quantile(np.where(lost, np.inf, self.draws), 1 - tail, method="higher"))
         return Interval(self.point, min(low, self.point), max(high, self.point), self.n)
 
+    def p_value(self) -> float:
+        """Two-sided bootstrap p of "it is 0": 2 (1 + draws on the rarer side of 0) / (1 + draws), at most 1.
 
-@cache
-def _weights(count: int, stream: int) -> "Array":
-    """How often each of `count` units is drawn in each resample, as shares [2000, count]. Seed 0, a stream a metric."""
+        The + 1 counts what was observed as one draw (Davison and Hinkley 1997, Bootstrap Methods, 4.2), so it is never
+        below 2 / (1 + draws). A draw of exactly 0, and a NaN, counts on both sides. It inverts the percentile interval.
+        """
+        rarer = min(int((~(self.draws > 0)).sum()), int((~(self.draws < 0)).sum()))
+        return min(1.0, 2 * (1 + rarer) / (1 + len(self.draws)))
+
+
+def interval_of(draws: Draws | None) -> Interval | None:
+    """The interval of what may not exist."""
+    return None if draws is None else draws.interval()
+
+
+def holm(p_values: Sequence[float]) -> tuple[float, ...]:
+    """Holm's step-down adjusted p (Holm 1979, Scandinavian Journal of Statistics 6), in the order given.
+
+    The i-th smallest of m (from 0) becomes max over j <= i of (m - j) p_(j), at most 1. Whatever the dependence, rejecting
+    where it is below alpha wrongly rejects anything with probability at most alpha.
+    """
+    m, highest, found = len(p_values), 0.0, [0.0] * len(p_values)
+    for rank, index in enumerate(sorted(range(m), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (m - rank) * p_values[index]))
+        found[index] = highest
+    return tuple(found)
+
+
+@lru_cache(maxsize=32)
+def _weights(count: int, stream: int, resamples: int) -> "Array":
+    """How often each of `count` units is drawn in each resample, as shares [resamples, count]. Seed 0, a stream a metric."""
     import numpy as np
 
     generator = np.random.default_rng([0, stream])
-    return generator.multinomial(count, [1 / count] * count, size=RESAMPLES) / count
+    return generator.multinomial(count, [1 / count] * count, size=resamples) / count
+
+
+@lru_cache(maxsize=32)
+def _seed_weights(seeds: tuple[int, ...], resamples: int) -> "Array":
+    """What each of k seeds adds to its share 1/k in each resample [resamples, k]; a row sums to 0, a stream the seeds.
+
+    Resampling k seeds with replacement, as one resamples items, fails for few: its variance is (k - 1)/k of what it should
+    be, and its tails are those of a normal at best, where the spread itself is known from k values only (with 5 seeds, a
+    nominal 95 % covers about 84 %). So a row is u chi / sqrt(k), u of k normal numbers less their mean over sqrt(k - 1), chi the
+    root of (k - 1)/chi-squared with k - 1 degrees of freedom: a mean over seeds then varies as s/sqrt(k) times a t of k - 1
+    degrees of freedom, the textbook's interval, exact for students that differ normally. Beside items it is added as a
+    draw of its own (as Behrens and Fisher combine two means), so that t's tails count by the part that seeds have.
+    """
+    import numpy as np
+
+    k = len(seeds)
+    generator = np.random.default_rng([1, zlib.crc32(repr(seeds).encode())])
+    normal = generator.normal(size=(resamples, k))
+    normal -= normal.mean(axis=1, keepdims=True)
+    return normal / np.sqrt(k * generator.chisquare(k - 1, size=(resamples, 1)))
 
 
 def mean(
-    scores: "Array", *, metric: str, weights: "Array | None" = None, strata: "NDArray[np.intp] | None" = None
+    scores: "Array",
+    *,
+    metric: str,
+    weights: "Array | None" = None,
+    strata: "NDArray[np.intp] | None" = None,
+    seeds: tuple[int, ...] | None = None,
+    resamples: int = RESAMPLES,
 ) -> Draws:
     """Mean of scores [seeds, items] with bootstrap draws; with `weights` [items], sum(weight x score) / sum(weight).
 
-    Items are resampled jointly for all seeds, and seeds (trained students, if there are several) independently of them:
-    the pigeonhole bootstrap (Owen 2007, The pigeonhole bootstrap, Annals of Applied Statistics 1), since every student
-    meets the same items. `metric` names the stream: states of one metric share it, different metrics do not.
-    With k seeds the seed part of the variance is (k - 1)/k of what it should be. A weight is drawn with its item: the
+    Items are resampled jointly for all seeds, since every student meets the same ones; the means of the seeds (trained
+    students, named by `seeds`, default 0, 1, ...) vary around theirs as `_seed_weights` says. The variance is that of
+    items and of seeds; noise of a single answer is in both parts, so it is slightly too large, never too small (Owen 2007,
+    The pigeonhole bootstrap, Annals of Applied Statistics 1, whose resampling of both counts it three times).
+    `metric` names the stream of items: states of one metric share it, different metrics do not. Students of the same
+    seeds share theirs in every metric and recipe, so that their differences are paired. A weight is drawn with its item: the
     ratio of two sums, each resampled, as for a corpus of documents of different lengths. `strata` [items]: items are
     resampled within their stratum, as the subtasks of a benchmark have fixed sizes.
     """
     import numpy as np
 
-    seeds, items = scores.shape
+    items = scores.shape[1]
+    seeds = tuple(range(len(scores))) if seeds is None else seeds
     stream = zlib.crc32(metric.encode())
+    pooled = scores.mean(0) if len(scores) > 1 else scores[0]
+    each = np.average(scores, axis=1, weights=weights)
     if weights is None and strata is None:
-        draws = scores @ _weights(items, stream).T
+        draws = pooled @ _weights(items, stream, resamples).T
     else:
         weights = np.ones(items) if weights is None else weights
         strata = np.zeros(items, dtype=np.intp) if strata is None else strata
-        draws, total = np.zeros((seeds, RESAMPLES)), np.zeros(RESAMPLES)
+        draws, total = np.zeros(resamples), np.zeros(resamples)
         for stratum in np.unique(strata):
             mine = np.flatnonzero(strata == stratum)
-            drawn = _weights(len(mine), stream + 2**33 * int(stratum)) * len(mine)
-            draws += (scores[:, mine] * weights[mine]) @ drawn.T
+            drawn = _weights(len(mine), stream + 2**33 * int(stratum), resamples) * len(mine)
+            draws += drawn @ (pooled[mine] * weights[mine])
             total += drawn @ weights[mine]
         draws /= total
-    draws = draws[0] if seeds == 1 else (_weights(seeds, stream + 2**32).T * draws).sum(axis=0)
-    point = float(scores.mean()) if weights is None else float(np.average(scores.mean(0), weights=weights))
-    return Draws(point, draws, items)
+    if len(scores) > 1:
+        draws = draws + _seed_weights(seeds, resamples) @ each
+    return Draws(float(each.mean()), draws, items)
 
 
 def mean_interval(
-    scores: "Array", *, metric: str, weights: "Array | None" = None, strata: "NDArray[np.intp] | None" = None
+    scores: "Array",
+    *,
+    metric: str,
+    weights: "Array | None" = None,
+    strata: "NDArray[np.intp] | None" = None,
+    seeds: tuple[int, ...] | None = None,
 ) -> Interval:
     """Interval of a mean. All scores 0, or all 1: no draw varies, so the Wilson bound stands on the open side."""
-    found = mean(scores, metric=metric, weights=weights, strata=strata).interval()
-    if found.value in (0.0, 1.0) and (scores == found.value).all():
-        open_side = Z**2 / (found.n + Z**2)
-        low, high = (0.0, open_side) if found.value == 0.0 else (1.0 - open_side, 1.0)
-        return Interval(found.value, low, high, found.n)
-    return found
+    found = mean(scores, metric=metric, weights=weights, strata=strata, seeds=seeds).interval()
+    alike = found.value in (0.0, 1.0) and bool((scores == found.value).all())
+    return opened(found, least=0.0, most=1.0) if alike else found
+
+
+def opened(found: Interval, *, least: float, most: float) -> Interval:
+    """The interval of outcomes that are all alike: z^2/(n + z^2) to either side, Wilson's bound, between least and most."""
+    side = Z**2 / (found.n + Z**2)
+    return Interval(found.value, max(least, found.value - side), min(most, found.value + side), found.n)
 
 
 def compare(difference: Interval, margin: float) -> Comparison:
@@ -133,31 +201,29 @@ def compare(difference: Interval, margin: float) -> Comparison:
     return "undecided"
 
 
-def ratio(numerator: Draws, denominator: Draws) -> Interval | None:
+def ratio(numerator: Draws, denominator: Draws) -> Draws | None:
     """Paired ratio; None when the denominator's interval touches 0 (DESIGN §6: printed as a dash)."""
     import numpy as np
 
     if denominator.interval().low <= 0:
         return None
-    positive = denominator.draws > 0
-    # The few draws (under 2.5 %) without a positive denominator count as the worst ratio.
-    draws = np.full(RESAMPLES, -np.inf)
-    np.divide(numerator.draws, denominator.draws, out=draws, where=positive)
-    return Draws(numerator.point / denominator.point, draws, min(numerator.n, denominator.n)).interval()
+    draws = np.full(len(denominator.draws), np.nan)  # of the few (under 2.5 %) without a positive denominator
+    np.divide(numerator.draws, denominator.draws, out=draws, where=denominator.draws > 0)
+    return Draws(numerator.point / denominator.point, draws, min(numerator.n, denominator.n))
 
 
-def recovery(state: Draws, teacher: Draws, chance: float | None = None) -> Interval | None:
+def recovery(state: Draws, teacher: Draws, chance: float | None = None) -> Draws | None:
     """state / teacher; with `chance` (state - chance)/(teacher - chance). None when the teacher touches that floor."""
     floor = chance or 0.0
     return ratio(state.shift(-floor), teacher.shift(-floor))
 
 
-def retention(linear: Draws, none: Draws, teacher: Draws) -> Interval | None:
+def retention(linear: Draws, none: Draws, teacher: Draws) -> Draws | None:
     """(none - linear)/(none - teacher) in log-loss; in scores, larger is better: (linear - none)/(teacher - none)."""
     return ratio(linear - none, teacher - none)
 
 
-def gap(hybrid: Draws, window: Draws, teacher: Draws) -> Interval | None:
+def gap(hybrid: Draws, window: Draws, teacher: Draws) -> Draws | None:
     """(window - hybrid)/(window - teacher) in log-loss: what of the window's loss comes back. Negative: harm."""
     return ratio(hybrid - window, teacher - window)
 

@@ -6,55 +6,26 @@ shown as not run: never as zero, never as the paper's number.
 
 import argparse
 import difflib
-import json
 import sys
 from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from .measures import Measure, measures
-from .records import Items, Record, RecordError, items_path, read_items, read_record, record_path
+from .claims import claims_table
+from .claimspec import read_claims
+from .finding import kind_of
+from .measures import Measure
+from .published import Published, Source, TableError, find, provenance, read_published, source_of, to_run
+from .records import RecordError, items_path, read_items, read_record, record_path
 from .render import DASH, FORMATS, Block, Cell, Format, Number, Table, plus_minus, render
 from .runtable import mean_of, run_table, scale, score_cell
-from .statistics import Draws, Interval, recovery
-from .tablespec import TRUST, Column, Printed, Spec, TableRow, read_spec
+from .statistics import Draws, Interval, interval_of, recovery
+from .strict_yaml import read_yaml
+from .tablespec import EXPECTED, TRUST, Column, Printed, Spec, TableRow, read_spec
 from .verdict import RULE, judge
 
-
-class TableError(ValueError):
-    """A table that cannot be made; the message says what to change."""
-
-
 ABOUT = (("(guessing)", "chance"), ("(exposed %)", "exposed"), ("(items n)", "n"))  # lines below the rows
-
-
-class Published(NamedTuple):
-    """A Record with its items, and its file."""
-
-    record: Record
-    items: Items
-    place: Path
-
-
-class _Source(NamedTuple):
-    """What fills the rows of one recipe: Records of its seeds, newest first, and their measures."""
-
-    chosen: tuple[Published, ...]
-    left_out: int
-    measures: tuple[Measure, ...]
-
-
-def read_published(folder: Path, spec: Spec) -> tuple[Published, ...]:
-    """The published Records under `folder` that the spec asks for. Raises RecordError."""
-    names = {name for row in spec.rows for name in row.recipes}
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        if any(path.name.startswith(f"{name.replace('/', '-')}--") for name in names):
-            record = read_record(path)
-            if record.name in names:
-                found.append(Published(record, read_items(path), path))
-    return tuple(found)
 
 
 def tabulate(spec: Spec, records: Sequence[Published]) -> Table:
@@ -63,7 +34,7 @@ def tabulate(spec: Spec, records: Sequence[Published]) -> Table:
     A row of a paper takes three lines: ours, printed, ours - printed; one that was not run takes one, and says so.
     Raises TableError for a column that names what its Records do not have, RecordError for Records that do not fit.
     """
-    sources = {names: _source(names, records) for names in dict.fromkeys(row.recipes for row in spec.rows)}
+    sources = {names: source_of(names, records) for names in dict.fromkeys(row.recipes for row in spec.rows)}
     columns = {c.label: c for c in spec.columns}
     beside = any(row.printed for row in spec.rows)
     rows: list[tuple[str, tuple[Cell, ...]]] = []
@@ -98,51 +69,12 @@ def tabulate(spec: Spec, records: Sequence[Published]) -> Table:
         lead=tuple(filter(None, dict.fromkeys(scale(p.record) for s in sources.values() for p in s.chosen))),
         blocks=(Block(title, ("row", *(["numbers"] if beside else []), *columns), tuple(rows)),),
         conclusions=_verdicts(sources),
-        notes=(*_notes(spec, sources), *_to_run(missing)),
+        notes=(*_notes(spec, sources), *to_run(missing)),
     )
 
 
-def _source(names: Sequence[str], records: Sequence[Published]) -> _Source:
-    """The newest Record of each seed, of those that ran the newest Record's steps on its teacher."""
-    mine = sorted((p for p in records if p.record.name in names), key=lambda p: p.record.started, reverse=True)
-    mine = [p for p in mine if p.record.status == "finished"]
-    chosen: dict[int, Published] = {}
-    for each in mine:
-        if _work(each.record) == _work(mine[0].record):
-            chosen.setdefault(each.record.seed, each)
-    kept = tuple(chosen.values())
-    found = measures([p.record for p in kept], [p.items for p in kept]) if kept else ()
-    return _Source(kept, len(mine) - len(kept), found)
-
-
-def _work(record: Record) -> str:
-    """What ran, but for the seed."""
-    steps = record.plan.get("steps")
-    work = [s["step"] for s in steps] if isinstance(steps, list) else record.plan_hash
-    return json.dumps([work, record.digests.get("teacher")], sort_keys=True)
-
-
 def _find(column: Column, found: Sequence[Measure]) -> Measure | None:
-    """The measure of a task or recall column; None if the Record has none."""
-
-    def fits(measure: Measure) -> bool:
-        if column.suite is not None and measure.suite != column.suite:
-            return False
-        if column.metric is not None and measure.metric != column.metric:
-            return False
-        if column.recall is not None:
-            what = measure.recalled
-            names = (None, what.format, f"{what.format}@{what.length}") if what else ()
-            return what is not None and what.part == column.recall and column.of in names
-        return column.task in measure.tasks and measure.kind != "recall"
-
-    fitting = [m for m in found if fits(m)]
-    if len(fitting) > 1:
-        each = ", ".join(f"{m.label} of {m.suite} ({m.metric})" for m in fitting)
-        raise TableError(
-            f"column {column.label!r} fits {len(fitting)} measures: {each}; say which by suite, metric or, for recall, of"
-        )
-    return fitting[0] if fitting else None
+    return find(column, found, where=f"column {column.label!r}")
 
 
 def _draws(
@@ -188,7 +120,7 @@ def _interval(columns: dict[str, Column], label: str, state: str, found: Sequenc
         teacher, _ = _draws(columns, column.recovery_of, "teacher", found)
         if own is None or teacher is None or (column.corrected and chance is None):
             return None
-        interval = recovery(own, teacher, chance if column.corrected else None)
+        interval = interval_of(recovery(own, teacher, chance if column.corrected else None))
         quantity = "recovery, corrected" if column.corrected else "recovery"
     if interval is None:
         return None
@@ -200,7 +132,7 @@ def _times(x: Interval, factor: float) -> Interval:
     return Interval(x.value * factor, x.low * factor, x.high * factor, x.n)
 
 
-def _ours(source: _Source, column: Column, ours: _Ours | None) -> Cell:
+def _ours(source: Source, column: Column, ours: _Ours | None) -> Cell:
     if ours is not None:
         return ours.cell
     if not source.chosen:
@@ -234,7 +166,7 @@ def _beside(row: TableRow, columns: Sequence[Column], ours: Sequence[_Ours | Non
     return printed_cells, differences
 
 
-def _about(column: Column, what: str, sources: Sequence[_Source]) -> str:
+def _about(column: Column, what: str, sources: Sequence[Source]) -> str:
     """Chance, exposure or number of items of a task column; a range where the recipes differ."""
     found = [m for s in sources if (m := _find(column, s.measures))] if column.task or column.recall else []
     if what == "n":
@@ -245,7 +177,7 @@ def _about(column: Column, what: str, sources: Sequence[_Source]) -> str:
     return " to ".join(f"{x:g}" for x in sorted({min(values), max(values)})) if values else ""
 
 
-def _verdicts(sources: dict[tuple[str, ...], _Source]) -> tuple[str, ...]:
+def _verdicts(sources: dict[tuple[str, ...], Source]) -> tuple[str, ...]:
     """One line a recipe that has a linear branch, and the rule."""
     lines = []
     for names, source in sources.items():
@@ -255,7 +187,7 @@ def _verdicts(sources: dict[tuple[str, ...], _Source]) -> tuple[str, ...]:
     return (*lines, f"Rule: {RULE}") if lines else ()
 
 
-def _notes(spec: Spec, sources: dict[tuple[str, ...], _Source]) -> tuple[str, ...]:
+def _notes(spec: Spec, sources: dict[tuple[str, ...], Source]) -> tuple[str, ...]:
     chosen = [p for s in sources.values() for p in s.chosen]
     lines = []
     if chosen:
@@ -289,21 +221,10 @@ def _notes(spec: Spec, sources: dict[tuple[str, ...], _Source]) -> tuple[str, ..
         lines += [f"[{t}]: {TRUST[t]}." for t in TRUST if t in tags]
     lines += [f"({number}) {text}" for number, text in enumerate(spec.footnotes, start=1)]
     for names, source in sources.items():
-        for each in source.chosen:
-            record = each.record
-            commit = (record.commit or "unknown")[:10] + (" + uncommitted changes" if record.dirty else "")
-            lines.append(f"{record.name}, seed {record.seed}: {record.device}, commit {commit}, {each.place.name}")
+        lines += provenance(", ".join(names), source)
         if len(source.chosen) > 1:
             lines.append(f"{', '.join(names)}: {len(source.chosen)} seeds, resampled beside the items.")
-        if source.left_out:
-            lines.append(f"{', '.join(names)}: {source.left_out} older Records (other plans, same seed) are left out.")
     return tuple(lines)
-
-
-def _to_run(missing: dict[str, None]) -> tuple[str, ...]:
-    """What must still be run, as the commands to type; the points of a grid are one command."""
-    names = dict.fromkeys(name.rpartition("/")[0] if "=" in name else name for name in missing)
-    return tuple(f"still to run: recipelin run {name}, then recipelin publish with its folder" for name in names)
 
 
 def table_command(arguments: argparse.Namespace) -> int:
@@ -338,9 +259,13 @@ def table_command(arguments: argparse.Namespace) -> int:
 
 
 def spec_table(path: Path) -> Table:
-    """The table of a spec, from the Records in `../records` beside its folder."""
+    """The table of a spec, or of claims, from the Records in `../records` beside its folder."""
+    records = path.resolve().parent.parent / "records"
+    if kind_of(read_yaml(path, kind=EXPECTED)[0]) == "claims spec":
+        claims = read_claims(path)
+        return claims_table(claims, read_published(records, claims.recipes))
     spec = read_spec(path)
-    return tabulate(spec, read_published(path.resolve().parent.parent / "records", spec))
+    return tabulate(spec, read_published(records, tuple(name for row in spec.rows for name in row.recipes)))
 
 
 def _show_spec(path: Path, format: Format, *, check: bool) -> bool:

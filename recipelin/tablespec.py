@@ -20,6 +20,8 @@ TRUST = {
     "I": "inferred",
 }
 
+EXPECTED = "a table spec (name, title, columns, rows; results/README.md)"
+
 
 class Printed(Config):
     """A number as the paper prints it, with its decimals. Sample YAML: `{value: 92.26, footnote: 1}`"""
@@ -29,7 +31,28 @@ class Printed(Config):
     footnote: Annotated[int, Field(ge=1)] | None = None
 
 
-class Column(Config):
+class Measured(Config):
+    """What was measured: a task, or recall near or far.
+
+    Sample YAML: `{task: piqa}`, `{recall: far, of: passkey@4096}`
+    """
+
+    suite: str | None = Field(None, description="needed only where two suites have the task")
+    task: str | None = None
+    recall: Literal["near", "far"] | None = None
+    of: str | None = Field(
+        None, description="format of the recall, or format@length; needed only where there are several"
+    )
+    metric: str | None = Field(None, description="needed only where a task has two")
+
+    @model_validator(mode="after")
+    def _of_recall(self) -> "Measured":
+        if self.of is not None and self.recall is None:
+            raise ValueError("`of` is the format of a recall column; give recall: near or far beside it")
+        return self
+
+
+class Column(Measured):
     """What a column shows: a task, recall near or far, the mean of columns, or the recovery of a column.
 
     Scores and recoveries are shown in percent, a log-loss as perplexity; printed numbers are in the same unit.
@@ -38,13 +61,6 @@ class Column(Config):
     """
 
     label: str
-    suite: str | None = Field(None, description="needed only where two suites have the task")
-    task: str | None = None
-    recall: Literal["near", "far"] | None = None
-    of: str | None = Field(
-        None, description="format of the recall, or format@length; needed only where there are several"
-    )
-    metric: str | None = Field(None, description="needed only where a task has two")
     mean_of: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     recovery_of: str | None = None
     corrected: bool = Field(False, description="recovery corrected for guessing")
@@ -53,8 +69,6 @@ class Column(Config):
     def _one_kind(self) -> "Column":
         if sum(x is not None for x in (self.task, self.recall, self.mean_of, self.recovery_of)) != 1:
             raise ValueError("give exactly one of task, recall, mean_of and recovery_of")
-        if self.of is not None and self.recall is None:
-            raise ValueError("`of` is the format of a recall column; give recall: near or far beside it")
         return self
 
 
@@ -88,11 +102,10 @@ class Spec(Config):
 
 def read_spec(path: Path) -> Spec:
     """Read a spec. Raises RecipeError with every mistake of the file."""
-    expected = "a table spec (name, title, columns, rows; results/README.md)"
-    raw, places, _ = read_yaml(path, kind=expected, decimals=True)
+    raw, places, _ = read_yaml(path, kind=EXPECTED, decimals=True)
     if {"method", "extends", "evals"} & raw.keys():
         kind = "suite" if "evals" in raw else "recipe"
-        raise RecipeError([Mistake(str(path), 0, 0, f"is a {kind}; expected {expected}")])
+        raise RecipeError([Mistake(str(path), 0, 0, f"is a {kind}; expected {EXPECTED}")])
     try:
         spec = Spec.model_validate(raw)
     except ValidationError as error:

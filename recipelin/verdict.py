@@ -6,7 +6,7 @@ from typing import Literal
 from .base import Config
 from .measures import Measure, measures
 from .records import Items, Record
-from .statistics import Interval, compare, gap
+from .statistics import Interval, compare, gap, interval_of
 
 Word = Literal["carries", "used", "bypassed", "undecided", "not testable"]
 
@@ -99,7 +99,7 @@ def _of_metric(measure: Measure, margin: float) -> Verdict.OfMetric:
         return Verdict.OfMetric(metric=measure.label, word="not testable", reason=reason, n=n)
     teacher, hybrid, window = (measure.draws(s, exposed_only=True) for s in ("teacher", "hybrid", "window"))
     lost, difference = (teacher - window).interval(), (hybrid - window).interval()
-    part = gap(hybrid, window, teacher)
+    part = interval_of(gap(hybrid, window, teacher))
     word, reason = _word(measure, lost, difference, part, margin)
     return Verdict.OfMetric(
         metric=measure.label,

@@ -29,6 +29,7 @@ FRONT = (
     "statistics", "verdict", "measures", "render", "runtable", "tables", "tablespec", "publish", "commands", "schema",
     "exposure", "files", "strict_yaml", "mistakes", "finding", "show", "catalogue", "new",
     "templates", "hub", "documents", "reads", "cli",
+    "claims", "claimspec", "claimcheck", "published", "points", "naming",
 )  # fmt: skip
 
 

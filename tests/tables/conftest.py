@@ -145,6 +145,6 @@ def make_record(
     return Record(**fields | changes), items
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make() -> Make:
     return make_record

@@ -54,12 +54,12 @@ def test_what_nobody_could_repeat_is_refused(changes: dict[str, Any], words: str
 def test_the_command(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     run = lay(make, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    assert publish_command(argparse.Namespace(run=str(run))) == 2
+    assert publish_command(argparse.Namespace(runs=[run])) == 2
     assert "there is no results/" in capsys.readouterr().err
     (tmp_path / "results").mkdir()
-    assert publish_command(argparse.Namespace(run=str(tmp_path / "nothing"))) == 2
+    assert publish_command(argparse.Namespace(runs=[tmp_path / "nothing"])) == 2
     assert "no such file" in capsys.readouterr().err
-    assert publish_command(argparse.Namespace(run=str(run))) == 0
+    assert publish_command(argparse.Namespace(runs=[run])) == 0
     assert capsys.readouterr().out.startswith("results/records/pocket-lolcats--")
 
 
@@ -69,3 +69,25 @@ def test_a_run_without_its_items_is_refused(make: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file; it holds the items"):
         publish(run, tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+def test_several_runs_each_whole_or_not_at_all(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A folder of runs stands for those in it; a refused run is named and keeps no other back."""
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2, 3):
+        lay(make, tmp_path / "runs" / str(number), seed=number, name=f"pocket/lolcats/seed={number}", dirty=number == 2)
+    (tmp_path / "runs" / "steps").mkdir()
+    single = tmp_path / "runs" / "3"
+    assert publish_command(argparse.Namespace(runs=[tmp_path / "runs", single])) == 2
+    out, err = capsys.readouterr()
+    assert "2 of 3 runs are published" in out and err.count("\n") == 1 and "runs/2: the source that ran differed" in err
+    assert [p.name[:22] for p in sorted((tmp_path / "results" / "records").glob("*Z-????.json"))] == [
+        "pocket-lolcats-seed=1-",
+        "pocket-lolcats-seed=3-",
+    ]
+    assert len(list((tmp_path / "results" / "records").iterdir())) == 4
+    assert publish_command(argparse.Namespace(runs=[tmp_path / "runs" / "steps"])) == 2
+    assert "no record.json in it, nor in a folder below it" in capsys.readouterr().err

@@ -1,0 +1,322 @@
+"""A claims spec and published Records -> a table: the effect behind each claim, its interval, and how it reads (no torch)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .claimspec import RATIOS, Claim, Claims, Expected, Other, Value, read_value
+from .measures import Measure
+from .mistakes import listed, nearest
+from .published import Published, Source, TableError, find, provenance, source_of, to_run
+from .render import DASH, Block, Cell, Number, Table, signed
+from .runtable import scale
+from .statistics import Draws, Interval, gap, holm, opened, recovery, retention
+from .verdict import ENOUGH
+
+Word = Literal["shown", "opposite", "equal", "undecided", "not testable", "not run"]
+
+RESAMPLES = 10_000  # the smallest p, 2/10,001, stays below 0.05 after Holm over 250 claims; with 2,000 over 50
+ALPHA = 0.05
+FEW = 5  # seeds
+
+RULE = (
+    "shown: for greater, less: Holm's p is under 0.05 and the effect lies in that direction, beyond the margin; for equal: "
+    "the whole interval lies within the margin. opposite: Holm's p is under 0.05 and the effect lies beyond the margin in the "
+    "other direction (for equal: in either). equal: a difference was expected, and the whole interval lies within the margin. "
+    "not testable: under 100 exposed items, or a ratio whose denominator may be 0. Else undecided, which is no equality."
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An effect: its interval, its p, the unit ("points", "nats" or "%"), and the seeds of each recipe."""
+
+    interval: Interval
+    p: float
+    unit: str
+    seeds: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim and how it reads. `estimate` is None if it was not run or is not testable, for `reason`."""
+
+    claim: Claim
+    margin: float
+    word: Word
+    estimate: Estimate | None = None
+    adjusted: float | None = None
+    reason: str = ""
+    missing: tuple[str, ...] = ()
+
+
+def read(interval: Interval, adjusted: float, expected: Expected, margin: float) -> Word:
+    """How an effect reads against what was expected of it. See `RULE`."""
+    within = -margin <= interval.low and interval.high <= margin
+    if adjusted < ALPHA and abs(interval.value) > margin:
+        up = interval.value > 0
+        return "shown" if expected == ("greater" if up else "less") else "opposite"
+    if within:
+        return "shown" if expected == "equal" else "equal"
+    return "undecided"
+
+
+def judge_claims(spec: Claims, records: Sequence[Published]) -> tuple[Judged, ...]:
+    """Every claim, with Holm's adjustment over all that were run, whatever they expect; what is not testable counts as p = 1.
+
+    Raises TableError for a state or a task that the Records do not have, or for recipes that did not meet the same items.
+    """
+    sources: dict[tuple[str, int | None], Source] = {}
+    found: list[Judged] = []
+    for claim in spec.claims:
+        margin, limit = spec.margin_of(claim), claim.effect.column.reach
+        for name in claim.effect.recipes:
+            if (name, limit) not in sources:
+                sources[name, limit] = source_of((name,), records, limit=limit)
+        mine = [sources[name, limit] for name in claim.effect.recipes]
+        if missing := tuple(n for n, s in zip(claim.effect.recipes, mine, strict=True) if not s.chosen):
+            found.append(Judged(claim, margin, "not run", missing=missing))
+            continue
+        effect = _estimate(claim, mine)
+        if isinstance(effect, str):
+            found.append(Judged(claim, margin, "not testable", reason=effect))
+        else:
+            found.append(Judged(claim, margin, "undecided", effect))
+    run = [j for j in found if j.word != "not run"]
+    adjusted = iter(holm([j.estimate.p if j.estimate else 1.0 for j in run]))
+    return tuple(j if j.word == "not run" else _decided(j, next(adjusted)) for j in found)
+
+
+def _decided(judged: Judged, adjusted: float) -> Judged:
+    if judged.estimate is None:
+        return judged
+    word = read(judged.estimate.interval, adjusted, judged.claim.expect, judged.margin)
+    return replace(judged, word=word, adjusted=adjusted)
+
+
+def _estimate(claim: Claim, sources: Sequence[Source]) -> Estimate | str:
+    """The effect, or why it cannot be tested."""
+    effect, value = claim.effect, read_value(claim.effect.value)
+    values = (value, effect.other) if isinstance(effect.minus, Other) else (value,)
+    sides = [
+        _measure(claim, name, source, each.states)
+        for name, source, each in zip(effect.recipes, sources, values, strict=True)
+    ]
+    first = sides[0]
+    if any(side.items != first.items for side in sides):
+        common = len(set(first.items) & set(sides[1].items))
+        raise TableError(
+            f"claim {claim.id}: {effect.recipes[0]} and {effect.recipes[1]} were not measured on the same items of "
+            f"{effect.column}: {first.n} and {sides[1].n}, {common} in common; they need the same suite, eval.seeds and, "
+            "for recall near or far, window (or give reach)"
+        )
+    if effect.exposed:
+        kept = first.are_exposed()
+        for side in sides[1:]:
+            kept = kept & side.are_exposed()
+        if kept.sum() < ENOUGH:
+            return f"{kept.sum()} of {first.n} items exposed (at least half of their scored tokens), {ENOUGH} needed"
+        sides = [side.only(kept) for side in sides]
+    drawn = []
+    for side, each, name in zip(sides, values, effect.recipes, strict=True):
+        # One name for the stream of items, also where one of the recipes has more suites, and so longer labels.
+        draws = _draws(claim, replace(side, suite=first.suite, label=first.label), each)
+        if draws is None:
+            return f"{each.kind} of {name}: its denominator, the teacher's lead over its floor, may be 0"
+        drawn.append(draws)
+    ratio, loss = value.kind in RATIOS, first.kind == "log_loss"
+    if len(drawn) > 1:
+        found = drawn[0] - drawn[1]
+    elif value.kind == "state" and loss:
+        raise TableError(
+            f"claim {claim.id}: a log-loss alone is compared with another state or recipe, not with a number"
+        )
+    else:
+        found = drawn[0].shift(-_constant(claim, first))
+    interval = found.interval()
+    if not ratio and not loss and interval.high - interval.low < 1e-9:  # but for rounding, no draw varies
+        interval = opened(interval, least=-1.0, most=1.0)
+    unit = "%" if ratio else "nats" if loss else "points"
+    return Estimate(interval, found.p_value(), unit, tuple(side.seeds for side in sides))
+
+
+def _measure(claim: Claim, name: str, source: Source, states: Sequence[str]) -> Measure:
+    """What the Records of a recipe say about the claim's column. Raises TableError if they do not."""
+    measure = find(claim.effect.column, source.measures, where=f"claim {claim.id}: {claim.effect.column}")
+    record = source.chosen[0].place.name
+    if measure is None:
+        known = dict.fromkeys(t for m in source.measures for t in ((m.label,) if m.kind == "recall" else m.tasks))
+        near = nearest(claim.effect.column.task or str(claim.effect.column), known)
+        raise TableError(f"claim {claim.id}: {record} has no {claim.effect.column}{near}; it has {listed(known)}")
+    for state in states:
+        if state not in measure.scores:
+            near = nearest(state, measure.scores)
+            raise TableError(
+                f"claim {claim.id}: {record} has no items of state {state!r} of {name}{near}; it has {listed(measure.scores)}"
+            )
+    return measure
+
+
+def _chance(claim: Claim, measure: Measure) -> float:
+    if measure.chance is None:
+        raise TableError(f"claim {claim.id}: no chance is known of {claim.effect.column}; give a number")
+    return measure.chance
+
+
+def _constant(claim: Claim, measure: Measure) -> float:
+    minus = claim.effect.minus
+    assert not isinstance(minus, Other)
+    return _chance(claim, measure) if isinstance(minus, str) else minus
+
+
+def _draws(claim: Claim, measure: Measure, value: Value) -> Draws | None:
+    """A value of one recipe; larger is better. None: a ratio whose denominator may be 0."""
+    of = [measure.draws(state, resamples=RESAMPLES) for state in value.states]
+    if value.kind == "state":
+        return of[0]
+    if value.kind == "difference":
+        return of[0] - of[1]
+    if value.kind == "gap":
+        return gap(*of)
+    if value.kind == "retention":
+        return retention(*of)
+    if measure.kind == "log_loss":
+        raise TableError(f"claim {claim.id}: the recovery of a log-loss has no meaning; see retention and gap")
+    state, teacher = of
+    return recovery(state, teacher, _chance(claim, measure) if value.kind == "corrected recovery" else None)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("claim", "effect [95 %]", "expected", "margin", "n", "seeds", "p", "p, Holm", "reads")
+UNITS = {"points": (100.0, 1, "fraction"), "%": (100.0, 0, "fraction"), "nats": (1.0, 3, "nats")}
+
+
+def claims_table(spec: Claims, records: Sequence[Published]) -> Table:
+    """The claims as a table: a row a claim by group, then each in a sentence, then what the columns mean and the Records."""
+    judged = judge_claims(spec, records)
+    groups: dict[str, list[Judged]] = {}
+    group = "Claims"
+    for each in judged:
+        group = each.claim.group or group
+        groups.setdefault(group, []).append(each)
+    used = {name: source_of((name,), records) for name in spec.recipes}
+    chosen = [p for s in used.values() for p in s.chosen]
+    return Table(
+        title=spec.title,
+        lead=tuple(filter(None, (*dict.fromkeys(scale(p.record) for p in chosen), spec.about, _summary(judged)))),
+        blocks=tuple(Block(g, COLUMNS, tuple(_row(j) for j in members)) for g, members in groups.items()),
+        conclusions=tuple(_sentence(j) for j in judged),
+        notes=(
+            *_legend(judged),
+            *(line for name, source in used.items() for line in provenance(name, source)),
+            *to_run(dict.fromkeys(n for j in judged for n in j.missing)),
+        ),
+    )
+
+
+def _summary(judged: Sequence[Judged]) -> str:
+    words = [j.word for j in judged]
+    counts = ", ".join(f"{words.count(w)} {w}" for w in dict.fromkeys(words))
+    return f"{len(judged)} claims: {counts}."
+
+
+def _unit(judged: Judged) -> str:
+    if judged.estimate:
+        return judged.estimate.unit
+    return "%" if read_value(judged.claim.effect.value).kind in RATIOS else ""
+
+
+def _row(judged: Judged) -> tuple[str, tuple[Cell, ...]]:
+    claim, estimate = judged.claim, judged.estimate
+    label = f"{claim.id} {claim.short}"
+    if estimate is None:
+        return label, (Cell(DASH), Cell(claim.expect), Cell(_margin(judged)), *[Cell(DASH)] * 4, Cell(judged.word))
+    interval = estimate.interval
+    assert judged.adjusted is not None
+    return label, (
+        Cell(_bracketed(judged), (Number(str(claim.effect), interval, UNITS[estimate.unit][2]),)),
+        Cell(claim.expect),
+        Cell(_margin(judged)),
+        Cell(f"{interval.n}{' e' if claim.effect.exposed else ''}"),
+        Cell(_seeds(estimate)),
+        _p("p", estimate.p, interval.n),
+        _p("p, Holm", judged.adjusted, interval.n),
+        Cell(judged.word),
+    )
+
+
+def _p(quantity: str, value: float, n: int) -> Cell:
+    text = f"{value:.4f}" if value < 0.01 else f"{value:.2f}"
+    return Cell(text, (Number(quantity, Interval(value, value, value, n), "probability"),))
+
+
+def _bracketed(judged: Judged) -> str:
+    """`+12.5 [+10.2, +14.4] points`"""
+    assert judged.estimate is not None
+    factor, digits, _ = UNITS[judged.estimate.unit]
+    x = judged.estimate.interval
+
+    def shown(value: float) -> str:
+        text = signed(value * factor, digits)
+        return text if not math.isfinite(value) or text.startswith("-") or not float(text) else f"+{text}"
+
+    return f"{shown(x.value)} [{shown(x.low)}, {shown(x.high)}] {judged.estimate.unit}"
+
+
+def _margin(judged: Judged) -> str:
+    unit = _unit(judged)
+    return f"{judged.margin * UNITS[unit][0]:g}" if unit else f"{judged.margin:g}"
+
+
+def _seeds(estimate: Estimate) -> str:
+    counts = [len(seeds) for seeds in dict.fromkeys(estimate.seeds)]
+    return ", ".join(f"{count}{'*' if count < FEW else ''}" for count in counts)
+
+
+def _sentence(judged: Judged) -> str:
+    """The claim whole, what was estimated, who claims it, and what the spec notes."""
+    claim = judged.claim
+    parts = [f"**{claim.id} {judged.word}**: {_ended(claim.claim)}", f"Effect: {_ended(str(claim.effect))}"]
+    if judged.reason:
+        parts.append(f"Not testable: {_ended(judged.reason)}")
+    if judged.estimate and len(judged.estimate.seeds) > 1:
+        same = len(set(judged.estimate.seeds)) == 1
+        parts.append("Paired by items and seeds." if same else "Paired by items; the seeds are not the same.")
+    if judged.missing:
+        parts.append(f"No Record of {', '.join(judged.missing)}.")
+    parts += [f"Source: {_ended(claim.paper)}"] if claim.paper else []
+    parts += [f"Note: {_ended(' '.join(claim.note.split()))}"] if claim.note else []
+    return " ".join(parts)
+
+
+def _ended(text: str) -> str:
+    text = text.strip()
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def _legend(judged: Sequence[Judged]) -> tuple[str, ...]:
+    run = [j for j in judged if j.word != "not run"]
+    smallest = 2 / (1 + RESAMPLES)
+    most = math.ceil(ALPHA / smallest) - 1
+    lines = [
+        "effect: larger is better (a log-loss is negated, in nats); points: of a score in %; %: of a gap, retention or "
+        "recovery. margin: in the unit of the effect.",
+        f"[95 %]: percentile bootstrap over items, {RESAMPLES:,} resamples, seed 0, paired between states and between recipes, "
+        "not adjusted for the number of claims. It speaks about other items of the same kind, and with several seeds about "
+        "other seeds, whose part has the tails of t with seeds - 1 degrees of freedom; not about other teachers.",
+        "n: items; e: exposed ones only (at least half of their scored tokens; in both recipes): of STATE - STATE, gap "
+        "and retention, unless the spec says otherwise.",
+        f"p: two-sided bootstrap p of no effect; the smallest possible is 2/{1 + RESAMPLES:,} = {smallest:.4f}, and small "
+        f"ones are rough. p, Holm: step-down over the {len(run)} claims that were run, whatever they expect; 0.05 can be "
+        f"reached with up to {most} claims.",
+        f"reads: {RULE}",
+        "an equality is decided by its own 95 % interval (two one-sided tests at 2.5 %), not adjusted for the number of "
+        "claims; a single one wrong by more than the margin reads so in at most 2.5 % of repetitions.",
+    ]
+    if any(j.estimate and min(map(len, j.estimate.seeds)) < FEW for j in judged):
+        lines.append(
+            "*: under five seeds; of one seed the interval says nothing about other students trained in the same way."
+        )
+    return tuple(lines)
