@@ -336,3 +336,25 @@ def test_validation_cannot_watch_what_is_reported(tmp_path):
             PlanError, match=rf"{suite}.yaml:\d+:\d+: suite '{suite}' cannot be watched: its lm_eval has no"
         ):
             plan(load(path))
+
+
+def test_a_hub_teacher_is_planned_from_the_cache_and_known_by_its_commit(tmp_path, monkeypatch):
+    """No network, no torch: the cache's config.json; `main` is the commit that it stood at."""
+    commit = "c1899de289a04d12100db370d81485cdf75e47ca"
+    repository = tmp_path / "hub" / "models--Qwen--Qwen3-0.6B"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    folder = repository / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text((ROOT / "recipes/examples/qwen3-0.6b.json").read_text())
+    (tmp_path / "r.yaml").write_text(
+        "name: mine/hub\nmodel: {teacher: Qwen/Qwen3-0.6B}\nmethod: {name: lolcats}\neval: {suites: [recall-1k]}\n"
+    )
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    code = (
+        "from recipelin.load import load\nfrom recipelin.plan import plan\nfrom recipelin.reuse import digests\n"
+        f"loaded = load({str(tmp_path / 'r.yaml')!r})\nplanned = plan(loaded)\n"
+        "print(planned.parameters, digests(loaded, planned)['teacher_commit'])"
+    )
+    out, _ = run_front(code)
+    assert out.split() == ["596049920", commit]
