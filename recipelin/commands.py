@@ -146,20 +146,22 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def shrunk(chosen: Sequence[Loaded]) -> tuple[Loaded, ...]:
     """The points at tiny size, each on a tiny teacher of its family; what plans the same is there once. Raises ShrinkError."""
+    small = [(point, shrink(point, str(tiny_folder(reuse.home(), tiny_of(point))))) for point in chosen]
+    from transformers.utils import logging
+
     from .hf import tiny_teacher
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     found: dict[str, Loaded] = {}
-    for point in chosen:
-        numbers = tiny_of(point)
-        folder = tiny_folder(reuse.home(), numbers)
+    for point, tiny in small:
         if point.recipe.model.scratch is None:
-            tiny_teacher(numbers, folder, POCKET)
-        small = shrink(point, str(folder))
-        found.setdefault(plan(small).hash, small)
-    print(
-        f"shrunk: {len(found)} of {len(chosen)} runs differ; the numbers of a tiny random model mean nothing",
-        file=sys.stderr,
+            numbers = tiny_of(point)
+            tiny_teacher(numbers, tiny_folder(reuse.home(), numbers), POCKET)
+        found.setdefault(plan(tiny).hash, tiny)
+    counted = (
+        f"{len(found)} of {len(chosen)} runs, the others are the same at this size" if len(found) < len(chosen) else ""
     )
+    print(f"shrunk: a dry run on a tiny random model{': ' if counted else ''}{counted}", file=sys.stderr)
     return tuple(found.values())
 
 

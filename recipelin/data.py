@@ -81,6 +81,11 @@ class Batches:
         self._weights = weights / weights.sum()
         self._permutations: dict[tuple[int, int], np.ndarray] = {}
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Tokens of each source's part."""
+        return tuple(len(found.tokens) for found in self._streams)
+
     @cached_property
     def rows(self) -> int:
         """Rows of one epoch: of the largest source that is read, not generated (else of the text around the slots)."""

@@ -17,6 +17,7 @@ from .files import write_atomically
 from .load import load_suite, read_student
 from .mistakes import nearest
 from .plan import POCKET
+from .records import SHRUNK
 from .reuse import digest_folder, home
 
 STATES = ("softmax", "hybrid", "window", "linear", "linear_outside", "sinks", "none")
@@ -42,7 +43,7 @@ def diagnose_command(arguments: argparse.Namespace) -> int:
         print(f"recipelin: {error}", file=sys.stderr)
         return 2
     folder = home() / "diagnoses"
-    path = folder / f"{recipe['name'].removeprefix('diagnose/')}.yaml"
+    path = folder / f"{recipe['name'].rpartition('/')[2]}.yaml"
     text = "# Written by recipelin diagnose; run it again with: recipelin run <this file>\n"
     write_atomically(path, (text + yaml.safe_dump(recipe, sort_keys=False, width=120)).encode())
     print(f"recipe: {path}", file=sys.stderr)
@@ -86,11 +87,12 @@ def _of_student(path: Path, *, teacher: str | None, suites: Sequence[str], dtype
         raise DiagnoseError(str(error)) from error
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     model: dict[str, Any] = {"student": str(path.resolve())}
-    model |= _teacher(teacher) if teacher else _its_own_teacher(config["recipelin"].get("teacher"), path)
+    origin = config["recipelin"].get("origin") or {}
+    model |= _teacher(teacher) if teacher else _its_own_teacher(origin.get("teacher"), path)
     model["dtype"] = dtype or ("bfloat16" if "bfloat16" in str(config.get("dtype")) else "float32")
     kept = [s for s in STATES if s != "sinks" or "sinks" in student.state.branches]
     return {
-        "name": _name(_folder(path)),
+        "name": (SHRUNK if str(origin.get("recipe")).startswith(SHRUNK) else "") + _name(_folder(path)),
         "about": {"claim": f"what each branch of {_folder(path)} does"},
         "model": model,
         "method": {"name": "exported"},

@@ -149,12 +149,12 @@ def export(
     folder: Path,
     *,
     hybrid: State | None,
-    teacher: dict[str, str | None] | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> None:
     """Write a student (or, where no layer is swapped, a plain model) as a folder that from_pretrained loads.
 
     Made beside `folder` and renamed, so that no reader meets half of it. `hybrid`: the state that it generates in;
-    `teacher`: {source, revision, digest} of its teacher, for the diagnosis of the folder.
+    `origin`: {recipe, teacher: {source, revision, digest}}, for the diagnosis of the folder.
     """
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
@@ -165,7 +165,7 @@ def export(
         if found:
             if hybrid is None:
                 raise ValueError("export: a swapped model needs the state that it is to run in")
-            _layout(partial, found, hybrid, teacher)
+            _layout(partial, found, hybrid, origin)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -173,7 +173,7 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _layout(folder: Path, found: list[Any], hybrid: State, teacher: dict[str, str | None] | None) -> None:
+def _layout(folder: Path, found: list[Any], hybrid: State, origin: dict[str, Any] | None) -> None:
     """Turn a saved config.json into the student's."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -193,7 +193,7 @@ def _layout(folder: Path, found: list[Any], hybrid: State, teacher: dict[str, st
             "config": found[0].config.model_dump(mode="json"),
             "layers": [f.layer_index for f in found],
             "state": hybrid.model_dump(mode="json"),
-            "teacher": teacher,
+            "origin": origin,
         },
     }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -62,7 +62,7 @@ class Plan(Config):
 
 
 # What cannot change a result stays out of the hash.
-_UNHASHED = {"checkpoint_every", "log_every"}
+_UNHASHED = {"checkpoint_every", "log_every", "expected_tokens"}
 
 
 def digest(value: object) -> str:

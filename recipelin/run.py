@@ -24,7 +24,7 @@ from .plan import Plan, Planned, digest, hub_commit, plan, teacher_folder
 from .preflight import preflight
 from .records import Record, Result, Row, StepTime
 from .reuse import Store, Surroundings
-from .sources import Data, Part
+from .sources import Data, Hub, Part
 from .steps import Calibrate, Evaluate, Swap, Switch, Transfer, Tune
 
 
@@ -280,7 +280,7 @@ class _Walk:
         self, source: Data, *, part: Part, length: int, batch: int, stage: str, accumulation: int = 1
     ) -> data.Batches:
         seed = int(digest({"seed": self.plan.seed, "stage": stage, "part": part})[:8], 16)
-        return data.Batches(
+        found = data.Batches(
             source,
             self.tokenizer,
             part=part,
@@ -291,6 +291,14 @@ class _Walk:
             folder=self.loaded.path.parent,
             cache=reuse.home() / "tokens",
         )
+        for text, tokens in zip(source.mix, found.tokens, strict=True):
+            if not isinstance(text, Hub) or not text.expected_tokens or part != "training":
+                continue
+            if abs(tokens / text.expected_tokens - 1) > 0.2:
+                _say(
+                    f"    {text.label}: {tokens:,} training tokens, the recipe expected about {text.expected_tokens:,}"
+                )
+        return found
 
     def _train(self, step: Calibrate | Transfer | Tune, planned: Planned, working: Path, key: str) -> dict[str, Any]:
         if isinstance(step, Calibrate):
@@ -362,7 +370,7 @@ class _Walk:
         student = reuse.student_folder(self.loaded)
         exported = student or self.folder / "model"
         if student is None:
-            hf.export(self.model, self.tokenizer, exported, hybrid=step.hybrid, teacher=self._named_teacher())
+            hf.export(self.model, self.tokenizer, exported, hybrid=step.hybrid, origin=self._origin())
         del self.model
         found = self._evaluator().all(step, exported, self.tokenizer)
         self.rows += found.rows
@@ -380,15 +388,16 @@ class _Walk:
             teacher=self._teacher,
         )
 
-    def _named_teacher(self) -> dict[str, str | None] | None:
-        """Which teacher an exported student came from, so that `diagnose` finds it again."""
+    def _origin(self) -> dict[str, Any]:
+        """The recipe and the teacher that an exported student came from, so that `diagnose` finds them again."""
         model = self.loaded.recipe.model
-        if model.teacher is None:
-            return None
-        folder = teacher_folder(self.loaded)
-        source = model.teacher if folder is None or model.teacher == "pocket" else str(folder)
-        revision = hub_commit(self.loaded) or model.revision
-        return {"source": source, "revision": revision, "digest": self.around.digests["teacher"]}
+        found: dict[str, Any] = {"recipe": self.plan.name, "teacher": None}
+        if model.teacher is not None:
+            folder = teacher_folder(self.loaded)
+            source = model.teacher if folder is None or model.teacher == "pocket" else str(folder)
+            revision = hub_commit(self.loaded) or model.revision
+            found["teacher"] = {"source": source, "revision": revision, "digest": self.around.digests["teacher"]}
+        return found
 
     def _write(
         self, status: Literal["finished", "failed", "interrupted"], started: datetime.datetime, seconds: float

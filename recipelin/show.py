@@ -36,8 +36,9 @@ def show(planned: Plan, *, header: Sequence[str] = (), reused: Sequence[str] = (
         if i < len(reused) and reused[i]:
             lines.append(f"    {'result':<9} {reused[i]}")
     flops = [p.cost.flops for p in planned.steps if p.cost.memory]
-    total = None if any(f is None for f in flops) else sum(f for f in flops if f)
-    lines += ["", f"in all    {count(total, 'FLOP')} (estimates; memory without the allocator's own)"]
+    total = sum(f for f in flops if f)
+    unknown = " beside what is not known" if any(f is None for f in flops) else ""
+    lines += ["", f"in all    {count(total, 'FLOP')}{unknown} (estimates; memory without the allocator's own)"]
     return "\n".join(lines)
 
 

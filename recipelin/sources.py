@@ -148,6 +148,9 @@ class Hub(Rows):
     tokens: Annotated[int, Field(ge=1)] | None = Field(
         None, description="streaming: tokens to keep, of all three parts together; read once and kept on disk"
     )
+    expected_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="about how many the training part has: for `plan`, before anything is here; a run counts them"
+    )
     shuffle: Shuffle | None = Field(
         None,
         description="streaming: shuffle before `tokens` are cut off; a dataset read whole needs none, rows are drawn",

@@ -67,12 +67,14 @@ def test_an_8b_teacher_without_torch_or_download():
     assert tune.trains == 6_815_744
     assert isinstance(transfer.step, Transfer) and transfer.step.schedule.accumulation == 8
     assert tune.cost.memory["cuda"] > 16e9
-    assert transfer.optimiser_steps is None, "alpaca is not here: its length is not known"
+    assert transfer.optimiser_steps == 2 * (9_800_000 // 1024) // 8 + 1, (
+        "alpaca is not here: the recipe says about how long"
+    )
     assert transfer.reads == (
         "100% hub yahma/alpaca-cleaned@12567cab (template alpaca, loss on the response, "
         "selection rows 0 to 99, test rows 100 to 199)"
     )
-    assert "steps known once the data is read" in show(planned)
+    assert "2 epochs, 2393 optimiser steps" in show(planned) and "in all" in show(planned)
 
 
 def test_a_stream_is_described_and_trains_no_tokenizer(tmp_path):
