@@ -247,10 +247,10 @@ class HybridAttention(nn.Module):
                 if captured.lse is None:
                     raise ValueError(f"{name}: needs the teacher's log-sum-exp, which only a recorder gets")
                 options = self.options(self.state, q.shape[2])
-                extra: dict[str, Any] = {"target": "linear", "reach": options["reach"]}
+                extra: dict[str, Any] = {"target": "linear", **{n: options[n] for n in ("reach", "signed")}}
                 if name == "hybrid_weights":
-                    taken = ("window", "shape", "sinks", "cover", "join", "mix", "log_scale", "reach", "compat")
-                    extra = {"target": "hybrid", **{n: options[n] for n in taken}}
+                    taken = ("window", "shape", "sinks", "cover", "join", "mix", "log_scale", "compat")
+                    extra |= {"target": "hybrid", **{n: options[n] for n in taken}}
                 found[name] = weight_transfer_loss(
                     q,
                     k,
