@@ -17,7 +17,7 @@ from recipelin_kernels import (
 
 from ...cache import HybridLayer, hybrid_entry
 from ...families import Architecture, family
-from ...masks import real_tokens, segments_of
+from ...masks import real_tokens, runs, segments_of
 from ...states import State
 from ..captured import Captured, Drop
 from .calibration import LogScaleCalibration
@@ -215,7 +215,8 @@ class HybridAttention(nn.Module):
             behind = at[keys - queries :, None] - at
             mask = (behind >= 0 if own is None else (behind >= 0) & (behind < own))[None, None]
             if segment_ids is not None:
-                mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+                own_run = runs(segment_ids)
+                mask = mask & (own_run[:, None, :, None] == own_run[:, None, None, :])
             if real is not None:
                 mask = mask & real[:, None, None, -keys:]  # a windowed cache has forgotten the keys before
         y = nn.functional.scaled_dot_product_attention(
