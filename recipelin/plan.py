@@ -161,6 +161,8 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     except SourceError as error:
         raise refusal(loaded, ("data",), f"data: {error}") from error
     _refuse_padding(loaded, tuple(found))
+    _refuse_signed_scale(loaded, found)
+    _refuse_empty_calibration(loaded, arch, found)
     counting = Counting(loaded, arch, tuple(found))
     model = recipe.model.model_dump(mode="json", exclude={"architecture", "converted"})  # the Swap has the latter
     chain = digest({"model": model, "seed": recipe.seed})
@@ -170,6 +172,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
         watched = {name: load_suite(name, loaded.path).model_dump(mode="json") for name in _watched(step)}
         chain = digest({"before": chain, "step": fields, "seed": recipe.seed, "suites": watched})
         planned.append(Planned(step=step, hash=chain, **counting.describe(step)))
+    _refuse_idle_stages(loaded, planned)
     return Plan(
         name=recipe.name,
         seed=recipe.seed,
@@ -194,6 +197,57 @@ def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
                         f"{nearest(name, groups)}; groups that do: {listed(groups) or 'none'}"
                     )
                     raise refusal(loaded, ("schedule", step.stage, "optimizer", "group_lr", name, "key"), text)
+
+
+def _refuse_idle_stages(loaded: Loaded, planned: Sequence[Planned]) -> None:
+    """A stage in which nothing trains would only fail once the data is read. Raises PlanError."""
+    for each in planned:
+        step = each.step
+        if isinstance(step, (Transfer, Tune)) and not each.trains:
+            text = (
+                f"stage {step.stage!r}: nothing trains in it, as {listed(step.trains) or 'nothing'} of this method have no "
+                f"parameters; expected a feature map that learns, or schedule: {{{step.stage}: null}}"
+            )
+            raise refusal(loaded, ("method", "form", "feature_map", "name"), text)
+
+
+def _refuse_signed_scale(loaded: Loaded, steps: Sequence[Step]) -> None:
+    """The join `absolute` compares logarithms of masses, which signed features do not have. Raises PlanError."""
+    forms = [s.config for s in steps if isinstance(s, Swap)]
+    if not any(isinstance(form, Hybrid) and form.feature_map.activation == "none" for form in forms):
+        return
+    text = (
+        "join: absolute needs features of at least 0, and activation: none has both signs, whose sum has no logarithm"
+    )
+    expected = "expected another join, or one of the activations softmax, exp, relu, elu"
+    if any(isinstance(s, Switch) and s.state.join == "absolute" for s in steps):
+        raise refusal(loaded, ("method", "form", "feature_map", "activation"), f"{text}; {expected}")
+    for step in steps:
+        if isinstance(step, Evaluate):
+            for index, named in enumerate(step.states):
+                if named.state and named.state.join == "absolute":
+                    where: Where = ("eval", "states", index)
+                    raise refusal(loaded, where, f"eval.states: {named.name!r}: {text}; {expected}")
+
+
+def _refuse_empty_calibration(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:
+    """c_h is calibrated on the keys outside the window: PlanError where the rows of a swapped layer have none."""
+    state, swapped = State(), tuple(range(arch.num_hidden_layers))
+    for step in steps:
+        if isinstance(step, Swap):
+            swapped = swapped if step.layers == "all" else step.layers
+        elif isinstance(step, Switch):
+            state = step.state
+        elif isinstance(step, Calibrate):
+            for own in {arch.own_window(i) for i in swapped}:
+                if not state.leaves_keys(step.length, own):
+                    seen = f"{state.shape} window {state.window}" + (f" and {state.sinks} sinks" if state.sinks else "")
+                    limit = f" of a teacher with an own window of {own}" if own else ""
+                    text = (
+                        f"calibration of {step.what}: rows of {step.length} tokens{limit} have no key outside the {seen}; "
+                        "expected longer rows (length of the stage) or a smaller window"
+                    )
+                    raise refusal(loaded, ("method", "window"), text)
 
 
 def _watched(step: Step) -> list[str]:
