@@ -16,7 +16,7 @@ from .cost import Cost, Counting, suites_of
 from .families import Architecture
 from .load import Loaded, load_suite
 from .mistakes import PlanError, listed, nearest, placed
-from .recipe import StateOf
+from .recipe import StateOf, Suite
 from .sources import Hub, SourceError
 from .states import NAMES, NamedState, State, resolve, subsets
 from .steps import Calibrate, Evaluate, Step, StepsError, Swap, Switch, Transfer, Tune
@@ -63,6 +63,7 @@ class Plan(Config):
 
 # What cannot change a result stays out of the hash.
 _UNHASHED = {"checkpoint_every", "log_every"}
+_UNHASHED_OF_MODEL = {"architecture", "beyond_context", "converted"}  # the Swap has the last
 
 
 def digest(value: object) -> str:
@@ -161,10 +162,11 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     except SourceError as error:
         raise refusal(loaded, ("data",), f"data: {error}") from error
     _refuse_padding(loaded, tuple(found))
+    _refuse_long_rows(loaded, arch, found)
     _refuse_signed_scale(loaded, found)
     _refuse_empty_calibration(loaded, arch, found)
     counting = Counting(loaded, arch, tuple(found))
-    model = recipe.model.model_dump(mode="json", exclude={"architecture", "converted"})  # the Swap has the latter
+    model = recipe.model.model_dump(mode="json", exclude=_UNHASHED_OF_MODEL)
     chain = digest({"model": model, "seed": recipe.seed})
     planned = []
     for step in found:
@@ -209,6 +211,45 @@ def _refuse_idle_stages(loaded: Loaded, planned: Sequence[Planned]) -> None:
                 f"parameters; expected a feature map that learns, or schedule: {{{step.stage}: null}}"
             )
             raise refusal(loaded, ("method", "form", "feature_map", "name"), text)
+
+
+def _context(arch: Architecture) -> int:
+    """Positions that a model was made for. `factor` of linear and yarn counts from the original ones; llama3's does not."""
+    scaling = arch.rope_scaling or {}
+    if scaling.get("rope_type") not in ("linear", "yarn"):
+        return arch.max_position_embeddings
+    original = float(scaling.get("original_max_position_embeddings", arch.max_position_embeddings))
+    return max(arch.max_position_embeddings, int(original * float(scaling.get("factor", 1.0))))
+
+
+def _refuse_long_rows(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:
+    """Rows beyond the teacher's context, unless the recipe wants them: PlanError at the length or at the suite's name."""
+    if loaded.recipe.model.beyond_context:
+        return
+    context = _context(arch)
+    what = "the model's context" if loaded.recipe.model.scratch else "the teacher's context"
+    advice = (
+        f"{what} is {context} tokens (max_position_embeddings), and no position beyond was ever seen; expected at most "
+        f"{context}, or model: {{beyond_context: true}}"
+    )
+    for step in steps:
+        if isinstance(step, (Calibrate, Transfer, Tune)):
+            length = step.length if isinstance(step, Calibrate) else step.schedule.length
+            stage = "transfer" if isinstance(step, Calibrate) else step.stage  # whose rows a calibration has
+            where: Where = ("schedule", stage, "length")
+            if length > context:
+                default = "" if where in loaded.places else ", the default"
+                raise refusal(loaded, where, f"schedule.{stage}.length: {length}{default}; {advice}")
+        found: list[tuple[Where, Suite]] = [
+            (("schedule", getattr(step, "stage", ""), "validation"), load_suite(name, loaded.path))
+            for name in _watched(step)
+        ]
+        if isinstance(step, Evaluate):
+            found += [(("eval", "suites", index), suite) for index, suite in enumerate(suites_of(step))]
+        for where, suite in found:
+            longest = max((getattr(e, "length", 0) for e in suite.evals), default=0)
+            if longest > context:
+                raise refusal(loaded, where, f"suite {suite.name!r} has rows of {longest} tokens; {advice}")
 
 
 def _refuse_signed_scale(loaded: Loaded, steps: Sequence[Step]) -> None:

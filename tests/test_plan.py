@@ -394,3 +394,49 @@ def test_keys_outside_are_counted_as_the_operator_does(shape, own):
         assert state.leaves_keys(length, own) == (rows > 0), (length, window, sinks)
         found.add(rows > 0)
     assert found == {True, False}
+
+
+ROWS = "transfer: {steps: 150, batch: 4, accumulation: 1, length: 256"
+TEACHER = "model: {teacher: pocket}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([(ROWS, ROWS.replace("256", "257"))], r"r.yaml:15:\d+: schedule.transfer.length: 257; the teacher's context is 256 tok"),
+        ([(", length: 256", "")], r"r.yaml:15:\d+: schedule.transfer.length: 1024, the default; .* expected at most 256"),
+        ([("suites: [pocket]", "suites: [pocket, recall-1k]")], r"r.yaml:\d+:20: suite 'recall-1k' has rows of 1024 tokens"),
+        (
+            [("decay: {name: cosine}", "validation: {watch: [{suite: recall-1k, metric: x}]}")],
+            r"r.yaml:15:\d+: suite 'recall-1k' has rows of 1024 tokens",
+        ),
+    ],
+    ids=["stage", "default", "suite", "watched"],
+)  # fmt: skip
+def test_rows_beyond_the_teachers_context_are_refused_unless_wanted(tmp_path, changes, words):
+    with pytest.raises(PlanError, match=words):
+        text_of(tmp_path, *changes)
+    text_of(tmp_path, *changes, (TEACHER, "model: {teacher: pocket, beyond_context: true}"))
+
+
+def test_to_allow_longer_rows_changes_no_hash(tmp_path):
+    wanted = text_of(tmp_path, (TEACHER, "model: {teacher: pocket, beyond_context: true}"))
+    assert wanted.hash == text_of(tmp_path).hash
+
+
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        (None, 256),
+        ({"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 64}, 256),  # Llama-3.2
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),  # Qwen2.5
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "linear", "factor": 4.0}, 1024),
+    ],
+    ids=str,
+)
+def test_the_context_of_a_scaled_teacher(scaling, context):
+    from recipelin.plan import _context
+
+    arch = plan(load("pocket/lolcats")).architecture
+    assert _context(arch.model_copy(update={"rope_scaling": scaling})) == context
