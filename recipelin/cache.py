@@ -90,6 +90,15 @@ def hybrid_entry(cache: Any, index: int) -> HybridLayer:
     return entry
 
 
+def check_cache(cache: Any) -> None:
+    """Raises ValueError for a cache that a student cannot use: anything but a DynamicCache or none."""
+    if cache is not None and not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}; a recipelin student takes a DynamicCache or none: "
+            "its swapped layers keep a state of constant size"
+        )
+
+
 def state_bytes(cache: DynamicCache) -> int:
     """Bytes that the hybrid entries of a cache hold."""
     return sum(x.state.bytes for x in cache.layers if isinstance(x, HybridLayer) and x.state is not None)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, initialization
 
 from . import families, lookup
+from .cache import check_cache
 from .families import Architecture, Family
 from .masks import segments_of
 from .states import State
@@ -56,6 +57,7 @@ class _StudentModel(_Student):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
+        check_cache(past_key_values)
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 and position_ids is None:
             # Feature maps act after RoPE: unlike softmax, the linear branch moves with the positions.
             length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
@@ -109,6 +111,7 @@ class _StudentForCausalLM(_Student):
             raise ValueError(
                 f"cache_implementation={asked!r}: a recipelin student generates with its own cache of constant size"
             )
+        check_cache(model_kwargs.get("past_key_values"))
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .data import IGNORED, Batch
+from .masks import hear_segments
 from .steps import Loss
 
 LOGIT_ROWS = 4096  # tokens whose logits are held at once; with more, each share is made again in the backward pass
@@ -24,7 +25,9 @@ def _arguments(batch: Batch) -> dict[str, Any]:
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """The stream after the last layer, without logits."""
+    """The stream after the last layer, without logits; with `segment_ids`, each document by itself in every layer."""
+    if batch.segment_ids is not None:
+        hear_segments(model)
     return model.model(input_ids=batch.input_ids, **_arguments(batch)).last_hidden_state  # type: ignore[operator]
 
 

@@ -12,26 +12,36 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, and_masks, packed_sequence_mask_function, sdpa_mask
 
 ATTENTION = "recipelin"  # the name of our attention and mask functions in transformers' registries
 
 
 class Padding(NamedTuple):
-    """`real` [B, seen] bool, True for real tokens, or None; `full()` makes the mask of a softmax layer."""
+    """`real` [B, seen] bool, True for real tokens, or None; `full(segment_ids)` makes the mask of a softmax layer."""
 
     real: Tensor | None
-    full: Callable[[], Tensor | None]
+    full: Callable[[Tensor | None], Tensor | None]
 
 
 def _mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Padding:
     real = None if attention_mask is None else attention_mask.bool()
-    return Padding(real, partial(sdpa_mask, attention_mask=attention_mask, **kwargs))
+    return Padding(real, partial(_full, attention_mask, kwargs))
 
 
-def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+def _full(attention_mask: Tensor | None, how: dict[str, Any], segment_ids: Tensor | None) -> Tensor | None:
+    """transformers' mask (causal, the layer's own window, padding); with segments [B, T], every run of them by itself."""
+    if segment_ids is not None:
+        apart = and_masks(how["mask_function"], packed_sequence_mask_function(runs(segment_ids)))
+        how = {**how, "mask_function": apart, "allow_is_causal_skip": False}
+    return sdpa_mask(attention_mask=attention_mask, **how)
+
+
+def _attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, segment_ids: Tensor | None = None, **kwargs: Any
+) -> Any:
     if isinstance(attention_mask, Padding):
-        attention_mask = attention_mask.full()
+        attention_mask = attention_mask.full(segment_ids)
     return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
 
 
@@ -64,4 +74,22 @@ def segments_of(position_ids: Tensor | None, key_mask: Tensor | None) -> Tensor 
         begins = begins & key_mask[:, 1:] & key_mask[:, :-1]
     if not bool(begins.any()):
         return None
+    return _numbered(begins)
+
+
+def runs(segment_ids: Tensor) -> Tensor:
+    """Segments [B, T] numbered anew: an id that comes back later in a row is another segment, as in the operator."""
+    return _numbered(segment_ids[:, 1:] != segment_ids[:, :-1])
+
+
+def _numbered(begins: Tensor) -> Tensor:
     return torch.nn.functional.pad(begins.long().cumsum(1), (1, 0))
+
+
+def hear_segments(model: Any) -> None:
+    """Let the softmax layers of a model obey `segment_ids`: transformers' own attention passes over them without a word.
+
+    The attention stays SDPA, and rows without segments give the same bits.
+    """
+    if model.config._attn_implementation != ATTENTION:
+        model.set_attn_implementation(ATTENTION)

@@ -16,7 +16,7 @@ from .cost import Cost, Counting, suites_of
 from .families import Architecture
 from .load import Loaded, load_suite
 from .mistakes import PlanError, listed, nearest, placed
-from .recipe import StateOf
+from .recipe import StateOf, Suite
 from .sources import Hub, SourceError
 from .states import NAMES, NamedState, State, resolve, subsets
 from .steps import Calibrate, Evaluate, Step, StepsError, Swap, Switch, Transfer, Tune
@@ -63,6 +63,7 @@ class Plan(Config):
 
 # What cannot change a result stays out of the hash.
 _UNHASHED = {"checkpoint_every", "log_every", "expected_tokens"}
+_UNHASHED_OF_MODEL = {"architecture", "beyond_context", "converted"}  # the Swap has the last
 
 
 def digest(value: object) -> str:
@@ -195,8 +196,11 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     except SourceError as error:
         raise refusal(loaded, ("data",), f"data: {error}") from error
     _refuse_padding(loaded, tuple(found))
+    _refuse_long_rows(loaded, arch, found)
+    _refuse_signed_scale(loaded, found)
+    _refuse_empty_calibration(loaded, arch, found)
     counting = Counting(loaded, arch, tuple(found))
-    model = recipe.model.model_dump(mode="json", exclude={"architecture", "converted"})  # the Swap has the latter
+    model = recipe.model.model_dump(mode="json", exclude=_UNHASHED_OF_MODEL)
     chain = digest({"model": model, "seed": recipe.seed})
     planned = []
     for step in found:
@@ -204,6 +208,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
         watched = {name: load_suite(name, loaded.path).model_dump(mode="json") for name in _watched(step)}
         chain = digest({"before": chain, "step": fields, "seed": recipe.seed, "suites": watched})
         planned.append(Planned(step=step, hash=chain, **counting.describe(step)))
+    _refuse_idle_stages(loaded, planned)
     return Plan(
         name=recipe.name,
         seed=recipe.seed,
@@ -248,6 +253,96 @@ def _has_parts(value: object) -> bool:
     if isinstance(value, Mapping):
         return "part" in value or any(_has_parts(v) for v in value.values())
     return isinstance(value, tuple) and bool(value) and all(_has_parts(v) for v in value)
+
+
+def _refuse_idle_stages(loaded: Loaded, planned: Sequence[Planned]) -> None:
+    """A stage in which nothing trains would only fail once the data is read. Raises PlanError."""
+    for each in planned:
+        step = each.step
+        if isinstance(step, (Transfer, Tune)) and not each.trains:
+            text = (
+                f"stage {step.stage!r}: nothing trains in it, as {listed(step.trains) or 'nothing'} of this method have no "
+                f"parameters; expected a feature map that learns, or schedule: {{{step.stage}: null}}"
+            )
+            raise refusal(loaded, ("method", "form", "feature_map", "name"), text)
+
+
+def _context(arch: Architecture) -> int:
+    """Positions that a model was made for. `factor` of linear and yarn counts from the original ones; llama3's does not."""
+    scaling = arch.rope_scaling or {}
+    if scaling.get("rope_type") not in ("linear", "yarn"):
+        return arch.max_position_embeddings
+    original = float(scaling.get("original_max_position_embeddings", arch.max_position_embeddings))
+    return max(arch.max_position_embeddings, int(original * float(scaling.get("factor", 1.0))))
+
+
+def _refuse_long_rows(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:
+    """Rows beyond the teacher's context, unless the recipe wants them: PlanError at the length or at the suite's name."""
+    if loaded.recipe.model.beyond_context:
+        return
+    context = _context(arch)
+    what = "the model's context" if loaded.recipe.model.scratch else "the teacher's context"
+    advice = (
+        f"{what} is {context} tokens (max_position_embeddings), and no position beyond was ever seen; expected at most "
+        f"{context}, or model: {{beyond_context: true}}"
+    )
+    for step in steps:
+        if isinstance(step, (Calibrate, Transfer, Tune)):
+            length = step.length if isinstance(step, Calibrate) else step.schedule.length
+            stage = "transfer" if isinstance(step, Calibrate) else step.stage  # whose rows a calibration has
+            where: Where = ("schedule", stage, "length")
+            if length > context:
+                default = "" if where in loaded.places else ", the default"
+                raise refusal(loaded, where, f"schedule.{stage}.length: {length}{default}; {advice}")
+        found: list[tuple[Where, Suite]] = [
+            (("schedule", getattr(step, "stage", ""), "validation"), load_suite(name, loaded.path))
+            for name in _watched(step)
+        ]
+        if isinstance(step, Evaluate):
+            found += [(("eval", "suites", index), suite) for index, suite in enumerate(suites_of(step))]
+        for where, suite in found:
+            longest = max((getattr(e, "length", 0) for e in suite.evals), default=0)
+            if longest > context:
+                raise refusal(loaded, where, f"suite {suite.name!r} has rows of {longest} tokens; {advice}")
+
+
+def _refuse_signed_scale(loaded: Loaded, steps: Sequence[Step]) -> None:
+    """The join `absolute` compares logarithms of masses, which signed features do not have. Raises PlanError."""
+    forms = [s.config for s in steps if isinstance(s, Swap)]
+    if not any(isinstance(form, Hybrid) and form.feature_map.activation == "none" for form in forms):
+        return
+    text = (
+        "join: absolute needs features of at least 0, and activation: none has both signs, whose sum has no logarithm"
+    )
+    expected = "expected another join, or one of the activations softmax, exp, relu, elu"
+    if any(isinstance(s, Switch) and s.state.join == "absolute" for s in steps):
+        raise refusal(loaded, ("method", "form", "feature_map", "activation"), f"{text}; {expected}")
+    for step in steps:
+        if isinstance(step, Evaluate):
+            for index, named in enumerate(step.states):
+                if named.state and named.state.join == "absolute":
+                    where: Where = ("eval", "states", index)
+                    raise refusal(loaded, where, f"eval.states: {named.name!r}: {text}; {expected}")
+
+
+def _refuse_empty_calibration(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:
+    """c_h is calibrated on the keys outside the window: PlanError where the rows of a swapped layer have none."""
+    state, swapped = State(), tuple(range(arch.num_hidden_layers))
+    for step in steps:
+        if isinstance(step, Swap):
+            swapped = swapped if step.layers == "all" else step.layers
+        elif isinstance(step, Switch):
+            state = step.state
+        elif isinstance(step, Calibrate):
+            for own in {arch.own_window(i) for i in swapped}:
+                if not state.leaves_keys(step.length, own):
+                    seen = f"{state.shape} window {state.window}" + (f" and {state.sinks} sinks" if state.sinks else "")
+                    limit = f" of a teacher with an own window of {own}" if own else ""
+                    text = (
+                        f"calibration of {step.what}: rows of {step.length} tokens{limit} have no key outside the {seen}; "
+                        "expected longer rows (length of the stage) or a smaller window"
+                    )
+                    raise refusal(loaded, ("method", "window"), text)
 
 
 def _watched(step: Step) -> list[str]:

@@ -92,6 +92,11 @@ class Model(Config):
     architecture: Architecture | None = Field(
         None, description="numbers of a teacher that is not here yet; in YAML also the path of a config.json"
     )
+    beyond_context: bool = Field(
+        False,
+        description="true: rows may be longer than the teacher's context (max_position_embeddings, times the factor of yarn "
+        "or linear scaling), at positions that it never saw; its own scores there are then of no use as a measure",
+    )
     scratch: Scratch | None = None
     converted: Converted | None = Field(
         None, description="a published conversion of the teacher, for `method: {name: converted}`"

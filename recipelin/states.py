@@ -65,6 +65,17 @@ class State(Config):
             return None
         return 2 * self.window if self.shape == "terraced" else self.window
 
+    def leaves_keys(self, length: int, own_window: int | None) -> bool:
+        """Whether a row of `length` tokens has a key outside window and sinks that a teacher's own window still holds."""
+        if self.window == "full":
+            return False
+        for query in range(length):
+            terrace = self.shape == "terraced"
+            nearest = (query // self.window - 1) * self.window if terrace else query - self.window + 1
+            if max(self.sinks, 0 if own_window is None else query - own_window + 1) < nearest:
+                return True
+        return False
+
 
 class _Compat(Protocol):
     """What `check_compat` always finds, in a State or in a method's fields; cover, join and sinks only if they are there."""

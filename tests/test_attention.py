@@ -219,6 +219,27 @@ def test_transfer_losses_are_cut_as_the_student_is(tiny):
                 assert abs(found[name] - float(expected.detach())) < 1e-5
 
 
+def test_losses_of_signed_features_divide_by_the_signed_sum(tiny):
+    model = swapped(tiny(), State(window=4), feature_map=FeatureMap(activation="none"))
+    captured = []
+    with torch.no_grad(), recording(model, lambda i, c: captured.append(c)):
+        logits(model, tokens(2, 33))
+    form, x = forms(model)[0], captured[0]
+    phi_q, phi_k = form.feature_map_q(x.q), form.feature_map_k(x.k)
+    causal = torch.ones(33, 33, dtype=torch.bool).tril()
+    p = (x.q @ x.k.repeat_interleave(4, 1).mT * form.scaling).masked_fill(~causal, -torch.inf).softmax(-1)
+    a = (phi_q @ phi_k.mT).masked_fill(~causal, 0)
+    assert (a.sum(-1) < 0).any()
+    expected = -(p * (a / a.sum(-1, keepdim=True)).clamp(min=1e-12).log()).sum(-1).mean()
+    names = ("weights", "hybrid_weights")
+    found = form.losses(x, dict.fromkeys(names, 1.0))
+    assert abs(float((found["weights"] - expected).detach())) < 1e-4
+    joint = weight_transfer_loss(
+        x.q, x.k, phi_q, phi_k, x.lse, target="hybrid", window=4, mix=form.mix(), signed=True, kernel="reference"
+    )
+    assert abs(float((found["hybrid_weights"] - joint).detach())) < 1e-4
+
+
 def test_the_published_terraced_window_decodes_by_sliding_and_takes_no_padding(tiny):
     published = State(window=6, shape="terraced", compat="lolcats_tk_v1")
     model, ids = swapped(tiny(dtype=torch.float64), published), tokens(2, 33)

@@ -1,6 +1,7 @@
 """Every family of families.py: parity with its teacher, students as Hugging Face models, counts, and refusals."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import recipelin.hf as hf
 from recipelin import families
 from recipelin.attention.hybrid.config import Config, FeatureMap
 from recipelin.cache import HybridLayer, state_bytes
+from recipelin.data import Batch
 from recipelin.families import architecture, config_json
+from recipelin.losses import hidden_states, token_loss
 from recipelin.states import State, resolve
-from recipelin.steps import Swap
+from recipelin.steps import Loss, Swap
 from recipelin.swap import architecture_of, forms, recording, restore, swap, switch
 
 LLAMA3 = {
@@ -119,6 +122,40 @@ def test_a_covering_window_is_the_teacher_on_padded_rows(teacher, given):
     for state in (State(window=29), resolve("softmax", HYBRID).state):
         switch(model, state)
         assert (logits(model, ids, **extra) - expected)[mask.bool()].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("layers", [None, (1,), "all"], ids=["stock", "mixed", "all"])
+def test_documents_are_separate_while_positions_run_on(teacher, layers):
+    """`separate: true`: of a stock teacher, of kept softmax layers and of swapped ones. A number that comes back is new."""
+    model, ids = teacher(torch.float64), tokens(2, 45)
+    whole = Batch(ids, ids.clone(), torch.arange(45).expand(2, -1))
+    with torch.no_grad():
+        expected = hidden_states(model, whole)
+    if layers:
+        swap(model, Swap(form="hybrid", config=Config(), layers=layers), seed=0)
+    for state in (resolve("softmax", HYBRID).state, SINKS) if layers else (None,):
+        if layers:
+            switch(model, state)
+        segments = (torch.arange(45) // 15 % 2).expand(2, -1)  # 0 1 0: three documents
+        with torch.no_grad():
+            found = hidden_states(model, replace(whole, segment_ids=segments))
+            for start in (0, 15, 30):
+                part = slice(start, start + 15)
+                alone = Batch(ids[:, part], ids[:, part].clone(), whole.position_ids[:, part])
+                assert (found[:, part] - hidden_states(model, alone)).abs().max() < 1e-10
+            if state != SINKS:
+                assert (hidden_states(model, whole) - expected).abs().max() < 1e-10, "rows without segments: as before"
+            assert (found - hidden_states(model, whole))[:, 15:].abs().max() > 1e-3
+
+
+def test_an_identical_student_has_no_divergence_on_separate_documents(teacher):
+    model, stock, ids = teacher(torch.float64), teacher(torch.float64), tokens(2, 40)
+    swap(model, Swap(form="hybrid", config=Config()), seed=0)
+    switch(model, resolve("softmax", HYBRID).state)
+    segments = (torch.arange(40) // 23).expand(2, -1)
+    batch = Batch(ids, ids.clone(), torch.arange(40).expand(2, -1), segment_ids=segments)
+    with torch.no_grad():
+        assert abs(float(token_loss(model, batch, Loss(lm=0, kl=1), stock))) < 1e-12
 
 
 def test_counts_without_torch_are_the_built_model(teacher):

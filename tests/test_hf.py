@@ -86,6 +86,15 @@ def test_an_exported_student_is_the_student_bit_for_bit(tiny, tokenizer, tmp_pat
     assert torch.equal(logits(again, tokens(2, 23)), before)
 
 
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}], ids=str)
+def test_a_student_loads_by_device_map(student, tmp_path, device_map):
+    """How accelerate and lm-eval place a model."""
+    expected = logits(student(), tokens(2, 23))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=device_map)
+    assert [f.state for f in forms(loaded)] == [HYBRID, HYBRID]
+    assert torch.equal(logits(loaded, tokens(2, 23)), expected)
+
+
 def test_a_plain_model_is_exported_as_it_is(tiny, tokenizer, tmp_path):
     model = tiny()
     hf.export(model, tokenizer, tmp_path / "model", hybrid=None)
@@ -245,8 +254,12 @@ def test_caches_that_cannot_work_are_refused(student):
     settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 7, "attention_mask": torch.ones_like(ids)}
     with pytest.raises(ValueError, match="cache of constant size"):
         model.generate(ids, cache_implementation="static", **settings)
-    with pytest.raises(ValueError, match="holds a StaticLayer"):
-        logits(model, ids, past_key_values=StaticCache(model.config, max_cache_len=32), use_cache=True)
+    for mixed in (model, student(layers=(1,))):
+        static = StaticCache(config=mixed.config, max_cache_len=64)
+        with pytest.raises(ValueError, match="is a StaticCache; a recipelin student takes a DynamicCache or none"):
+            mixed.generate(ids, past_key_values=static, **settings)
+        with pytest.raises(ValueError, match="is a StaticCache; a recipelin student takes a DynamicCache or none"):
+            logits(mixed, ids, past_key_values=static, use_cache=True)
     with pytest.raises(ValueError, match="cannot be cropped"):
         model(ids).past_key_values.crop(-2)
     with pytest.raises(ValueError, match="cannot be cropped"):

@@ -1,5 +1,6 @@
 """Plans: pure hashes, counts that built modules have, and the torch-free half."""
 
+import itertools
 import json
 import os
 import re
@@ -360,3 +361,126 @@ def test_a_hub_teacher_is_planned_from_the_cache_and_known_by_its_commit(tmp_pat
     )
     out, _ = run_front(code)
     assert out.split() == ["596049920", commit]
+
+
+def text_of(tmp_path, *changes: tuple[str, str]):
+    """The plan of the pocket's LoLCATs, pieces of its text replaced."""
+    text = (ROOT / "recipes/pocket/lolcats.yaml").read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return plan(load(path))
+
+
+FIXED = "{name: fixed, activation: elu, width: 2}"
+WIDTH = "form: {feature_map: {width: 8}}"
+
+
+@pytest.mark.parametrize(
+    ("new", "words"),
+    [
+        (
+            f"form: {{feature_map: {FIXED}}}\n  objective: {{weights: 1}}",
+            r"r.yaml:10:30: stage 'transfer': nothing trains",
+        ),
+        (f"form: {{feature_map: {FIXED}}}\n  join: replace", r"r.yaml:10:30: stage 'transfer': nothing trains"),
+        (
+            "form: {feature_map: {activation: none}}\n  join: absolute",
+            r"r.yaml:10:36: join: absolute needs features of",
+        ),
+        (
+            "window: 256\n  join: absolute",
+            r"r.yaml:9:11: calibration of log_scale: rows of 256 tokens have no key outside",
+        ),
+        ("window: 250\n  sinks: 6\n  join: absolute", "outside the sliding window 250 and 6 sinks"),
+        ("window: 128\n  shape: terraced\n  join: absolute", "outside the terraced window 128"),
+    ],
+    ids=["nothing", "nothing joint", "signed", "window", "sinks", "terraced"],
+)
+def test_what_could_only_fail_after_work_is_refused(tmp_path, new, words):
+    old = WIDTH if "form" in new else "window: 32 "
+    with pytest.raises(PlanError, match=words):
+        text_of(tmp_path, (old, new + " "))
+
+
+def test_what_is_just_enough_is_planned(tmp_path):
+    for old, new in (
+        (WIDTH, f"form: {{feature_map: {FIXED}}}"),  # the mix still trains
+        (WIDTH, "form: {feature_map: {activation: none}}"),
+        ("window: 32 ", "window: 255\n  join: absolute "),
+        ("window: 32 ", "window: 250\n  sinks: 5\n  join: absolute "),
+        ("window: 32 ", "window: 127\n  shape: terraced\n  join: absolute "),
+    ):
+        text_of(tmp_path, (old, new))
+    states = "suites: [pocket]\n  states: [hybrid, {name: loud, of: hybrid, join: absolute}]"
+    signed = {WIDTH: "form: {feature_map: {activation: none}}", "suites: [pocket]": states}
+    with pytest.raises(PlanError, match=r"r.yaml:\d+:\d+: eval.states: 'loud': join: absolute needs features"):
+        text_of(tmp_path, *signed.items())
+
+
+@pytest.mark.parametrize("shape", ["sliding", "terraced"])
+@pytest.mark.parametrize("own", [None, 5, 9])
+def test_keys_outside_are_counted_as_the_operator_does(shape, own):
+    import torch
+
+    from recipelin.states import State
+    from recipelin_kernels import log_scale_closed_form, teacher_attention
+
+    found = set()
+    for length, window, sinks in itertools.product((1, 4, 8, 9, 10, 12, 17), (1, 4, 8), (0, 3)):
+        x = torch.rand(1, 1, length, 2)
+        _, lse = teacher_attention(x, x, x, window=own)
+        how = {"window": window, "shape": shape, "sinks": sinks, "reach": own, "teacher_window": own}
+        rows = log_scale_closed_form(x, x, x, x, lse, **how)[1]
+        state = State(branches=("window", "linear", "sinks"), window=window, shape=shape, sinks=sinks)
+        assert state.leaves_keys(length, own) == (rows > 0), (length, window, sinks)
+        found.add(rows > 0)
+    assert found == {True, False}
+
+
+ROWS = "transfer: {steps: 150, batch: 4, accumulation: 1, length: 256"
+TEACHER = "model: {teacher: pocket}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([(ROWS, ROWS.replace("256", "257"))], r"r.yaml:15:\d+: schedule.transfer.length: 257; the teacher's context is 256 tok"),
+        ([(", length: 256", "")], r"r.yaml:15:\d+: schedule.transfer.length: 1024, the default; .* expected at most 256"),
+        ([("suites: [pocket]", "suites: [pocket, recall-1k]")], r"r.yaml:\d+:20: suite 'recall-1k' has rows of 1024 tokens"),
+        (
+            [("decay: {name: cosine}", "validation: {watch: [{suite: recall-1k, metric: x}]}")],
+            r"r.yaml:15:\d+: suite 'recall-1k' has rows of 1024 tokens",
+        ),
+    ],
+    ids=["stage", "default", "suite", "watched"],
+)  # fmt: skip
+def test_rows_beyond_the_teachers_context_are_refused_unless_wanted(tmp_path, changes, words):
+    with pytest.raises(PlanError, match=words):
+        text_of(tmp_path, *changes)
+    text_of(tmp_path, *changes, (TEACHER, "model: {teacher: pocket, beyond_context: true}"))
+
+
+def test_to_allow_longer_rows_changes_no_hash(tmp_path):
+    wanted = text_of(tmp_path, (TEACHER, "model: {teacher: pocket, beyond_context: true}"))
+    assert wanted.hash == text_of(tmp_path).hash
+
+
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        (None, 256),
+        ({"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 64}, 256),  # Llama-3.2
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),  # Qwen2.5
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "linear", "factor": 4.0}, 1024),
+    ],
+    ids=str,
+)
+def test_the_context_of_a_scaled_teacher(scaling, context):
+    from recipelin.plan import _context
+
+    arch = plan(load("pocket/lolcats")).architecture
+    assert _context(arch.model_copy(update={"rope_scaling": scaling})) == context

@@ -296,3 +296,62 @@ def test_bad_options_are_named(change, words):
     _, lse = teacher_attention(x["q"], x["k"], x["v"])
     with pytest.raises(ValueError, match=words):
         weight_transfer_loss(x["q"], x["k"], x["phi_q"], x["phi_k"], lse, mix=x["mix"], **change)
+
+
+# --- signed features --------------------------------------------------------------------------------------------------
+
+
+def signed_inputs(heads: int, key_heads: int, length: int) -> dict[str, Tensor]:
+    """Features of both signs; rows whose sums are below the floor of the divisor, and one without any."""
+    x = inputs(heads, key_heads, length, per_key_head=True)
+    with torch.no_grad():
+        for name in ("phi_q", "phi_k"):
+            x[name].normal_()
+        x["phi_q"][:, :, 20::9] *= 1e-9
+        x["phi_q"][:, :, 5] = 0
+    return x
+
+
+def test_signed_features_are_divided_by_their_signed_sum():
+    x = signed_inputs(4, 4, 53)
+    causal = torch.ones(53, 53, dtype=torch.bool).tril()
+    p = (x["q"] @ x["k"].transpose(-1, -2) * 8**-0.5).masked_fill(~causal, -torch.inf).softmax(-1)
+    pairs = (x["phi_q"] @ x["phi_k"].transpose(-1, -2)).masked_fill(~causal, 0)
+    n = pairs.sum(-1, keepdim=True)
+    small = n.abs() < 1e-6
+    assert (n < -1e-6).any() and (small & (n != 0)).any() and (n == 0).any()
+    n = torch.where(small, torch.where(n < 0, -1e-6, 1e-6), n)
+    loss = -(p * (pairs / n).clamp(min=1e-12).log()).sum(-1).mean()
+    expected = [loss.detach(), *torch.autograd.grad(loss, [x["phi_q"], x["phi_k"]])]
+    for kernel in ("reference", "chunked"):
+        found = loss_and_gradients(x, kernel, signed=True)[:3]
+        for one, other in zip(expected, found, strict=True):
+            assert float((one - other).abs().max()) <= 1e-10 * float(one.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["plain", "left", "segments"])
+@pytest.mark.parametrize("join", [None, *(j for j in JOINS if j != "absolute")])
+def test_blocked_is_the_definition_for_signed_features(join, kind):
+    x = signed_inputs(6, 2, 149)
+    for window, shape, sinks, cover, reach in ((9, "sliding", 0, "outside", None), (9, "terraced", 2, "all", 31)):
+        options = {"target": "hybrid", "join": join} if join else {"target": "linear"}
+        options |= {"window": window, "shape": shape, "sinks": sinks, "cover": cover, "reach": reach, "signed": True}
+        options |= masks(kind, 149)
+        expected, found = (loss_and_gradients(x, kernel, **options) for kernel in ("reference", "chunked"))
+        for one, other in zip(expected, found, strict=True):
+            assert torch.isfinite(one).all()
+            assert float((one - other).abs().max()) <= 1e-10 * max(float(one.abs().max()), 1e-3), options
+        single = {n: t.detach().float().requires_grad_(t.requires_grad) for n, t in x.items()}
+        assert all(torch.isfinite(t).all() for t in loss_and_gradients(single, "chunked", **options))
+
+
+def test_signed_features_have_no_absolute_scale():
+    x = signed_inputs(2, 1, 29)
+    _, lse = teacher_attention(x["q"], x["k"], x["v"])
+    given = (x["q"], x["k"], x["phi_q"], x["phi_k"], lse)
+    with pytest.raises(ValueError, match="signed features has no logarithm"):
+        log_scale_closed_form(*given, window=5)
+    with pytest.raises(ValueError, match="signed features has no logarithm"):
+        log_scale_closed_form(*given[:2], given[2].abs(), given[3].abs(), lse, window=5, signed=True)
+    with pytest.raises(ValueError, match="signed features has no logarithm"):
+        weight_transfer_loss(*given, target="hybrid", join="absolute", log_scale=x["log_scale"], signed=True)

@@ -150,15 +150,21 @@ def branch_weights(join: str, a_mass: Tensor, b_mass: Tensor) -> tuple[Tensor, T
     return (a / (1 + b), b / (1 + a)) if join == "average" else (a, b)
 
 
+def divisor(mass: Tensor, signed: bool) -> Tensor:
+    """What a row is divided by: its mass; of signed features sign(mass) max(|mass|, 1e-6), and 0 stays 0."""
+    if not signed:
+        return mass
+    size = mass.abs()
+    sign = torch.where(mass < 0, -1.0, 1.0).to(mass.dtype)
+    return torch.where(size > 0, sign * size.clamp(min=SIGNED_FLOOR), mass)
+
+
 def divide(numerator: Tensor, denominator: Tensor, signed: bool) -> Tensor:
     """numerator [..., D] / denominator [...]; 0 where the denominator is 0: a row that sees nothing gives nothing.
 
-    Signed features: den = sign(den) max(|den|, 1e-6).
+    Signed features: by `divisor`.
     """
-    if signed:
-        size = denominator.abs()
-        sign = torch.where(denominator < 0, -1.0, 1.0).to(denominator.dtype)
-        denominator = torch.where(size > 0, sign * size.clamp(min=SIGNED_FLOOR), denominator)
+    denominator = divisor(denominator, signed)
     empty = denominator == 0
     quotient = numerator / torch.where(empty, 1.0, denominator)[..., None]
     return torch.where(empty[..., None], 0.0, quotient)

@@ -14,7 +14,16 @@ KERNELS = ("auto", "reference", "chunked")
 
 
 def _options(
-    window: int, shape: str, sinks: int, cover: str, join: str, scale: float | None, reach: int | None, width: int
+    window: int,
+    shape: str,
+    sinks: int,
+    cover: str,
+    join: str,
+    scale: float | None,
+    reach: int | None,
+    width: int,
+    *,
+    signed: bool,
 ) -> Options:
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)
@@ -28,10 +37,17 @@ def _options(
         ablate={},
         scale=width**-0.5 if scale is None else scale,
         on_drop="linear_outside",
-        signed=False,
+        signed=signed,
         shape=shape,
         reach=reach,
     )
+
+
+def _refuse_signed(signed: bool) -> None:
+    if signed:
+        raise ValueError(
+            "join='absolute': the sum of signed features has no logarithm; expected features of at least 0"
+        )
 
 
 @torch.no_grad()
@@ -99,6 +115,7 @@ def weight_transfer_loss(
     teacher_window: int | None = None,
     reach: int | None = None,
     compat: str | None = None,
+    signed: bool = False,
     per_head: bool = False,
     kernel: str = "auto",
 ) -> Tensor:
@@ -108,6 +125,9 @@ def weight_transfer_loss(
     all causal keys (Hedgehog), or `hybrid`, the whole row of the hybrid with its window, shape, sinks, cover, join and
     compat; of `average` and `sum`, 1/2 (softmax + linear weights), which is the row of `sum` made to add up to 1. A is
     clamped at 1e-12 pair by pair before the logarithm; a clamped pair has no gradient (LoLCATs: log clamp(a, 1e-12)).
+    `signed`: phi may be negative (activation `none`); sums are then divided by as in `hybrid_attention`, sign(N)
+    max(|N|, 1e-6), and a weight below 0 is a clamped pair. With target `hybrid` the join `absolute` has no logarithm of
+    a negative sum: ValueError.
     teacher_window cuts P, `reach` the student's keys, both as in `hybrid_attention`.
 
     q [B,H,T,D], k [B,Hkv,T,D] are the teacher's, after RoPE, and carry no gradient here: ValueError if they ask for one.
@@ -118,7 +138,7 @@ def weight_transfer_loss(
     one_of("kernel", kernel, KERNELS)
     if q.requires_grad or k.requires_grad:
         raise ValueError("weight_transfer_loss: q and k are the teacher's and get no gradient; detach them")
-    options = _options(window, shape, sinks, cover, join, scale, reach, q.shape[-1])
+    options = _options(window, shape, sinks, cover, join, scale, reach, q.shape[-1], signed=signed)
     if compat is not None:
         check_compat(compat, options, key_mask, segment_ids)
         options = whole_rows(options, q.shape[2])
@@ -126,6 +146,8 @@ def weight_transfer_loss(
         raise ValueError("target='hybrid', join='shared' needs mix [H]")
     if target == "hybrid" and join == "absolute" and log_scale is None:
         raise ValueError("target='hybrid', join='absolute' needs log_scale [H]")
+    if target == "hybrid" and join == "absolute":
+        _refuse_signed(signed)
     batch, heads, length, _ = q.shape
     alike = key_mask is None and segment_ids is None  # then one row of masks serves all
     own = rows(1 if alike else batch, length, q.device, key_mask, segment_ids)
@@ -165,6 +187,7 @@ def log_scale_closed_form(
     segment_ids: Tensor | None = None,
     teacher_window: int | None = None,
     reach: int | None = None,
+    signed: bool = False,
 ) -> tuple[Tensor, int]:
     """(sum over rows [H], rows): their quotient over all batches is c_h of the `absolute` join.
 
@@ -172,9 +195,10 @@ def log_scale_closed_form(
     the teacher's keys outside and all keys of the linear side: what the linear branch adds to the window then stands for
     what the window lacks. teacher_window cuts the first sum, `reach` the second. Rows with an empty sum do not count.
     `lse` only fixes the shapes: the mass outside is summed directly, since exp(lse) - sum over the window cancels where the
-    window holds nearly everything.
+    window holds nearly everything. Raises ValueError for signed features, said or found to be so: their sum
+    may be negative.
     """
-    options = _options(window, shape, sinks, cover, "absolute", scale, reach, q.shape[-1])
+    options = _options(window, shape, sinks, cover, "absolute", scale, reach, q.shape[-1], signed=signed)
     batch, heads, length, _ = q.shape
     if lse.shape != (batch, heads, length):
         raise ValueError(f"lse {tuple(lse.shape)}: expected {(batch, heads, length)}")
@@ -182,6 +206,7 @@ def log_scale_closed_form(
     own = rows(batch, length, q.device, key_mask, segment_ids)
     if key_mask is not None:
         q, k, phi_q, phi_k = (torch.where(key_mask[:, None, :, None], x, 0) for x in (q, k, phi_q, phi_k))
+    _refuse_signed(signed or bool((phi_q < 0).any()) or bool((phi_k < 0).any()))
     total, count = torch.zeros(heads, dtype=dtype, device=q.device), 0
     tiny = torch.finfo(dtype).tiny
     for start in range(0, length, BLOCK):

@@ -8,6 +8,9 @@ linear form), N = sum J, A = J / N and u = [A >= 1e-12], the pairs that the clam
 
 As A does not change with the scale of J, sum_j J_ij dloss_i / dJ_ij = 0; hence the gradient of log_scale, the sum over
 the linear part, is minus the sum over the softmax part, which has few columns.
+
+Signed features: N and the linear mass may be negative, and below 1e-6 in size they are divided by as if they were that
+large, and constant: then the first term of the gradient is not there.
 """
 
 from dataclasses import dataclass
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hybrid.rows import EXP_FLOOR, SEPARATE, Options, Rows, softmax_set, visible
+from ..hybrid.rows import EXP_FLOOR, SEPARATE, SIGNED_FLOOR, Options, Rows, divisor, softmax_set, visible
 from .reference import LEAST
 
 BLOCK = 128  # 64 to 192 measured within 5 % of each other
@@ -93,8 +96,9 @@ def student(
     log_scale: Tensor | None,
     lse: Tensor,
     options: Options,
-) -> tuple[Tensor, Tensor | None]:
-    """Turns X of a tile, 0 at hidden keys, into J in place. Returns (a of a = a e, b of b = b X or None for 1), [n,G,C,1].
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Turns X of a tile, 0 at hidden keys, into J in place. Returns (a of a = a e, b of b = b X or None for 1, N, the
+    mass that N follows), [n,G,C,1].
 
     silent: keys of the softmax side that the linear side leaves out.
 
@@ -109,8 +113,10 @@ def student(
     if options.join in SEPARATE:
         # Both sides weigh the same: the softmax side gets the linear side's mass. Without linear mass it stands alone.
         mass = x.sum(-1, keepdim=True)
-        scale = (mass >= torch.finfo(x.dtype).tiny).to(x.dtype)
-        weight = torch.where(scale > 0, mass / torch.where(soft.present, soft.mass, 1.0), 1.0)
+        scale = (mass.abs() >= torch.finfo(x.dtype).tiny).to(x.dtype)
+        size = divisor(mass, options.signed)
+        weight = torch.where(scale > 0, size / torch.where(soft.present, soft.mass, 1.0), 1.0)
+        total = torch.where(scale > 0, size * (1 + soft.present.to(x.dtype)), soft.mass)
         x.mul_(scale)
     elif options.join == "shared":
         assert mix is not None
@@ -126,7 +132,10 @@ def student(
         x.mul_(scale)
     for (s, _), e in zip(soft.parts, soft.e, strict=True):
         x[..., s] += weight * e
-    return weight, scale
+    if options.join not in SEPARATE:
+        mass = x.sum(-1, keepdim=True)
+        total = divisor(mass, options.signed)
+    return weight, scale, total, mass
 
 
 class _Loss(torch.autograd.Function):
@@ -193,11 +202,13 @@ class _Loss(torch.autograd.Function):
                 if target == "hybrid":
                     soft = _Soft(p, parts)
                     own_mix, own_scale = (None if x is None else x[tile] for x in (mix, log_scale))
-                    weight, scale = student(a, soft, silent, own_mix, own_scale, lse_tile, options)
+                    weight, scale, n, mass = student(a, soft, silent, own_mix, own_scale, lse_tile, options)
+                else:
+                    mass = a.sum(-1, keepdim=True)
+                    n = divisor(mass, options.signed)
                 p.clamp_(min=EXP_FLOOR).exp_()
                 p[..., far].masked_fill_(no_p, 0.0)
-                mass = a.sum(-1, keepdim=True)
-                inverse = torch.where(mass > 0, 1.0 / mass, 0.0)
+                inverse = torch.where(n != 0, 1.0 / n, 0.0)
                 a.mul_(inverse)
                 a[..., far].masked_fill_(no_p, 1.0)
                 clamped = a < LEAST if bool(a.amin() < LEAST) else None
@@ -208,6 +219,9 @@ class _Loss(torch.autograd.Function):
                 if clamped is not None:
                     p.masked_fill_(clamped, 0.0)
                 kept = p.sum(-1, keepdim=True)
+                held = mass.abs() < SIGNED_FLOOR if options.signed else None  # where N does not follow its sum
+                if held is not None:
+                    kept.masked_fill_(held, 0.0)
                 g = torch.div(p, a, out=a).neg_().add_(kept)  # dloss / dJ times N
                 if target == "hybrid":
                     pull = soft.over(soft.e, g)
@@ -218,7 +232,7 @@ class _Loss(torch.autograd.Function):
                     # Where the softmax side's weight is a linear mass: of the window, or of the linear side.
                     shared = pull / torch.where(soft.present, soft.mass, 1.0)
                     if options.join in SEPARATE:
-                        g += shared
+                        g += shared if held is None else shared.masked_fill(held, 0.0)
                     for s, m in silent:
                         g[..., s].masked_fill_(m, 0.0)
                     if options.join == "replace":

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..hybrid.rows import SEPARATE, Options, Rows, branch_weights, softmax_set, visible
+from ..hybrid.rows import SEPARATE, Options, Rows, branch_weights, divide, softmax_set, visible
 
 LEAST = 1e-12  # weights are clamped here before the logarithm (LoLCATs: log clamp(a, 1e-12))
 
@@ -21,14 +21,14 @@ def log_weights(
 ) -> Tensor:
     """log of the student's weights of some query rows over all their keys, [B,H,C,n], clamped at log 1e-12.
 
-    target linear: phi.phi / sum over all `seen` keys. hybrid: the joint row of the join (DESIGN §5).
+    target linear: phi.phi / sum over all `seen` keys. hybrid: the joint row of the join (DESIGN §5). Sums that hold
+    signed features are divided by as `divide` does.
     """
     tiny = torch.finfo(scores.dtype).tiny
     floor = torch.tensor(LEAST, dtype=scores.dtype, device=scores.device).log()
     if target == "linear":
         b = torch.where(seen, pairs, 0.0)
-        total = b.sum(-1, keepdim=True)
-        return (b / torch.where(total == 0, 1.0, total)).clamp(min=LEAST).log()
+        return divide(b, b.sum(-1), options.signed).clamp(min=LEAST).log()
     soft = near | sinks
     linear = seen if options.cover == "all" else seen & ~soft
     top = torch.where(soft, scores, -torch.inf).amax(-1, keepdim=True)
@@ -52,20 +52,19 @@ def log_weights(
         known = ~torch.isinf(joint)
         return torch.where(known, torch.where(known, joint, 0.0) - total, floor).clamp(min=floor)
     if options.join in SEPARATE:
-        a_mass, b_mass = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
+        a_mass, b_mass = a.sum(-1), b.sum(-1)
         a_weight, b_weight = branch_weights(options.join, a_mass, b_mass)
-        a = a_weight * a / torch.where(a_weight == 0, 1.0, a_mass)
-        b = b_weight * b / torch.where(b_weight == 0, 1.0, b_mass)
-    elif options.join == "shared":
+        a = a_weight[..., None] * divide(a, a_mass, False)
+        b = b_weight[..., None] * divide(b, b_mass, options.signed)
+        return divide(a + b, a_weight + b_weight, False).clamp(min=LEAST).log()
+    if options.join == "shared":
         assert mix is not None
         a = mix[:, None, None] * a
     else:
         mass = torch.where(soft, pairs, 0.0).sum(-1, keepdim=True)
         weight = a.sum(-1, keepdim=True)
         a = mass * a / torch.where(weight == 0, 1.0, weight)
-    joint = a + b
-    total = joint.sum(-1, keepdim=True)
-    return (joint / torch.where(total == 0, 1.0, total)).clamp(min=LEAST).log()
+    return divide(a + b, (a + b).sum(-1), options.signed).clamp(min=LEAST).log()
 
 
 def weight_transfer_loss_reference(

@@ -32,7 +32,7 @@ class LogScaleCalibration:
             self.form.feature_map_q(captured.q),
             self.form.feature_map_k(captured.k),
             captured.lse,
-            **{name: options[name] for name in ("window", "shape", "sinks", "cover", "reach")},
+            **{name: options[name] for name in ("window", "shape", "sinks", "cover", "reach", "signed")},
             scale=self.form.scaling,
             key_mask=captured.key_mask,
             segment_ids=captured.segment_ids,

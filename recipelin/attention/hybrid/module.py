@@ -17,7 +17,7 @@ from recipelin_kernels import (
 
 from ...cache import HybridLayer, hybrid_entry
 from ...families import Architecture, family
-from ...masks import real_tokens, segments_of
+from ...masks import real_tokens, runs, segments_of
 from ...states import State
 from ..captured import Captured, Drop
 from .calibration import LogScaleCalibration
@@ -215,7 +215,8 @@ class HybridAttention(nn.Module):
             behind = at[keys - queries :, None] - at
             mask = (behind >= 0 if own is None else (behind >= 0) & (behind < own))[None, None]
             if segment_ids is not None:
-                mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+                own_run = runs(segment_ids)
+                mask = mask & (own_run[:, None, :, None] == own_run[:, None, None, :])
             if real is not None:
                 mask = mask & real[:, None, None, -keys:]  # a windowed cache has forgotten the keys before
         y = nn.functional.scaled_dot_product_attention(
@@ -247,10 +248,10 @@ class HybridAttention(nn.Module):
                 if captured.lse is None:
                     raise ValueError(f"{name}: needs the teacher's log-sum-exp, which only a recorder gets")
                 options = self.options(self.state, q.shape[2])
-                extra: dict[str, Any] = {"target": "linear", "reach": options["reach"]}
+                extra: dict[str, Any] = {"target": "linear", **{n: options[n] for n in ("reach", "signed")}}
                 if name == "hybrid_weights":
-                    taken = ("window", "shape", "sinks", "cover", "join", "mix", "log_scale", "reach", "compat")
-                    extra = {"target": "hybrid", **{n: options[n] for n in taken}}
+                    taken = ("window", "shape", "sinks", "cover", "join", "mix", "log_scale", "compat")
+                    extra |= {"target": "hybrid", **{n: options[n] for n in taken}}
                 found[name] = weight_transfer_loss(
                     q,
                     k,
