@@ -364,3 +364,15 @@ def test_stock_tasks_through_lm_eval_itself(stock_tasks, model, tokenizer, tmp_p
     assert items.value == pytest.approx(theirs["both"]["acc,none"])
     assert subtasks.value == pytest.approx((theirs["left"]["acc,none"] + theirs["right"]["acc,none"]) / 2)
     assert subtasks.n == 13 and subtasks.items[0].id == "left/0"
+
+
+def test_one_task_with_two_limits_keeps_two_results(stock_tasks, model, tokenizer, tmp_path):
+    asked = (
+        {"task": "left", "limit": 4},
+        {"task": "left"},
+        {"task": "right"},
+        {"task": "left", "limit": 4},
+        {"task": "left", "limit": 2},
+    )
+    found = run(LmEval.model_validate({"eval": "lm_eval", "tasks": asked}), model, tokenizer, tmp_path / "tasks")
+    assert [(r.task, r.n) for r in found] == [("left", 4), ("left", 9), ("right", 4), ("left", 4), ("left", 2)]

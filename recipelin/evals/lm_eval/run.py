@@ -52,13 +52,13 @@ def run(
         prepare(config, tokenizer, seed=seed, folder=folder, base=base)
         manager = _manager(config, [folder] if any(t.next_line for t in config.tasks) else [])
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch, device=device)
-        outcomes: dict[str, Any] = {}
+        outcomes: dict[tuple[int, int | None], Any] = {}
         # Tasks that are asked alike go in one call: each call costs lm-eval half a second of its own.
         for shots, limit in dict.fromkeys((t.shots, t.limit) for t in config.tasks):
             together = [task_name(t, seed) for t in config.tasks if (t.shots, t.limit) == (shots, limit)]
-            outcome = simple_evaluate(
+            outcomes[shots, limit] = simple_evaluate(
                 model=wrapped,
-                tasks=list(together),
+                tasks=list(dict.fromkeys(together)),
                 task_manager=manager,
                 num_fewshot=shots,
                 limit=limit,
@@ -69,10 +69,10 @@ def run(
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-            outcomes |= dict.fromkeys(together, outcome)
-        names = [(task, task_name(task, seed)) for task in config.tasks]
-        found = [_result(task, name, outcomes[name], wrapped, exposed_from) for task, name in names]
-    return tuple(found)
+        return tuple(
+            _result(task, task_name(task, seed), outcomes[task.shots, task.limit], wrapped, exposed_from)
+            for task in config.tasks
+        )
 
 
 def preflight(config: Config, *, tokenizer: Any, seeds: Sequence[int], base: Path) -> None:
