@@ -81,13 +81,17 @@ def _say(source: Hub, message: str) -> str:
 
 
 def _prepared(source: Hub) -> Path | None:
-    """The folder in which the datasets library has prepared this very commit and configuration, if it has."""
+    """The folder in which the datasets library has prepared this very commit and configuration, if it has.
+
+    Without a name that is `default`: what else is there was asked for by name, or is a part (`data_files`).
+    """
     import datasets
     from datasets.naming import camelcase_to_snakecase
 
     owner, _, name = source.dataset.rpartition("/")
     root = Path(datasets.config.HF_DATASETS_CACHE) / "___".join([owner] * bool(owner) + [camelcase_to_snakecase(name)])
-    found = [f for f in root.glob(f"{source.name or '*'}/*/{source.revision}") if (f / "dataset_info.json").is_file()]
+    versions = (root / (source.name or "default")).glob(f"*/{source.revision}")
+    found = [f for f in versions if (f / "dataset_info.json").is_file()]
     return found[0] if len(found) == 1 else None
 
 

@@ -155,19 +155,34 @@ def test_a_download_that_may_lack_files_does_not_count(caches, how):
         everything(ALPACA, caches)
 
 
+def prepared(caches: Path, commit: str, count: int, configuration: str = "default") -> None:
+    """What `datasets.load_dataset` leaves behind."""
+    made = datasets.load_dataset("json", data_files=str(write_rows(caches / "raw.jsonl", rows(count))))["train"]
+    folder = Path(made.cache_files[0]["filename"]).parent
+    target = caches / "datasets" / "yahma___alpaca-cleaned" / configuration / "0.0.0" / commit
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)
+    for file in target.iterdir():
+        file.rename(target / file.name.replace("json-train", "alpaca-cleaned-train"))
+    info = json.loads((target / "dataset_info.json").read_text())
+    info |= {"config_name": configuration, "dataset_name": "alpaca-cleaned"}
+    (target / "dataset_info.json").write_text(json.dumps(info))
+
+
+def test_without_a_name_no_other_configuration_is_read(caches):
+    """`sample` may be another configuration or one shard (`data_files`); it counts for who names it."""
+    prepared(caches, COMMIT, 3, "sample")
+    with pytest.raises(SourceError, match="is not on this machine"):
+        everything(ALPACA, caches)
+    assert len(everything(Hub(**{**ALPACA.model_dump(), "name": "sample"}), caches)) == 3
+    prepared(caches, COMMIT, 5)
+    assert len(everything(ALPACA, caches)) == 5
+
+
 def test_what_the_library_prepared_counts_for_its_commit_only(caches):
     """Offline, the library itself takes whatever commit it has: here it would read two rows of another."""
     for commit, count in ((COMMIT, 4), ("f" * 40, 2)):
-        made = datasets.load_dataset("json", data_files=str(write_rows(caches / "raw.jsonl", rows(count))))["train"]
-        folder = Path(made.cache_files[0]["filename"]).parent
-        target = caches / "datasets" / "yahma___alpaca-cleaned" / "default" / "0.0.0" / commit
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(target)
-        for file in target.iterdir():
-            file.rename(target / file.name.replace("json-train", "alpaca-cleaned-train"))
-        info = json.loads((target / "dataset_info.json").read_text())
-        info |= {"config_name": "default", "dataset_name": "alpaca-cleaned"}
-        (target / "dataset_info.json").write_text(json.dumps(info))
+        prepared(caches, commit, count)
     assert len(datasets.load_dataset("yahma/alpaca-cleaned", split="train", revision=COMMIT)) == 2
     assert everything(ALPACA, caches) == ["".join(TEMPLATES["alpaca"].render(r)) for r in rows(4)]
     with pytest.raises(SourceError, match="no split 'trian'; did you mean 'train'"):
