@@ -7,7 +7,7 @@ itself falls back on whatever it has cached of a dataset when there is no networ
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def open_dataset(source: Hub, folder: Path) -> Any:
                 f"data: a file or folder {source.dataset} is in the current folder, and the datasets library would read it "
                 f"in place of {source.label}: say dataset: ./{source.dataset} if it is meant, else run elsewhere"
             )
-        found = _load(source, source.dataset, revision=source.revision)
+        found = _load(source, source.dataset, downloads=not source.streaming, revision=source.revision)
     if source.shuffle:
         return found.shuffle(seed=source.shuffle.seed, buffer_size=source.shuffle.buffer)
     return found
@@ -59,11 +59,27 @@ def reading(source: Hub) -> Iterator[None]:
         ) from error
 
 
-def _load(source: Hub, path: str, **revision: str | None) -> Any:
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """The datasets library draws no progress bars, on a terminal or not; afterwards as before."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _load(source: Hub, path: str, *, downloads: bool = False, **revision: str | None) -> Any:
+    """The library's bars show where it downloads, which no bar of ours does."""
     import datasets
 
     try:
-        return datasets.load_dataset(path, source.name, split=source.split, streaming=source.streaming, **revision)
+        with nullcontext() if downloads else without_bars():
+            return datasets.load_dataset(path, source.name, split=source.split, streaming=source.streaming, **revision)
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as error:
         raise SourceError(f"data: {source.label}: {_say(source, str(error))}") from error
 

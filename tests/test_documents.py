@@ -115,6 +115,23 @@ def test_a_folder_in_place_of_the_hub(tmp_path):
             everything(Hub(**{**source.model_dump(), **change}), tmp_path)
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_library_draws_no_bars_here_and_does_so_again_afterwards(wanted, tmp_path, capfd):
+    write_rows(tmp_path / "set" / "train.jsonl", rows(7))
+    before = datasets.are_progress_bars_disabled()
+    try:
+        (datasets.enable_progress_bars if wanted else datasets.disable_progress_bars)()
+        everything(Hub(source="hub", dataset="./set", template="alpaca"), tmp_path)
+        with pytest.raises(SourceError):
+            everything(Hub(source="hub", dataset="./set", split="trian"), tmp_path)
+        assert datasets.are_progress_bars_disabled() is not wanted
+        assert capfd.readouterr().err == ""
+        datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "other"))
+        assert ("Generating train split" in capfd.readouterr().err) is wanted
+    finally:
+        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
+
+
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 

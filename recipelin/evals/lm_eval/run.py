@@ -16,6 +16,7 @@ import yaml
 from ... import data
 from ...exposure import exposed_share
 from ...files import write_atomically
+from ...hub import without_bars
 from ...records import Item, Result
 from ...sources import fingerprint
 from ...spool import tokenizer_digest
@@ -256,18 +257,15 @@ def _texts(arguments: Any, index: int) -> tuple[str, str]:
 @contextmanager
 def _quiet(*, show: bool = True) -> Iterator[None]:
     """Keeps what lm-eval, datasets and their child processes write to stderr; with `show`, an error brings it out."""
-    import datasets
-
     loggers = {name: logging.getLogger(name).level for name in ("lm_eval", "lm-eval", "datasets")}
     for name in loggers:
         logging.getLogger(name).setLevel(logging.ERROR)
-    bars = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
     sys.stderr.flush()
     kept, own = tempfile.TemporaryFile(), os.dup(2)  # noqa: SIM115 (closed below, after stderr has its own file back)
     os.dup2(kept.fileno(), 2)
     try:
-        yield
+        with without_bars():
+            yield
     except BaseException:
         sys.stderr.flush()
         kept.seek(0)
@@ -281,5 +279,3 @@ def _quiet(*, show: bool = True) -> Iterator[None]:
         kept.close()
         for name, level in loggers.items():
             logging.getLogger(name).setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()
