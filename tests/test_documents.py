@@ -58,8 +58,6 @@ def test_paragraphs_are_those_of_a_split(tmp_path, text):
     (tmp_path / "t.txt").write_bytes(text.encode())
     expected = [p for p in text.replace("\r\n", "\n").split("\n\n") if p.strip()]
     assert everything(LocalFile(source="text", path="t.txt"), tmp_path) == expected
-    whole = everything(LocalFile(source="text", path="t.txt", documents="file"), tmp_path)
-    assert whole == [text.replace("\r\n", "\n")]
 
 
 @pytest.mark.parametrize(

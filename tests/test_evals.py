@@ -227,7 +227,7 @@ def test_short_lines_are_not_exposed(model, tokenizer, tmp_path):
 
 
 def test_local_items_follow_their_text(tokenizer, tmp_path):
-    settings = {**TASK["next_line"], "text": {"source": "text", "path": "a.txt", "documents": "file"}, "items": 1}
+    settings = {**TASK["next_line"], "text": {"source": "text", "path": "a.txt"}, "items": 1}
     lines = [f"self.name_{i * 37 % 60} = name" for i in range(60)]
     names = (f"{n}.txt" for n in range(1000))
     name = next(n for n in names if part_of(f"{n}:0") == "test")
