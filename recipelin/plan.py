@@ -191,7 +191,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
         text = "data: a new model's tokenizer is trained on whole sources; give one that does not stream"
         raise refusal(loaded, ("data", "mix"), text)
     try:
-        reads.refuse_leaks(found)
+        reads.refuse_leaks(found, loaded.path)
     except SourceError as error:
         raise refusal(loaded, ("data",), f"data: {error}") from error
     _refuse_padding(loaded, tuple(found))
@@ -201,7 +201,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     planned = []
     for step in found:
         fields = _hashed(step.model_dump(mode="json"))
-        watched = {name: load_suite(name, loaded.path).model_dump(mode="json") for name in _watched(step)}
+        watched = {name: load_suite(name, loaded.path).model_dump(mode="json") for name in reads.watched(step)}
         chain = digest({"before": chain, "step": fields, "seed": recipe.seed, "suites": watched})
         planned.append(Planned(step=step, hash=chain, **counting.describe(step)))
     return Plan(
@@ -233,7 +233,7 @@ def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
 def _refuse_watching_the_test(loaded: Loaded, steps: Sequence[Step]) -> None:
     """A watched suite is asked on the selection part; one that has no parts would select on what is reported."""
     for step in steps:
-        for name in _watched(step):
+        for name in reads.watched(step):
             for evaluation in load_suite(name, loaded.path).evals:
                 if not _has_parts(evaluation.model_dump()):
                     text = (
@@ -250,13 +250,6 @@ def _has_parts(value: object) -> bool:
     return isinstance(value, tuple) and bool(value) and all(_has_parts(v) for v in value)
 
 
-def _watched(step: Step) -> list[str]:
-    """Suites that a stage's validation watches: their content belongs to the step's hash."""
-    if isinstance(step, (Transfer, Tune)) and step.schedule.validation:
-        return sorted({w.suite for w in step.schedule.validation.watch if w.suite})
-    return []
-
-
 def _refuse_padding(loaded: Loaded, steps: Sequence[Step]) -> None:
     """LoLCATs' published window has neither padding nor separate documents: PlanError where a step would bring them."""
     switched = [s.state for s in steps if isinstance(s, Switch)]
@@ -268,7 +261,7 @@ def _refuse_padding(loaded: Loaded, steps: Sequence[Step]) -> None:
         if isinstance(step, (Calibrate, Transfer, Tune)) and (step.data.separate or step.data.positions == "restart"):
             text = f"compat: {compat} knows no separate documents; write data: {{separate: false, positions: run_on}}"
             raise refusal(loaded, ("data",), text)
-        watched = [load_suite(name, loaded.path) for name in _watched(step)]
+        watched = [load_suite(name, loaded.path) for name in reads.watched(step)]
         for suite in suites_of(step) if isinstance(step, Evaluate) else watched:
             for evaluation in suite.evals:
                 batch = getattr(evaluation, "batch", 1)
