@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from .mistakes import listed, nearest
+from .mistakes import among, listed
 from .sources import Hub, SourceError, dataset_folder
 
 
@@ -88,9 +88,9 @@ def _say(source: Hub, message: str) -> str:
     """The library's words on a wrong configuration or split, with the nearest right name."""
     known: Sequence[str] = re.findall(r"'([^']+)'", message.partition("[")[2])
     if message.startswith(("Unknown split", "Bad split")):
-        return f"no split {source.split!r}{nearest(source.split, known)}; there are {listed(known)}"
+        return f"no split {source.split!r}{among(source.split, known)}"
     if message.startswith("BuilderConfig") and "not found" in message:
-        return f"no configuration {source.name!r}{nearest(str(source.name), known)}; there are {listed(known)}"
+        return f"no configuration {source.name!r}{among(str(source.name), known)}"
     if message.startswith("Config name is missing"):
         return f"name is missing: the dataset has the configurations {listed(known)}"
     return message.splitlines()[0] if message else "the datasets library gave no reason"

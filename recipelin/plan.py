@@ -15,7 +15,7 @@ from .base import Config
 from .cost import Cost, Counting, suites_of
 from .families import Architecture
 from .load import Loaded, load_suite
-from .mistakes import PlanError, listed, nearest, placed
+from .mistakes import PlanError, among, placed
 from .recipe import StateOf
 from .sources import Hub, SourceError
 from .states import NAMES, NamedState, State, resolve, subsets
@@ -225,7 +225,7 @@ def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
                 if name not in groups:
                     text = (
                         f"schedule.{step.stage}.optimizer.group_lr: {name!r} does not train in this stage"
-                        f"{nearest(name, groups)}; groups that do: {listed(groups) or 'none'}"
+                        f"{among(name, groups, 'groups that do:')}"
                     )
                     raise refusal(loaded, ("schedule", step.stage, "optimizer", "group_lr", name, "key"), text)
 

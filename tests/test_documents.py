@@ -105,8 +105,8 @@ def test_a_folder_in_place_of_the_hub(tmp_path):
     assert fingerprint(source.model_copy(update={"dataset": "./sett"}), tmp_path) == "absent"
     for change, words in (
         ({"dataset": "./sets"}, r"folder .*sets is not there; did you mean 'set'"),
-        ({"split": "trian"}, r"no split 'trian'; did you mean 'train'\?; there are train"),
-        ({"name": "defaul"}, r"no configuration 'defaul'; did you mean 'default'\?; there are default"),
+        ({"split": "trian"}, r"no split 'trian'; did you mean 'train'\? There are train"),
+        ({"name": "defaul"}, r"no configuration 'defaul'; did you mean 'default'\? There are default"),
         ({"split": "trian", "streaming": True, "tokens": 5}, "did you mean 'train'"),
     ):
         with pytest.raises(SourceError, match=words):
