@@ -16,7 +16,7 @@ from . import families, lookup
 from .base import Config
 from .finding import CHECKOUT, INSTALLED, find_recipe, kind_of, rebased, shown
 from .mistakes import among, describe, located, nearest, placed
-from .recipe import Recipe, StateOf, Student, Suite
+from .recipe import Recipe, StateOf, Student, Suite, twins
 from .schedule import Schedule
 from .states import NAMES, State
 from .strict_yaml import Mistake, RecipeError, Where, read_yaml
@@ -178,13 +178,8 @@ def _schedule(
         return dict(stages)
     for name in given:
         if name not in stages:
-            mistakes.append(
-                placed(
-                    places,
-                    ("schedule", name, "key"),
-                    f"unknown stage {name!r}{among(name, stages, 'the method has')}",
-                )
-            )
+            text = f"unknown stage {name!r}{among(name, stages, 'the method has')}"
+            mistakes.append(placed(places, ("schedule", name, "key"), text))
     found: dict[str, Schedule | None] = {}
     for name, default in stages.items():
         if name not in given:
@@ -327,6 +322,8 @@ def read_suite(path: Path) -> Suite:
             mistakes.append(placed(places, (*at, "eval"), str(error)))
         except ValidationError as error:
             mistakes += located(error, at, config, places)
+    if not mistakes:
+        mistakes += [placed(places, ("evals", *at), text) for at, text in twins(evals)]
     try:
         suite = Suite.model_validate({**raw, "evals": tuple(evals) if isinstance(given, tuple) and evals else given})
     except ValidationError as error:
@@ -349,6 +346,9 @@ def _suites(found: dict[str, Any], places: Mapping[Where, Mistake], path: Path, 
         elif not isinstance(name, str):
             mistakes.append(placed(places, at, f"found {describe(name)}; expected the name of a suite"))
         elif suite := _suite(name, path, at, places, mistakes):
+            if any(suite.name == s.name for s in suites):
+                text = f"a suite named {suite.name!r} is there already, and a Record knows rows by it; give it another name"
+                mistakes.append(placed(places, at, text))
             suites.append(suite)
     if not suites and evaluation["suites"]:
         suites.append(Suite(name="stand-in", evals=(Config(),)))

@@ -433,8 +433,10 @@ class _Walk:
             steps=tuple(self.times),
             rows=tuple(self.rows),
         )
-        records.write_items(self.folder / "items.jsonl.gz", self.items)
-        records.write_record(self.folder / "record.json", record)
+        try:
+            records.write_items(self.folder / "items.jsonl.gz", self.items)
+        finally:  # hours of work are never lost over the sidecar
+            records.write_record(self.folder / "record.json", record)
 
 
 def _say(text: str) -> None:

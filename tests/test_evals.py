@@ -199,6 +199,11 @@ def test_neither_the_batch_nor_the_call_matters(config, model, tokenizer, tmp_pa
         (r.task, r.n, [i.id for i in r.items]) for r in five
     ]
     assert all(abs(a.value - b.value) < 1e-5 for a, b in zip(one, five, strict=True))
+    named = [(n.task, n.metric) for n in kind.model_validate_json(json.dumps(config)).names()]
+    if config["eval"] == "usage":  # a row for each layer and head
+        assert all((r.task.partition("_")[0] + "s", r.metric) in named for r in one)
+    else:
+        assert [(r.task, r.metric) for r in one] == named
     assert one == run(kind.model_validate_json(json.dumps({**config, "batch": 1})), model, tokenizer, tmp_path)
 
 
@@ -374,5 +379,7 @@ def test_one_task_with_two_limits_keeps_two_results(stock_tasks, model, tokenize
         {"task": "left", "limit": 4},
         {"task": "left", "limit": 2},
     )
-    found = run(LmEval.model_validate({"eval": "lm_eval", "tasks": asked}), model, tokenizer, tmp_path / "tasks")
+    config = LmEval.model_validate({"eval": "lm_eval", "tasks": asked})
+    found = run(config, model, tokenizer, tmp_path / "tasks")
+    assert [(n.task, n.metric) for n in config.names()] == [(r.task, r.metric) for r in found]
     assert [(r.task, r.n) for r in found] == [("left", 4), ("left", 9), ("right", 4), ("left", 4), ("left", 2)]

@@ -13,6 +13,7 @@ from recipelin.commands import checked
 from recipelin.finding import RECIPES
 from recipelin.load import expand, load, read_suite
 from recipelin.plan import plan
+from recipelin.recipe import Suite
 from recipelin.sources import Hub
 from recipelin.strict_yaml import RecipeError
 from recipelin.templates import TEMPLATES
@@ -211,6 +212,41 @@ def test_extends_one_level(tmp_path):
     with pytest.raises(RecipeError) as found:
         load(heir)
     assert found.value.mistakes[0].file == str(broken) and found.value.mistakes[0].line == 5
+
+
+@pytest.mark.parametrize(
+    ("evals", "place"),
+    [
+        ("[{eval: perplexity}, {eval: recall}, {eval: perplexity, length: 64}]", "2:45: the suite has task 'perplexity' with metric 'log_loss' already"),
+        ("[{eval: usage}, {eval: usage, rows: 2}]", "2:24: the suite has task 'layers'"),
+        ("[{eval: recall, distances: [6, 24]}, {eval: recall, distances: [60, 24]}]", "2:76: the suite has task 'recall@24'"),
+        ("[{eval: lm_eval, tasks: [{task: piqa}]}, {eval: lm_eval, tasks: [{task: piqa, shots: 5}]}]", "2:73: the suite has task 'piqa' with metric 'acc' already"),
+        ("[{eval: lm_eval, tasks: [{task: piqa}, {task: piqa, metric: acc_norm}]}]", None),
+        ("[{eval: retrieval, format: passkey, length: 64, distances: [20]}, {eval: retrieval, format: passkey, length: 96, distances: [20]}]", None),
+        ("[{eval: retrieval, format: passkey, length: 64, distances: [20]}, {eval: retrieval, format: passkey, length: 64, distances: [9, 20]}]", "2:136: the suite has task 'passkey@64:20' with metric 'exact_match' already"),
+    ],
+)  # fmt: skip
+def test_two_rows_of_one_name_are_refused_before_any_work(tmp_path, evals, place):
+    path = write(tmp_path, f"name: s\nevals: {evals}\n", "s.yaml")
+    write(tmp_path, GOOD.replace("[pocket]", "[s.yaml]"))
+    if place is None:
+        assert read_suite(path)
+        return
+    with pytest.raises(RecipeError) as found:
+        load(tmp_path / "r.yaml")
+    (mistake,) = found.value.mistakes
+    assert mistake.file.endswith("s.yaml")
+    assert f"{mistake.line}:{mistake.column}: {mistake.text}".startswith(place), mistake
+    assert "put it into a suite of its own" in mistake.text
+
+
+def test_two_suites_of_one_name_are_refused(tmp_path):
+    write(tmp_path, "name: pocket\nevals: [{eval: perplexity}]\n", "s.yaml")
+    (found,) = mistakes(write(tmp_path, GOOD.replace("[pocket]", "[pocket, s.yaml]")))
+    assert found.startswith("10:20: a suite named 'pocket' is there already")
+    perplexity = lookup.lookup("evals", "perplexity").Config
+    with pytest.raises(ValueError, match="task 'perplexity' with metric 'log_loss' already"):
+        Suite(name="inline", evals=(perplexity(), perplexity(length=64)))
 
 
 def test_a_grid_is_many_recipes(tmp_path):

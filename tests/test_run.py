@@ -17,7 +17,7 @@ from recipelin import data, reuse
 from recipelin.cli import main
 from recipelin.load import load
 from recipelin.plan import plan
-from recipelin.records import read_items, read_record
+from recipelin.records import RecordError, read_items, read_record
 from recipelin.run import RunError, run
 from recipelin.sources import Stdlib
 
@@ -296,6 +296,17 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(folder, home, tmp_path,
     monkeypatch.undo()
     monkeypatch.setenv("RECIPELIN_HOME", str(home))
     assert main(["run", str(folder / "recipe.yaml"), "--out", str(tmp_path / "x"), "--device", "cpu"]) == 0
+
+
+def test_a_sidecar_that_cannot_be_written_loses_no_record(folder, home, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RecordError("two rows")
+
+    monkeypatch.setattr("recipelin.records.write_items", refuse)
+    with pytest.raises(RecordError, match="two rows"):
+        go(folder, home, tmp_path / "x")
+    record = read_record(tmp_path / "x")
+    assert record.status == "finished" and record.rows and record.steps
 
 
 def test_a_teacher_that_is_not_here_or_not_as_planned_is_refused_before_any_work(folder, home, tmp_path, capsys):
