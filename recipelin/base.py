@@ -1,5 +1,7 @@
 """The base of everything that a recipe can name: frozen, complete, and closed to unknown keys."""
 
+from typing import NamedTuple
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -11,3 +13,11 @@ class Config(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class RowName(NamedTuple):
+    """A row that an evaluation makes, and the field of its settings that asks for it."""
+
+    field: tuple[str | int, ...]
+    task: str
+    metric: str

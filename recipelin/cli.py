@@ -60,7 +60,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     given = argv[0]
     if given not in commands and given not in ("-h", "--help", "--version"):
         known = [*commands, "--help", "--version"]
-        parser.error(f"no command {given!r}{_nearest(given, known)}; there are {', '.join(commands)}")
+        hint = _nearest(given, known)
+        parser.error(f"no command {given!r}{f'{hint} There' if hint else '; there'} are {', '.join(commands)}")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         options = re.findall(r"--[a-z-]+", commands[given].format_usage())

@@ -182,7 +182,7 @@ def _config_is_there(point: Loaded) -> None:
 
 def _sources_are_there(point: Loaded, planned: Plan) -> None:
     """Raises PlanError at the line that names a local file or dataset which is not there."""
-    for source in reads.texts(p.step for p in planned.steps):
+    for source in reads.texts((p.step for p in planned.steps), point.path):
         try:
             if isinstance(source, LocalFile):
                 field, given = "path", source.path

@@ -11,7 +11,7 @@ import torch
 
 from .documents import documents
 from .sources import Data, Part, Recall, SourceError
-from .spool import stream
+from .spool import stream, uncut
 
 MARKER = "<k>"  # one token before each key of a recall row; a special token of the pocket's tokenizer
 IGNORED = -100  # label without loss, as torch's cross_entropy has it
@@ -269,10 +269,8 @@ def next_line_items(
     files = []
     for name, text in texts:
         lines = text.splitlines()
-        sizes = [
-            len(e.ids)
-            for e in tokenizer.backend_tokenizer.encode_batch([x + "\n" for x in lines], add_special_tokens=False)
-        ]
+        with uncut(tokenizer) as backend:
+            sizes = [len(e.ids) for e in backend.encode_batch([x + "\n" for x in lines], add_special_tokens=False)]
         usable = [i for i, x in enumerate(lines) if x.strip() and answer[0] <= sizes[i] <= answer[1]]
         if len(usable) > options:
             files.append((name, lines, sizes, usable))

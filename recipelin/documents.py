@@ -149,8 +149,6 @@ def _rows(source: LocalFile, path: Path) -> Iterator[Any]:
                 raise SourceError(f"{path}:{number}:{error.colno}: not JSON: {error.msg}") from error
             _check_columns(f"{path}:{number}", source.columns, list(record) if isinstance(record, dict) else [])
             yield record
-    elif source.documents == "file":
-        yield "".join(line for _, line in _lines(path))
     else:
         yield from _paragraphs(path)
 

@@ -16,6 +16,7 @@ from .exposure import exposed_from
 from .files import write_atomically
 from .load import Loaded, load_suite
 from .plan import Plan, digest
+from .preflight import on_selection
 from .records import Result, Row
 from .reuse import Surroundings
 from .states import NamedState, resolve
@@ -51,8 +52,8 @@ class Evaluator:
         named = resolve(state, self.plan.hybrid)
         found: list[float] = []
         for config in load_suite(suite, self.loaded.path).evals:
-            config = type(config).model_validate(_on_selection(config.model_dump()))
-            for result in self.one(config, model, tokenizer, named, seed=0, tasks="selection-tasks"):
+            asked = on_selection(config)
+            for result in self.one(asked, model, tokenizer, named, seed=0, tasks="selection-tasks"):
                 if metric in (result.metric, result.task):
                     found.append(-result.value if result.higher_is_better else result.value)
         if not found:
@@ -157,10 +158,3 @@ class Evaluator:
                 if result.items:
                     items.append((row, result))
         return Measured(tuple(rows), tuple(items), kernels)
-
-
-def _on_selection(value: Any) -> Any:
-    """An evaluation's settings with every `part`, however deep, on the selection part: validation never sees test items."""
-    if isinstance(value, dict):
-        return {k: "selection" if k == "part" else _on_selection(v) for k, v in value.items()}
-    return tuple(map(_on_selection, value)) if isinstance(value, tuple) else value

@@ -7,11 +7,11 @@ itself falls back on whatever it has cached of a dataset when there is no networ
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from .mistakes import listed, nearest
+from .mistakes import among, listed
 from .sources import Hub, SourceError, dataset_folder
 
 
@@ -37,7 +37,7 @@ def open_dataset(source: Hub, folder: Path) -> Any:
                 f"data: a file or folder {source.dataset} is in the current folder, and the datasets library would read it "
                 f"in place of {source.label}: say dataset: ./{source.dataset} if it is meant, else run elsewhere"
             )
-        found = _load(source, source.dataset, revision=source.revision)
+        found = _load(source, source.dataset, downloads=not source.streaming, revision=source.revision)
     if source.shuffle:
         return found.shuffle(seed=source.shuffle.seed, buffer_size=source.shuffle.buffer)
     return found
@@ -59,11 +59,27 @@ def reading(source: Hub) -> Iterator[None]:
         ) from error
 
 
-def _load(source: Hub, path: str, **revision: str | None) -> Any:
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """The datasets library draws no progress bars, on a terminal or not; afterwards as before."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _load(source: Hub, path: str, *, downloads: bool = False, **revision: str | None) -> Any:
+    """The library's bars show where it downloads, which no bar of ours does."""
     import datasets
 
     try:
-        return datasets.load_dataset(path, source.name, split=source.split, streaming=source.streaming, **revision)
+        with nullcontext() if downloads else without_bars():
+            return datasets.load_dataset(path, source.name, split=source.split, streaming=source.streaming, **revision)
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as error:
         raise SourceError(f"data: {source.label}: {_say(source, str(error))}") from error
 
@@ -72,22 +88,26 @@ def _say(source: Hub, message: str) -> str:
     """The library's words on a wrong configuration or split, with the nearest right name."""
     known: Sequence[str] = re.findall(r"'([^']+)'", message.partition("[")[2])
     if message.startswith(("Unknown split", "Bad split")):
-        return f"no split {source.split!r}{nearest(source.split, known)}; there are {listed(known)}"
+        return f"no split {source.split!r}{among(source.split, known)}"
     if message.startswith("BuilderConfig") and "not found" in message:
-        return f"no configuration {source.name!r}{nearest(str(source.name), known)}; there are {listed(known)}"
+        return f"no configuration {source.name!r}{among(str(source.name), known)}"
     if message.startswith("Config name is missing"):
         return f"name is missing: the dataset has the configurations {listed(known)}"
     return message.splitlines()[0] if message else "the datasets library gave no reason"
 
 
 def _prepared(source: Hub) -> Path | None:
-    """The folder in which the datasets library has prepared this very commit and configuration, if it has."""
+    """The folder in which the datasets library has prepared this very commit and configuration, if it has.
+
+    Without a name that is `default`: what else is there was asked for by name, or is a part (`data_files`).
+    """
     import datasets
     from datasets.naming import camelcase_to_snakecase
 
     owner, _, name = source.dataset.rpartition("/")
     root = Path(datasets.config.HF_DATASETS_CACHE) / "___".join([owner] * bool(owner) + [camelcase_to_snakecase(name)])
-    found = [f for f in root.glob(f"{source.name or '*'}/*/{source.revision}") if (f / "dataset_info.json").is_file()]
+    versions = (root / (source.name or "default")).glob(f"*/{source.revision}")
+    found = [f for f in versions if (f / "dataset_info.json").is_file()]
     return found[0] if len(found) == 1 else None
 
 

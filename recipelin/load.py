@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 from . import families, lookup
 from .base import Config
 from .finding import CHECKOUT, INSTALLED, find_recipe, kind_of, rebased, shown
-from .mistakes import describe, listed, located, nearest, placed
-from .recipe import Recipe, StateOf, Student, Suite
+from .mistakes import among, describe, located, nearest, placed
+from .recipe import Recipe, StateOf, Student, Suite, twins
 from .schedule import Schedule
 from .states import NAMES, State
 from .strict_yaml import Mistake, RecipeError, Where, read_yaml
@@ -178,13 +178,8 @@ def _schedule(
         return dict(stages)
     for name in given:
         if name not in stages:
-            mistakes.append(
-                placed(
-                    places,
-                    ("schedule", name, "key"),
-                    f"unknown stage {name!r}{nearest(name, stages)}; the method has {listed(stages)}",
-                )
-            )
+            text = f"unknown stage {name!r}{among(name, stages, 'the method has')}"
+            mistakes.append(placed(places, ("schedule", name, "key"), text))
     found: dict[str, Schedule | None] = {}
     for name, default in stages.items():
         if name not in given:
@@ -327,6 +322,8 @@ def read_suite(path: Path) -> Suite:
             mistakes.append(placed(places, (*at, "eval"), str(error)))
         except ValidationError as error:
             mistakes += located(error, at, config, places)
+    if not mistakes:
+        mistakes += [placed(places, ("evals", *at), text) for at, text in twins(evals)]
     try:
         suite = Suite.model_validate({**raw, "evals": tuple(evals) if isinstance(given, tuple) and evals else given})
     except ValidationError as error:
@@ -349,6 +346,9 @@ def _suites(found: dict[str, Any], places: Mapping[Where, Mistake], path: Path, 
         elif not isinstance(name, str):
             mistakes.append(placed(places, at, f"found {describe(name)}; expected the name of a suite"))
         elif suite := _suite(name, path, at, places, mistakes):
+            if any(suite.name == s.name for s in suites):
+                text = f"a suite named {suite.name!r} is there already, and a Record knows rows by it; give it another name"
+                mistakes.append(placed(places, at, text))
             suites.append(suite)
     if not suites and evaluation["suites"]:
         suites.append(Suite(name="stand-in", evals=(Config(),)))
@@ -361,7 +361,7 @@ def _suite(name: str, path: Path, at: Where, places: Mapping[Where, Mistake], mi
     except RecipeError as error:
         if all(m.text.startswith("no such recipe") for m in error.mistakes):
             known = sorted(p.stem for r in (CHECKOUT, INSTALLED) for p in (r / "suites").glob("*.yaml"))
-            mistakes.append(placed(places, at, f"no suite {name!r}{nearest(name, known)}; there are {listed(known)}"))
+            mistakes.append(placed(places, at, f"no suite {name!r}{among(name, known)}"))
         else:
             mistakes += error.mistakes
     return None
@@ -377,17 +377,15 @@ def _names(found: Mapping[str, Any], places: Mapping[Where, Mistake], path: Path
             name = entry.of if isinstance(entry, StateOf) else entry.get("of", "hybrid")
             at = ("eval", "states", index, "of")  # type: ignore[assignment]
         if isinstance(name, str) and name not in NAMES:
-            mistakes.append(
-                placed(places, at, f"unknown state {name!r}{nearest(name, NAMES)}; states are {listed(NAMES)}")
-            )
+            mistakes.append(placed(places, at, f"unknown state {name!r}{among(name, NAMES, 'states are')}"))
     schedule = found.get("schedule")
     for stage, value in schedule.items() if isinstance(schedule, Mapping) else ():
         if isinstance(value, Schedule) and value.validation:
             for index, watch in enumerate(value.validation.watch):
                 at_watch = ("schedule", stage, "validation", "watch", index, "state")
                 if watch.state not in (*NAMES, "transfer") or watch.state == "teacher":
-                    hint = nearest(watch.state, NAMES)
-                    text = f"cannot watch the state {watch.state!r}{hint}; states are transfer, {listed(NAMES[1:])}"
+                    known = ("transfer", *NAMES[1:])
+                    text = f"cannot watch the state {watch.state!r}{among(watch.state, known, 'states are')}"
                     mistakes.append(placed(places, at_watch, text))
                 if watch.suite:
                     _suite(watch.suite, path, (*at_watch[:-1], "suite"), places, mistakes)

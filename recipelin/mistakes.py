@@ -58,7 +58,7 @@ def _say(error: Any, model: type[BaseModel]) -> str:
     name = str(error["loc"][-1]) if error["loc"] else ""
     if kind == "extra_forbidden":
         known = _fieldsat(model, error["loc"][:-1])
-        return f"unknown key{nearest(name, known)}; fields here: {listed(known)}" if known else "unknown key"
+        return f"unknown key{among(name, known, 'fields here:')}" if known else "unknown key"
     if kind == "missing":
         return "is missing"
     if kind == "literal_error":
@@ -140,6 +140,13 @@ def placed(places: Mapping[Where, Mistake], path: Where, text: str) -> Mistake:
 def nearest(name: str, known: Any) -> str:
     found = difflib.get_close_matches(name, [str(k) for k in known], 1)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def among(name: str, known: Any, lead: str = "there are", *, also: str = "") -> str:
+    """The end of a message on an unknown name: the nearest one, then all of them."""
+    hint = nearest(name, known)
+    start = f"{hint} {lead[0].upper()}{lead[1:]}" if hint else f"; {lead}"
+    return f"{start} {listed(known) or 'none'}{also}"
 
 
 def listed(names: Any) -> str:

@@ -161,7 +161,7 @@ def new_command(arguments: argparse.Namespace) -> int:
         return 2
     points = expand(load(path, allow_code=arguments.allow_code), allow_code=arguments.allow_code)
     plans = [plan(point, allow_code=arguments.allow_code) for point in points]
-    needed = {s.path for p in plans for s in texts(x.step for x in p.steps) if isinstance(s, LocalFile)}
+    needed = {s.path for p in plans for s in texts((x.step for x in p.steps), path) if isinstance(s, LocalFile)}
     missing = sorted(file for file in needed if not (path.parent / file).is_file())
     shown = path.as_posix()
     options = "".join(f" --allow-code {package}" for package in arguments.allow_code)

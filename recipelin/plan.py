@@ -15,7 +15,7 @@ from .base import Config
 from .cost import Cost, Counting, suites_of
 from .families import Architecture
 from .load import Loaded, load_suite
-from .mistakes import PlanError, listed, nearest, placed
+from .mistakes import PlanError, among, listed, placed
 from .recipe import StateOf, Suite
 from .sources import Hub, SourceError
 from .states import NAMES, NamedState, State, resolve, subsets
@@ -192,7 +192,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
         text = "data: a new model's tokenizer is trained on whole sources; give one that does not stream"
         raise refusal(loaded, ("data", "mix"), text)
     try:
-        reads.refuse_leaks(found)
+        reads.refuse_leaks(found, loaded.path)
     except SourceError as error:
         raise refusal(loaded, ("data",), f"data: {error}") from error
     _refuse_padding(loaded, tuple(found))
@@ -205,7 +205,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     planned = []
     for step in found:
         fields = _hashed(step.model_dump(mode="json"))
-        watched = {name: load_suite(name, loaded.path).model_dump(mode="json") for name in _watched(step)}
+        watched = {name: load_suite(name, loaded.path).model_dump(mode="json") for name in reads.watched(step)}
         chain = digest({"before": chain, "step": fields, "seed": recipe.seed, "suites": watched})
         planned.append(Planned(step=step, hash=chain, **counting.describe(step)))
     _refuse_idle_stages(loaded, planned)
@@ -230,7 +230,7 @@ def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
                 if name not in groups:
                     text = (
                         f"schedule.{step.stage}.optimizer.group_lr: {name!r} does not train in this stage"
-                        f"{nearest(name, groups)}; groups that do: {listed(groups) or 'none'}"
+                        f"{among(name, groups, 'groups that do:')}"
                     )
                     raise refusal(loaded, ("schedule", step.stage, "optimizer", "group_lr", name, "key"), text)
 
@@ -238,7 +238,7 @@ def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
 def _refuse_watching_the_test(loaded: Loaded, steps: Sequence[Step]) -> None:
     """A watched suite is asked on the selection part; one that has no parts would select on what is reported."""
     for step in steps:
-        for name in _watched(step):
+        for name in reads.watched(step):
             for evaluation in load_suite(name, loaded.path).evals:
                 if not _has_parts(evaluation.model_dump()):
                     text = (
@@ -296,7 +296,7 @@ def _refuse_long_rows(loaded: Loaded, arch: Architecture, steps: Sequence[Step])
                 raise refusal(loaded, where, f"schedule.{stage}.length: {length}{default}; {advice}")
         found: list[tuple[Where, Suite]] = [
             (("schedule", getattr(step, "stage", ""), "validation"), load_suite(name, loaded.path))
-            for name in _watched(step)
+            for name in reads.watched(step)
         ]
         if isinstance(step, Evaluate):
             found += [(("eval", "suites", index), suite) for index, suite in enumerate(suites_of(step))]
@@ -345,13 +345,6 @@ def _refuse_empty_calibration(loaded: Loaded, arch: Architecture, steps: Sequenc
                     raise refusal(loaded, ("method", "window"), text)
 
 
-def _watched(step: Step) -> list[str]:
-    """Suites that a stage's validation watches: their content belongs to the step's hash."""
-    if isinstance(step, (Transfer, Tune)) and step.schedule.validation:
-        return sorted({w.suite for w in step.schedule.validation.watch if w.suite})
-    return []
-
-
 def _refuse_padding(loaded: Loaded, steps: Sequence[Step]) -> None:
     """LoLCATs' published window has neither padding nor separate documents: PlanError where a step would bring them."""
     switched = [s.state for s in steps if isinstance(s, Switch)]
@@ -363,7 +356,7 @@ def _refuse_padding(loaded: Loaded, steps: Sequence[Step]) -> None:
         if isinstance(step, (Calibrate, Transfer, Tune)) and (step.data.separate or step.data.positions == "restart"):
             text = f"compat: {compat} knows no separate documents; write data: {{separate: false, positions: run_on}}"
             raise refusal(loaded, ("data",), text)
-        watched = [load_suite(name, loaded.path) for name in _watched(step)]
+        watched = [load_suite(name, loaded.path) for name in reads.watched(step)]
         for suite in suites_of(step) if isinstance(step, Evaluate) else watched:
             for evaluation in suite.evals:
                 batch = getattr(evaluation, "batch", 1)

@@ -1,19 +1,43 @@
 """Before the first step: what an evaluation lacks, a dataset or a text long enough, is found before hours of training."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import lookup
+from .base import Config
 from .cost import suites_of
+from .load import load_suite
 from .plan import Plan
+from .reads import watched
 from .steps import Evaluate
 
 
-def preflight(planned: Plan, *, tokenizer: Any, base: Path) -> None:
-    """Ask every evaluation of a plan that has a `preflight` whether it could run. Raises its EvalError or SourceError."""
+def preflight(planned: Plan, *, tokenizer: Any, recipe: Path) -> None:
+    """Ask every evaluation of a plan that has a `preflight` whether it could run, those that a stage's validation watches
+    too. Raises its EvalError or SourceError.
+    """
+    for config, seeds in _asked(planned, recipe):
+        module = lookup.implementation("evals", config.eval)  # type: ignore[attr-defined]
+        if hasattr(module, "preflight"):
+            module.preflight(config, tokenizer=tokenizer, seeds=seeds, base=recipe.parent)
+
+
+def _asked(planned: Plan, recipe: Path) -> Iterator[tuple[Config, Sequence[int]]]:
+    """(evaluation, draws of its items), as the steps ask for them."""
     for step in (p.step for p in planned.steps):
+        for name in watched(step):
+            yield from ((on_selection(config), (0,)) for config in load_suite(name, recipe).evals)
         if isinstance(step, Evaluate):
-            for config in (e for suite in suites_of(step) for e in suite.evals):
-                module = lookup.implementation("evals", config.eval)  # type: ignore[attr-defined]
-                if hasattr(module, "preflight"):
-                    module.preflight(config, tokenizer=tokenizer, seeds=step.seeds, base=base)
+            yield from ((config, step.seeds) for suite in suites_of(step) for config in suite.evals)
+
+
+def on_selection(config: Config) -> Config:
+    """An evaluation with every `part`, however deep, on the selection part: validation never sees test items."""
+    return type(config).model_validate(_on_selection(config.model_dump()))
+
+
+def _on_selection(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: "selection" if k == "part" else _on_selection(v) for k, v in value.items()}
+    return tuple(map(_on_selection, value)) if isinstance(value, tuple) else value

@@ -1,51 +1,97 @@
 """Which sources the steps of a plan read, in training and in evaluation (no torch)."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from .sources import Hub, LocalFile, Recall, Rows, Source, SourceError, Stdlib
+from .load import load_suite
+from .sources import Hub, LocalFile, Recall, Source, SourceError, Stdlib
 from .steps import Calibrate, Evaluate, Step, Transfer, Tune
 
 
-def sources(steps: Iterable[Step]) -> list[Stdlib | LocalFile | Hub | Recall]:
-    """Every source that the steps read, in order."""
+def watched(step: Step) -> list[str]:
+    """Suites that a stage's validation watches."""
+    if isinstance(step, (Transfer, Tune)) and step.schedule.validation:
+        return sorted({w.suite for w in step.schedule.validation.watch if w.suite})
+    return []
+
+
+def sources(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hub | Recall]:
+    """Every source that the steps of a recipe's file read, those of watched suites too, in order. Raises RecipeError."""
     found: list[Stdlib | LocalFile | Hub | Recall] = []
     for step in steps:
         if isinstance(step, (Calibrate, Transfer, Tune)):
             found += step.data.mix
-        if isinstance(step, Evaluate):
-            found += [TypeAdapter(Source).validate_python(x) for s in step.suites for x in _named(s.model_dump())]
+        suites = step.suites if isinstance(step, Evaluate) else [load_suite(name, recipe) for name in watched(step)]
+        found += [TypeAdapter(Source).validate_python(x) for s in suites for x in _named(s.model_dump())]
     return found
 
 
-def texts(steps: Iterable[Step]) -> list[Stdlib | LocalFile | Hub]:
+def texts(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hub]:
     """What is read of them, each once."""
-    return list(dict.fromkeys(s.text if isinstance(s, Recall) else s for s in sources(steps)))
+    return list(dict.fromkeys(s.text if isinstance(s, Recall) else s for s in sources(steps, recipe)))
 
 
-def refuse_leaks(steps: Iterable[Step]) -> None:
+def refuse_leaks(steps: Iterable[Step], recipe: Path) -> None:
     """Rows of one file or dataset are held out in one way only: else training reads what another source tests on.
 
-    Raises SourceError.
+    One file under two paths is one file. Raises SourceError.
     """
-    known: dict[tuple[str | None, ...], Rows] = {}
-    for text in texts(steps):
-        if not isinstance(text, (LocalFile, Hub)):
+    known: list[LocalFile | Hub] = []
+    for text in texts(steps, recipe):
+        if isinstance(text, Stdlib):
             continue
-        same = (text.path,) if isinstance(text, LocalFile) else (text.dataset, text.revision, text.name, text.split)
-        other = known.setdefault(same, text)
-        name = text.path if isinstance(text, LocalFile) else text.label
-        if text.parts != other.parts:
-            raise SourceError(
-                f"{name}: read twice with different parts: rows held out in one would be trained on in another"
-            )
-        if getattr(text, "shuffle", None) != getattr(other, "shuffle", None):
-            raise SourceError(
-                f"{name}: read twice with different shuffle: rows are numbered as they are read, so rows held out in one "
-                "would be trained on in another"
-            )
+        for other in known:
+            if _overlap(text, other, recipe.parent) and (why := _differently(text, other, recipe.parent)):
+                names = " and ".join(dict.fromkeys((_label(other), _label(text))))
+                raise SourceError(f"{names}: {why}")
+        known.append(text)
+
+
+def _label(text: LocalFile | Hub) -> str:
+    return text.path if isinstance(text, LocalFile) else text.label
+
+
+def _place(text: LocalFile | Hub, folder: Path) -> Path | None:
+    """What is read on this machine, links resolved; None for the hub's."""
+    if isinstance(text, LocalFile):
+        return (folder / text.path).resolve()
+    return (folder / text.dataset).resolve() if text.local else None
+
+
+def _overlap(one: LocalFile | Hub, two: LocalFile | Hub, folder: Path) -> bool:
+    """Whether both may read the same rows."""
+    here, there = _place(one, folder), _place(two, folder)
+    if isinstance(one, Hub) and isinstance(two, Hub) and here == there:
+        of_hub = [(s.name or "default", s.split, s.revision, None if s.local else s.dataset) for s in (one, two)]
+        return of_hub[0] == of_hub[1]
+    if here is None or there is None:
+        return False
+    within = here.is_relative_to(there) if isinstance(two, Hub) else here == there
+    return within or (isinstance(one, Hub) and there.is_relative_to(here))
+
+
+def _differently(one: LocalFile | Hub, two: LocalFile | Hub, folder: Path) -> str:
+    """What makes a row belong to another part in `one` than in `two`; empty if nothing does."""
+    if _place(one, folder) != _place(two, folder) or one.source != two.source:
+        return (
+            "one reads rows of the other but numbers them differently, so rows held out in one would be trained on in "
+            "another: read both in the same way, or move the file out of the folder"
+        )
+    if one.parts != two.parts:
+        return "read twice with different parts: rows held out in one would be trained on in another"
+    if getattr(one, "shuffle", None) != getattr(two, "shuffle", None):
+        return (
+            "read twice with different shuffle: rows are numbered as they are read, so rows held out in one would be "
+            "trained on in another"
+        )
+    if isinstance(one, Hub) and isinstance(two, Hub) and one.parts is None and one.dataset != two.dataset:
+        return (
+            "one folder, written in two ways: without `parts` its name decides which rows are held out; write it alike"
+        )
+    return ""
 
 
 def _named(value: object) -> Iterator[dict[str, Any]]:

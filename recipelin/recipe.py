@@ -1,5 +1,6 @@
 """The schema of a recipe: every block, with its defaults and their sources (no torch)."""
 
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -9,6 +10,7 @@ from .families import Architecture
 from .schedule import Schedule
 from .sources import Data
 from .states import Branch, Compat, Join, Shape, State
+from .strict_yaml import Where
 
 
 class About(Config):
@@ -146,6 +148,26 @@ class Suite(Config):
     name: str
     about: str | None = None
     evals: Annotated[tuple[SerializeAsAny[Config], ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _no_row_twice(self) -> "Suite":
+        for _, text in twins(self.evals):
+            raise ValueError(text)
+        return self
+
+
+def twins(evals: Sequence[Config]) -> Iterator[tuple[Where, str]]:
+    """(place among the evaluations, what is wrong) of every row of a Record that two of them would make."""
+    known: set[tuple[str, str]] = set()
+    for index, evaluation in enumerate(evals):
+        for name in evaluation.names() if hasattr(evaluation, "names") else ():
+            if (key := (name.task, name.metric)) in known:
+                text = (
+                    f"the suite has task {name.task!r} with metric {name.metric!r} already, and a Record knows rows by suite, "
+                    "task and metric; leave one out, or put it into a suite of its own (eval.suites takes several)"
+                )
+                yield (index, *name.field), text
+            known.add(key)
 
 
 class Evaluation(Config):

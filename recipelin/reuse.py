@@ -77,7 +77,10 @@ def digests(loaded: Loaded, planned: Plan) -> dict[str, str]:
     elif model.scratch:
         found["teacher"] = digest(model.model_dump(mode="json", exclude={"dtype", "converted"}))
     found["data"] = digest(
-        {s.model_dump_json(): fingerprint(s, loaded.path.parent) for s in reads.sources(p.step for p in planned.steps)}
+        {
+            source.model_dump_json(): fingerprint(source, loaded.path.parent)
+            for source in reads.sources((p.step for p in planned.steps), loaded.path)
+        }
     )
     return found
 

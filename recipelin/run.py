@@ -48,7 +48,7 @@ def run(
     """
     planned = plan(loaded, allow_code=allow_code)
     place = choose_device(device)
-    for source in reads.texts(p.step for p in planned.steps):
+    for source in reads.texts((p.step for p in planned.steps), loaded.path):
         spool.ready(source, loaded.path.parent, reuse.home() / "tokens")
     folder = (out or reuse.home() / default_folder(planned.name, planned.hash)).resolve()
     _refuse_other_run(folder, planned)
@@ -174,7 +174,7 @@ class _Walk:
         status: Literal["finished", "failed", "interrupted"] = "failed"
         try:
             self.model, self.tokenizer = self._begin()
-            preflight(self.plan, tokenizer=self.tokenizer, base=self.loaded.path.parent)
+            preflight(self.plan, tokenizer=self.tokenizer, recipe=self.loaded.path)
             for index, planned in enumerate(self.plan.steps):
                 self._step(index, planned)
             status = "finished"
@@ -433,8 +433,10 @@ class _Walk:
             steps=tuple(self.times),
             rows=tuple(self.rows),
         )
-        records.write_items(self.folder / "items.jsonl.gz", self.items)
-        records.write_record(self.folder / "record.json", record)
+        try:
+            records.write_items(self.folder / "items.jsonl.gz", self.items)
+        finally:  # hours of work are never lost over the sidecar
+            records.write_record(self.folder / "record.json", record)
 
 
 def _say(text: str) -> None:

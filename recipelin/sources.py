@@ -93,7 +93,7 @@ class Rows(Config):
 
 
 class LocalFile(Rows):
-    """A local file: one document a line (jsonl), a row (parquet), or a paragraph or file (text).
+    """A local file: one document a line (jsonl), a row (parquet), or a paragraph between empty lines (text).
 
     A relative path starts at the recipe's folder. Sample YAML: `{source: jsonl, path: corpus.jsonl, field: text}`,
     `{source: parquet, path: alpaca.parquet, template: alpaca, loss: response}`
@@ -101,7 +101,17 @@ class LocalFile(Rows):
 
     source: Literal["jsonl", "parquet", "text"]
     path: str
-    documents: Literal["paragraph", "file"] = Field("paragraph", description="what one document is in a text file")
+    documents: Literal["paragraph"] = Field("paragraph", description="what one document is in a text file")
+
+    @field_validator("documents", mode="before")
+    @classmethod
+    def _not_one_document(cls, value: object) -> object:
+        if value == "file":
+            raise ValueError(
+                "a file that is one document leaves two of the three parts (training, selection, test) empty; "
+                "write paragraph, or put the texts into a jsonl file, one a line"
+            )
+        return value
 
     @field_validator("source")
     @classmethod
@@ -176,6 +186,16 @@ class Hub(Rows):
                 f"found {found}; expected the 40 hexadecimal digits of a commit: a branch such as main moves on, a tag can "
                 "be moved, and the same recipe would then read other data; commits are listed at "
                 f"https://huggingface.co/datasets/{dataset}/commits/main"
+            )
+        return value
+
+    @field_validator("split")
+    @classmethod
+    def _one_split(cls, value: str) -> str:
+        if not re.fullmatch(r"[\w.-]+", value) or value == "all":
+            raise ValueError(
+                f"found {value!r}; expected the name of one split: a slice or a sum of splits hides which rows are held out, "
+                "`parts` says it"
             )
         return value
 

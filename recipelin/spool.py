@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,28 @@ class Stream:
         return np.flatnonzero(np.cumsum(marks[:-1]))
 
 
+@contextmanager
+def uncut(tokenizer: Any) -> Iterator[Any]:
+    """A fast tokenizer's backend without truncation and padding, which a tokenizer.json may hold and which the last call of
+    the tokenizer leaves behind; afterwards they are as they were. Not a copy: of a large vocabulary that takes a second.
+    """
+    backend = tokenizer.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        yield backend
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+
+
 def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 of a fast tokenizer's whole definition."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """sha256 of a fast tokenizer's whole definition, but for truncation and padding, which nothing here uses."""
+    with uncut(tokenizer) as backend:
+        return hashlib.sha256(backend.to_str().encode()).hexdigest()
 
 
 def stream(source: Stdlib | LocalFile | Hub, tokenizer: Any, *, part: Part, folder: Path, cache: Path | None) -> Stream:
@@ -185,9 +205,9 @@ def _encode(batch: Sequence[Document], tokenizer: Any) -> tuple[list[list[int]],
     """Tokens of each document, and how many of its first carry no loss. Prompt and text meet at a token boundary."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encode = tokenizer.backend_tokenizer.encode_batch_fast
-    prompts = encode([d.prompt for d in batch], add_special_tokens=False)
-    texts = encode([d.text for d in batch], add_special_tokens=False)
+    with uncut(tokenizer) as backend:
+        prompts = backend.encode_batch_fast([d.prompt for d in batch], add_special_tokens=False)
+        texts = backend.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
     ids = [start + p.ids + t.ids + end for p, t in zip(prompts, texts, strict=True)]
     return ids, [len(start) + len(p.ids) if d.masked else 0 for d, p in zip(batch, prompts, strict=True)]
 

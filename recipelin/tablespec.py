@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from .base import Config
-from .mistakes import listed, located, nearest, placed
+from .mistakes import among, located, placed
 from .strict_yaml import Mistake, RecipeError, Where, read_yaml
 
 Trust = Literal["T", "R", "M", "C", "I"]
@@ -124,16 +124,16 @@ def _unfit(spec: Spec) -> Iterator[tuple[Where, str]]:
             yield ("columns", index, "label"), f"two columns are labelled {column.label!r}"
         for place, label in enumerate(column.mean_of or ()):
             if label not in plain:
-                text = f"no task column {label!r}{nearest(label, plain)}; there are {listed(plain)}"
+                text = f"no task column {label!r}{among(label, plain)}"
                 yield ("columns", index, "mean_of", place), f"mean_of of {column.label!r}: {text}"
         if column.recovery_of is not None and column.recovery_of not in labels:
-            text = f"no column {column.recovery_of!r}{nearest(column.recovery_of, labels)}; there are {listed(labels)}"
+            text = f"no column {column.recovery_of!r}{among(column.recovery_of, labels)}"
             yield ("columns", index, "recovery_of"), f"recovery_of of {column.label!r}: {text}"
     for index, row in enumerate(spec.rows):
         for label, printed in row.printed.items():
             at: Where = ("rows", index, "printed", label)
             if label not in labels:
-                text = f"printed has no column {label!r}{nearest(label, labels)}; there are {listed(labels)}"
+                text = f"printed has no column {label!r}{among(label, labels)}"
                 yield (*at, "key"), f"row {row.label!r}: {text}"
             if isinstance(printed, Printed) and (printed.footnote or 0) > len(spec.footnotes):
                 text = f"there is no footnote {printed.footnote}; the spec has {len(spec.footnotes)}"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from .base import Config
-from .mistakes import listed, nearest
+from .mistakes import among
 
 
 def _pieces(text: str) -> list[tuple[str, str | None]]:
@@ -105,8 +105,7 @@ def _named(given: object) -> object:
         return given
     if given not in TEMPLATES:
         raise ValueError(
-            f"no template {given!r}{nearest(given, TEMPLATES)}; "
-            f"there are {listed(TEMPLATES)}, or a map with prompt and response"
+            f"no template {given!r}{among(given, TEMPLATES, 'expected', also=', or a map with prompt and response')}"
         )
     return TEMPLATES[given]
 

@@ -58,8 +58,6 @@ def test_paragraphs_are_those_of_a_split(tmp_path, text):
     (tmp_path / "t.txt").write_bytes(text.encode())
     expected = [p for p in text.replace("\r\n", "\n").split("\n\n") if p.strip()]
     assert everything(LocalFile(source="text", path="t.txt"), tmp_path) == expected
-    whole = everything(LocalFile(source="text", path="t.txt", documents="file"), tmp_path)
-    assert whole == [text.replace("\r\n", "\n")]
 
 
 @pytest.mark.parametrize(
@@ -107,12 +105,29 @@ def test_a_folder_in_place_of_the_hub(tmp_path):
     assert fingerprint(source.model_copy(update={"dataset": "./sett"}), tmp_path) == "absent"
     for change, words in (
         ({"dataset": "./sets"}, r"folder .*sets is not there; did you mean 'set'"),
-        ({"split": "trian"}, r"no split 'trian'; did you mean 'train'\?; there are train"),
-        ({"name": "defaul"}, r"no configuration 'defaul'; did you mean 'default'\?; there are default"),
+        ({"split": "trian"}, r"no split 'trian'; did you mean 'train'\? There are train"),
+        ({"name": "defaul"}, r"no configuration 'defaul'; did you mean 'default'\? There are default"),
         ({"split": "trian", "streaming": True, "tokens": 5}, "did you mean 'train'"),
     ):
         with pytest.raises(SourceError, match=words):
             everything(Hub(**{**source.model_dump(), **change}), tmp_path)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_library_draws_no_bars_here_and_does_so_again_afterwards(wanted, tmp_path, capfd):
+    write_rows(tmp_path / "set" / "train.jsonl", rows(7))
+    before = datasets.are_progress_bars_disabled()
+    try:
+        (datasets.enable_progress_bars if wanted else datasets.disable_progress_bars)()
+        everything(Hub(source="hub", dataset="./set", template="alpaca"), tmp_path)
+        with pytest.raises(SourceError):
+            everything(Hub(source="hub", dataset="./set", split="trian"), tmp_path)
+        assert datasets.are_progress_bars_disabled() is not wanted
+        assert capfd.readouterr().err == ""
+        datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "other"))
+        assert ("Generating train split" in capfd.readouterr().err) is wanted
+    finally:
+        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------------
@@ -155,19 +170,34 @@ def test_a_download_that_may_lack_files_does_not_count(caches, how):
         everything(ALPACA, caches)
 
 
+def prepared(caches: Path, commit: str, count: int, configuration: str = "default") -> None:
+    """What `datasets.load_dataset` leaves behind."""
+    made = datasets.load_dataset("json", data_files=str(write_rows(caches / "raw.jsonl", rows(count))))["train"]
+    folder = Path(made.cache_files[0]["filename"]).parent
+    target = caches / "datasets" / "yahma___alpaca-cleaned" / configuration / "0.0.0" / commit
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(target)
+    for file in target.iterdir():
+        file.rename(target / file.name.replace("json-train", "alpaca-cleaned-train"))
+    info = json.loads((target / "dataset_info.json").read_text())
+    info |= {"config_name": configuration, "dataset_name": "alpaca-cleaned"}
+    (target / "dataset_info.json").write_text(json.dumps(info))
+
+
+def test_without_a_name_no_other_configuration_is_read(caches):
+    """`sample` may be another configuration or one shard (`data_files`); it counts for who names it."""
+    prepared(caches, COMMIT, 3, "sample")
+    with pytest.raises(SourceError, match="is not on this machine"):
+        everything(ALPACA, caches)
+    assert len(everything(Hub(**{**ALPACA.model_dump(), "name": "sample"}), caches)) == 3
+    prepared(caches, COMMIT, 5)
+    assert len(everything(ALPACA, caches)) == 5
+
+
 def test_what_the_library_prepared_counts_for_its_commit_only(caches):
     """Offline, the library itself takes whatever commit it has: here it would read two rows of another."""
     for commit, count in ((COMMIT, 4), ("f" * 40, 2)):
-        made = datasets.load_dataset("json", data_files=str(write_rows(caches / "raw.jsonl", rows(count))))["train"]
-        folder = Path(made.cache_files[0]["filename"]).parent
-        target = caches / "datasets" / "yahma___alpaca-cleaned" / "default" / "0.0.0" / commit
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(target)
-        for file in target.iterdir():
-            file.rename(target / file.name.replace("json-train", "alpaca-cleaned-train"))
-        info = json.loads((target / "dataset_info.json").read_text())
-        info |= {"config_name": "default", "dataset_name": "alpaca-cleaned"}
-        (target / "dataset_info.json").write_text(json.dumps(info))
+        prepared(caches, commit, count)
     assert len(datasets.load_dataset("yahma/alpaca-cleaned", split="train", revision=COMMIT)) == 2
     assert everything(ALPACA, caches) == ["".join(TEMPLATES["alpaca"].render(r)) for r in rows(4)]
     with pytest.raises(SourceError, match="no split 'trian'; did you mean 'train'"):

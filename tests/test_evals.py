@@ -199,6 +199,11 @@ def test_neither_the_batch_nor_the_call_matters(config, model, tokenizer, tmp_pa
         (r.task, r.n, [i.id for i in r.items]) for r in five
     ]
     assert all(abs(a.value - b.value) < 1e-5 for a, b in zip(one, five, strict=True))
+    named = [(n.task, n.metric) for n in kind.model_validate_json(json.dumps(config)).names()]
+    if config["eval"] == "usage":  # a row for each layer and head
+        assert all((r.task.partition("_")[0] + "s", r.metric) in named for r in one)
+    else:
+        assert [(r.task, r.metric) for r in one] == named
     assert one == run(kind.model_validate_json(json.dumps({**config, "batch": 1})), model, tokenizer, tmp_path)
 
 
@@ -227,7 +232,7 @@ def test_short_lines_are_not_exposed(model, tokenizer, tmp_path):
 
 
 def test_local_items_follow_their_text(tokenizer, tmp_path):
-    settings = {**TASK["next_line"], "text": {"source": "text", "path": "a.txt", "documents": "file"}, "items": 1}
+    settings = {**TASK["next_line"], "text": {"source": "text", "path": "a.txt"}, "items": 1}
     lines = [f"self.name_{i * 37 % 60} = name" for i in range(60)]
     names = (f"{n}.txt" for n in range(1000))
     name = next(n for n in names if part_of(f"{n}:0") == "test")
@@ -364,3 +369,17 @@ def test_stock_tasks_through_lm_eval_itself(stock_tasks, model, tokenizer, tmp_p
     assert items.value == pytest.approx(theirs["both"]["acc,none"])
     assert subtasks.value == pytest.approx((theirs["left"]["acc,none"] + theirs["right"]["acc,none"]) / 2)
     assert subtasks.n == 13 and subtasks.items[0].id == "left/0"
+
+
+def test_one_task_with_two_limits_keeps_two_results(stock_tasks, model, tokenizer, tmp_path):
+    asked = (
+        {"task": "left", "limit": 4},
+        {"task": "left"},
+        {"task": "right"},
+        {"task": "left", "limit": 4},
+        {"task": "left", "limit": 2},
+    )
+    config = LmEval.model_validate({"eval": "lm_eval", "tasks": asked})
+    found = run(config, model, tokenizer, tmp_path / "tasks")
+    assert [(n.task, n.metric) for n in config.names()] == [(r.task, r.metric) for r in found]
+    assert [(r.task, r.n) for r in found] == [("left", 4), ("left", 9), ("right", 4), ("left", 4), ("left", 2)]

@@ -13,6 +13,7 @@ from recipelin.commands import checked
 from recipelin.finding import RECIPES
 from recipelin.load import expand, load, read_suite
 from recipelin.plan import plan
+from recipelin.recipe import Suite
 from recipelin.sources import Hub
 from recipelin.strict_yaml import RecipeError
 from recipelin.templates import TEMPLATES
@@ -81,8 +82,8 @@ CASES = {
     "float for an integer": ("window: 16", "window: 16.5", "5:11: method.window: found 16.5; expected a whole number"),
     "yes is no boolean": ("eval:", "data: {separate: yes}\neval:", "9:18: data.separate: found the text 'yes'; expected true or false"),
     "unknown method": ("name: lolcats", "name: lolcat", "4:9: no method 'lolcat'; did you mean 'lolcats'?"),
-    "unknown stage": ("  tune: null", "  tun: null", "8:3: unknown stage 'tun'; did you mean 'tune'?; the method has transfer, tune"),
-    "unknown suite": ("[pocket]", "[pockets]", "10:12: no suite 'pockets'; did you mean 'pocket'?; there are"),
+    "unknown stage": ("  tune: null", "  tun: null", "8:3: unknown stage 'tun'; did you mean 'tune'? The method has transfer, tune"),
+    "unknown suite": ("[pocket]", "[pockets]", "10:12: no suite 'pockets'; did you mean 'pocket'? There are"),
     "unknown state": ("[pocket]", "[pocket]\n  states: [teacher, hybird]", "11:21: unknown state 'hybird'; did you mean 'hybrid'?"),
     "a list for a map": ("model: {teacher: pocket}", "model: [pocket]", "2:8: model: found a list; expected a map of fields"),
     "two durations": ("steps: 3,", "steps: 3, epochs: 1.0,", "give exactly one of steps, tokens, epochs; found steps, epochs"),
@@ -95,7 +96,8 @@ CASES = {
     "no revision": ("eval:", HUB.replace(f"      revision: {COMMIT}\n", ""), "11:7: data.mix.0.revision: found none; expected the 40"),
     "revision of a folder": ("eval:", HUB.replace("yahma/alpaca-cleaned", "./alpaca"), "13:17: data.mix.0.revision: a folder has none"),
     "no dataset's name": ("eval:", HUB.replace("yahma/alpaca-cleaned", "a/b/c"), "12:16: data.mix.0.dataset: found 'a/b/c'; expected owner/name"),
-    "unknown template": ("eval:", HUB.replace("template: alpaca", "template: alpacca"), "14:17: data.mix.0.template: no template 'alpacca'; did you mean 'alpaca'"),
+    "unknown template": ("eval:", HUB.replace("template: alpaca", "template: alpacca"), "14:17: data.mix.0.template: no template 'alpacca'; did you mean 'alpaca'? Expected alpaca, or a map with prompt and response"),
+    "another template": ("eval:", HUB.replace("template: alpaca", "template: chat"), "14:17: data.mix.0.template: no template 'chat'; expected alpaca, or a map with prompt and response"),
     "half a template": ("eval:", HUB.replace("template: alpaca", "template: {prompt: '{q}'}"), "14:17: data.mix.0.template.response: is missing"),
     "brace in a template": ("eval:", HUB.replace("template: alpaca", "template: {prompt: '{q', response: '{a}'}"), "14:26: data.mix.0.template.prompt: '{q': expected '}' before end of string; a brace itself is written twice"),
     "format in a template": ("eval:", HUB.replace("template: alpaca", "template: {prompt: '{q:>3}', response: '{a}'}"), "14:26: data.mix.0.template.prompt: '{q:>3}': braces hold the name of a column and nothing else"),
@@ -108,8 +110,13 @@ CASES = {
     "a stream without an end": ("eval:", HUB.replace("loss: response", "streaming: true"), "11:7: data.mix.0.tokens: streaming: true needs tokens"),
     "tokens of no stream": ("eval:", HUB.replace("loss: response", "tokens: 500"), "15:15: data.mix.0.tokens: belongs to streaming: true"),
     "shuffle of no stream": ("eval:", HUB.replace("loss: response", "shuffle: {seed: 1}"), "15:16: data.mix.0.shuffle: belongs to streaming: true"),
-    "unknown key of a dataset": ("eval:", HUB.replace("loss: response", "stream: true"), "15:7: data.mix.0.stream: unknown key; did you mean 'streaming'?; fields here: dataset, field, loss, name, parts, revision,"),
+    "unknown key of a dataset": ("eval:", HUB.replace("loss: response", "stream: true"), "15:7: data.mix.0.stream: unknown key; did you mean 'streaming'? Fields here: dataset, field, loss, name, parts, revision,"),
     "text file with a template": ("eval:", "data: {mix: [{source: text, path: a.txt, template: alpaca}]}\neval:", "9:23: data.mix.0.source: text has no columns for a template"),
+    "one document a file": ("eval:", "data: {mix: [{source: text, path: a.txt, documents: file}]}\neval:", "9:53: data.mix.0.documents: a file that is one document leaves two of the three parts (training, selection, test) empty; write paragraph"),
+    "another kind of document": ("eval:", "data: {mix: [{source: text, path: a.txt, documents: lines}]}\neval:", "9:53: data.mix.0.documents: found the text 'lines'; expected 'paragraph'"),
+    "a slice of a split": ("eval:", HUB.replace("loss: response", "split: 'train[:50%]'"), "15:14: data.mix.0.split: found 'train[:50%]'; expected the name of one split: a slice or a sum of splits hides which rows are held out, `parts` says it"),
+    "a sum of splits": ("eval:", HUB.replace("loss: response", "split: train+test"), "15:14: data.mix.0.split: found 'train+test'; expected the name of one split"),
+    "all splits": ("eval:", HUB.replace("loss: response", "split: all"), "15:14: data.mix.0.split: found 'all'; expected the name of one split"),
     "masked text of recall": ("eval:", "data: {mix: [{source: recall, text: {source: jsonl, path: a, template: alpaca, loss: response}}]}\neval:", "loss: response is for training data; here the whole text is read"),
     "no such file": ("eval:", "extends: nothing.yaml\neval:", "9:10: extends: nothing.yaml: no such recipe"),
     "itself": ("eval:", "extends: r.yaml\neval:", "9:10: extends: the recipe extends itself"),
@@ -205,6 +212,41 @@ def test_extends_one_level(tmp_path):
     with pytest.raises(RecipeError) as found:
         load(heir)
     assert found.value.mistakes[0].file == str(broken) and found.value.mistakes[0].line == 5
+
+
+@pytest.mark.parametrize(
+    ("evals", "place"),
+    [
+        ("[{eval: perplexity}, {eval: recall}, {eval: perplexity, length: 64}]", "2:45: the suite has task 'perplexity' with metric 'log_loss' already"),
+        ("[{eval: usage}, {eval: usage, rows: 2}]", "2:24: the suite has task 'layers'"),
+        ("[{eval: recall, distances: [6, 24]}, {eval: recall, distances: [60, 24]}]", "2:76: the suite has task 'recall@24'"),
+        ("[{eval: lm_eval, tasks: [{task: piqa}]}, {eval: lm_eval, tasks: [{task: piqa, shots: 5}]}]", "2:73: the suite has task 'piqa' with metric 'acc' already"),
+        ("[{eval: lm_eval, tasks: [{task: piqa}, {task: piqa, metric: acc_norm}]}]", None),
+        ("[{eval: retrieval, format: passkey, length: 64, distances: [20]}, {eval: retrieval, format: passkey, length: 96, distances: [20]}]", None),
+        ("[{eval: retrieval, format: passkey, length: 64, distances: [20]}, {eval: retrieval, format: passkey, length: 64, distances: [9, 20]}]", "2:136: the suite has task 'passkey@64:20' with metric 'exact_match' already"),
+    ],
+)  # fmt: skip
+def test_two_rows_of_one_name_are_refused_before_any_work(tmp_path, evals, place):
+    path = write(tmp_path, f"name: s\nevals: {evals}\n", "s.yaml")
+    write(tmp_path, GOOD.replace("[pocket]", "[s.yaml]"))
+    if place is None:
+        assert read_suite(path)
+        return
+    with pytest.raises(RecipeError) as found:
+        load(tmp_path / "r.yaml")
+    (mistake,) = found.value.mistakes
+    assert mistake.file.endswith("s.yaml")
+    assert f"{mistake.line}:{mistake.column}: {mistake.text}".startswith(place), mistake
+    assert "put it into a suite of its own" in mistake.text
+
+
+def test_two_suites_of_one_name_are_refused(tmp_path):
+    write(tmp_path, "name: pocket\nevals: [{eval: perplexity}]\n", "s.yaml")
+    (found,) = mistakes(write(tmp_path, GOOD.replace("[pocket]", "[pocket, s.yaml]")))
+    assert found.startswith("10:20: a suite named 'pocket' is there already")
+    perplexity = lookup.lookup("evals", "perplexity").Config
+    with pytest.raises(ValueError, match="task 'perplexity' with metric 'log_loss' already"):
+        Suite(name="inline", evals=(perplexity(), perplexity(length=64)))
 
 
 def test_a_grid_is_many_recipes(tmp_path):

@@ -108,6 +108,45 @@ def _without(text: str, key: str) -> str:
     return re.sub(rf"^{key}:.*\n(?:[ \t]+.*\n|\n)*", "", text, flags=re.M)
 
 
+# ruff: noqa: E501 (a case a line reads best)
+LEAKS = {
+    "one file": ("{source: jsonl, path: ds/a.jsonl}", "{source: jsonl, path: ds/a.jsonl}", None),
+    "one file, two paths": ("{source: jsonl, path: ds/a.jsonl, PARTS}", "{source: jsonl, path: ./ds/../ds/a.jsonl}", "ds/a.jsonl and ./ds/../ds/a.jsonl: read twice with different parts"),
+    "a link": ("{source: jsonl, path: ds/a.jsonl, PARTS}", "{source: jsonl, path: link.jsonl}", "different parts"),
+    "a file of the folder": ("{source: hub, dataset: ./ds}", "{source: jsonl, path: ds/a.jsonl}", "./ds and ds/a.jsonl: one reads rows of the other"),
+    "the folder around": ("{source: jsonl, path: ds/a.jsonl}", "{source: hub, dataset: ./ds}", "one reads rows of the other"),
+    "a folder in it": ("{source: hub, dataset: ./ds}", "{source: hub, dataset: ./ds/in}", "one reads rows of the other"),
+    "two kinds": ("{source: jsonl, path: ds/a.jsonl}", "{source: text, path: ds/a.jsonl}", "one reads rows of the other"),
+    "one folder, two paths": ("{source: hub, dataset: ./ds}", "{source: hub, dataset: ./ds/}", "./ds and ./ds/: one folder, written in two ways"),
+    "numbered rows": ("{source: hub, dataset: ./ds, PARTS}", "{source: hub, dataset: ./ds/, PARTS}", None),
+    "its own name": ("{source: hub, dataset: ./ds, PARTS}", "{source: hub, dataset: ./ds, name: default}", "./ds: read twice with different parts"),
+    "two splits": ("{source: hub, dataset: ./ds, PARTS}", "{source: hub, dataset: ./ds, split: test}", None),
+    "two files": ("{source: jsonl, path: ds/a.jsonl, PARTS}", "{source: jsonl, path: ds/b.jsonl}", None),
+}  # fmt: skip
+PARTS = "parts: {selection: [0, 1], test: [1, 2]}"
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("case", LEAKS)
+def test_rows_are_held_out_in_one_way_wherever_they_are_read(tmp_path, case, watched):
+    train, test, words = (x and x.replace("PARTS", PARTS) for x in LEAKS[case])
+    (tmp_path / "ds").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "ds" / "a.jsonl")
+    (tmp_path / "s.yaml").write_text(f"name: s\nevals: [{{eval: perplexity, text: {test}}}]\n")
+    validation = ", validation: {watch: [{suite: ./s.yaml, metric: log_loss}]}" if watched else ""
+    text = (
+        f"name: x\nmodel: {{teacher: pocket}}\nmethod: {{name: lolcats}}\ndata: {{mix: [{train}]}}\n"
+        f"schedule: {{tune: {{steps: 1{validation}}}}}\neval: {{suites: [{'pocket' if watched else './s.yaml'}]}}\n"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    if words is None:
+        assert plan(load(tmp_path / "r.yaml"))
+    else:
+        with pytest.raises(PlanError) as found:
+            plan(load(tmp_path / "r.yaml"))
+        assert words in str(found.value)
+
+
 def test_lora_counts_are_pefts(tiny):
     from peft import LoraConfig, inject_adapter_in_model
 

@@ -17,7 +17,7 @@ from recipelin import data, reuse
 from recipelin.cli import main
 from recipelin.load import load
 from recipelin.plan import plan
-from recipelin.records import read_items, read_record
+from recipelin.records import RecordError, read_items, read_record
 from recipelin.run import RunError, run
 from recipelin.sources import Stdlib
 
@@ -204,6 +204,33 @@ def test_a_missing_corpus_is_said_before_any_work(folder, home, tmp_path, capsys
     assert not (tmp_path / "x").exists()
 
 
+def test_what_is_watched_counts_and_is_opened_before_any_work(folder, home, tmp_path, capsys):
+    """A suite that only a stage's validation names: its texts are in the data's digest, and missing ones stop the run."""
+    watch = "optimizer: {lr: 1e-2}, validation: {every: 5, watch: [{suite: watched.yaml, metric: METRIC}]}}"
+    recipe = RECIPE.replace("optimizer: {lr: 1e-2}}", watch)
+    perplexity = "{eval: perplexity, rows: 2, length: 48, text: {source: jsonl, path: watched.jsonl}}"
+    short = "{eval: retrieval, format: passkey, length: 40, distances: [3]}"
+    (folder / "watched.jsonl").write_text('{"text": "one"}\n', encoding="utf-8")
+
+    def write(suite, metric):
+        (folder / "watched.yaml").write_text(f"name: watched\nevals: [{suite}]\n", encoding="utf-8")
+        (folder / "watching.yaml").write_text(recipe.replace("METRIC", metric), encoding="utf-8")
+        loaded = load(folder / "watching.yaml")
+        return loaded, plan(loaded)
+
+    loaded, planned = write(perplexity, "log_loss")
+    before = reuse.digests(loaded, planned)["data"]
+    (folder / "watched.jsonl").write_text('{"text": "two"}\n', encoding="utf-8")
+    assert reuse.digests(loaded, planned)["data"] != before
+    asked = ["run", str(folder / "watching.yaml"), "--out", str(tmp_path / "x"), "--device", "cpu"]
+    (folder / "watched.jsonl").unlink()
+    assert main(asked) == 2 and "watched.jsonl is not there" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    write(short, "exact_match")
+    assert main(asked) != 0 and "distance 3 does not fit" in capsys.readouterr().err
+    assert not (home / "steps").exists() or not list((home / "steps").glob("*.working"))
+
+
 def test_plan_knows_what_is_finished(folder, home, tmp_path, capsys):
     go(folder, home, tmp_path / "run")
     assert main(["plan", str(folder / "recipe.yaml"), "--device", "cpu"]) == 0
@@ -249,12 +276,11 @@ def test_the_exported_student_generates_with_its_own_classes(folder, home, tmp_p
 
 def test_validation_never_sees_test_items():
     """Every `part` of a suite's settings, however deep, is on the selection part while a stage validates."""
-    from recipelin.evaluate import _on_selection
     from recipelin.load import load_suite
+    from recipelin.preflight import on_selection
 
     for config in load_suite("pocket", Path("x.yaml")).evals:
-        watched = type(config).model_validate(_on_selection(config.model_dump()))
-        text = watched.model_dump_json()
+        text = on_selection(config).model_dump_json()
         assert '"test"' not in text and '"selection"' in text
 
 
@@ -270,6 +296,17 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(folder, home, tmp_path,
     monkeypatch.undo()
     monkeypatch.setenv("RECIPELIN_HOME", str(home))
     assert main(["run", str(folder / "recipe.yaml"), "--out", str(tmp_path / "x"), "--device", "cpu"]) == 0
+
+
+def test_a_sidecar_that_cannot_be_written_loses_no_record(folder, home, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RecordError("two rows")
+
+    monkeypatch.setattr("recipelin.records.write_items", refuse)
+    with pytest.raises(RecordError, match="two rows"):
+        go(folder, home, tmp_path / "x")
+    record = read_record(tmp_path / "x")
+    assert record.status == "finished" and record.rows and record.steps
 
 
 def test_a_teacher_that_is_not_here_or_not_as_planned_is_refused_before_any_work(folder, home, tmp_path, capsys):

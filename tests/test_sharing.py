@@ -75,7 +75,7 @@ def test_without_a_command_the_help_is_shown(capsys):
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 USAGE = {
-    "rnu": "no command 'rnu'; did you mean 'run'?; there are run, ",
+    "rnu": "no command 'rnu'; did you mean 'run'? There are run, ",
     "RUN x": "did you mean 'run'?",
     "--verion": "did you mean '--version'?",
     "run": "required: RECIPE",

@@ -1,5 +1,6 @@
 """Tokens on disk: a stream is spooled once, and an interrupted spool goes on bit-equal, whatever it was cut off in."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 STREAM = {"source": "hub", "dataset": "./set", "streaming": True, "tokens": 4_000}
 SOURCES = {
     "stream": Hub(**STREAM),
@@ -192,6 +194,33 @@ def test_the_key_knows_what_changes_tokens(tokenizer, corpus):
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
     assert spool._key(source, without, ("training",), corpus) != key
     assert spool._key(source, tokenizer, ("test",), corpus) != key
+
+
+def test_truncation_and_padding_of_the_tokenizer_cut_nothing(tokenizer, corpus):
+    """A tokenizer.json may hold both, and every call of the tokenizer leaves its own behind."""
+    from recipelin.evals.retrieval.items import filler
+
+    def made(words):
+        texts = documents(SOURCES["jsonl"], "training", corpus)
+        asked = {"items": 2, "seed": 0, "context": (1, 40), "answer": (1, 40), "options": 2}
+        lines = [(name, text.replace(" document", "\ndocument")) for name, text in texts]
+        return (
+            spool.stream(SOURCES["parquet"], words, part="training", folder=corpus, cache=None).tokens.tolist(),
+            spool.tokenizer_digest(words),
+            data.next_line_items(lines, words, **asked),
+            filler(words, "document one holds the number", 100).tolist(),
+        )
+
+    expected = made(tokenizer)
+    cut = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), **SPECIAL)
+    backend = cut.backend_tokenizer
+    backend.enable_truncation(3, stride=1, direction="left")
+    backend.enable_padding(length=7, pad_token="<pad>", pad_id=2)
+    before = (backend.truncation, backend.padding, backend.to_str())
+    assert made(cut) == expected
+    assert (backend.truncation, backend.padding, backend.to_str()) == before, "left as it was"
+    cut(["a b c d e f g"], truncation=True, max_length=2, padding="max_length")
+    assert made(cut) == expected
 
 
 def test_streams_that_are_too_short_are_said(tokenizer, corpus, tmp_path):

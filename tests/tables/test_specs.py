@@ -157,7 +157,7 @@ def test_a_recovery_of_perplexity_has_no_meaning(spec: Any, make: Any) -> None:
         (
             "mean_of: [short, long]",
             "mean_of: [short, lnog]",
-            "8:35: .*no task column 'lnog'; did you mean 'long'.*; there are PPL, short",
+            "8:35: .*no task column 'lnog'; did you mean 'long'. There are PPL, short",
         ),
         ("recovery_of: AVG}", "recovery_of: MEAN}", "9:31: .*no column 'MEAN'"),
         (

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ...base import Config as Base
+from ...base import RowName
 from ...sources import Hub, LocalFile, Stdlib, Text
 
 
@@ -67,6 +68,13 @@ class Config(Base):
     eval: Literal["lm_eval"] = "lm_eval"
     tasks: Annotated[tuple[Task, ...], Field(min_length=1)]
     batch: Annotated[int, Field(ge=1)] = 16
+
+    def names(self) -> tuple[RowName, ...]:
+        """Of the rows that it makes, with the field that each comes from."""
+        return tuple(
+            RowName(("tasks", i), t.task, "word_log_loss" if t.metric == "word_perplexity" else t.metric)
+            for i, t in enumerate(self.tasks)
+        )
 
     def tokens(self) -> int | None:
         """Tokens that one state and seed read, at most; None where a task's data is lm-eval's own."""

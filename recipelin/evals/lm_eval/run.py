@@ -16,6 +16,7 @@ import yaml
 from ... import data
 from ...exposure import exposed_share
 from ...files import write_atomically
+from ...hub import without_bars
 from ...records import Item, Result
 from ...sources import fingerprint
 from ...spool import tokenizer_digest
@@ -52,13 +53,13 @@ def run(
         prepare(config, tokenizer, seed=seed, folder=folder, base=base)
         manager = _manager(config, [folder] if any(t.next_line for t in config.tasks) else [])
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch, device=device)
-        outcomes: dict[str, Any] = {}
+        outcomes: dict[tuple[int, int | None], Any] = {}
         # Tasks that are asked alike go in one call: each call costs lm-eval half a second of its own.
         for shots, limit in dict.fromkeys((t.shots, t.limit) for t in config.tasks):
             together = [task_name(t, seed) for t in config.tasks if (t.shots, t.limit) == (shots, limit)]
-            outcome = simple_evaluate(
+            outcomes[shots, limit] = simple_evaluate(
                 model=wrapped,
-                tasks=list(together),
+                tasks=list(dict.fromkeys(together)),
                 task_manager=manager,
                 num_fewshot=shots,
                 limit=limit,
@@ -69,10 +70,10 @@ def run(
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-            outcomes |= dict.fromkeys(together, outcome)
-        names = [(task, task_name(task, seed)) for task in config.tasks]
-        found = [_result(task, name, outcomes[name], wrapped, exposed_from) for task, name in names]
-    return tuple(found)
+        return tuple(
+            _result(task, task_name(task, seed), outcomes[task.shots, task.limit], wrapped, exposed_from)
+            for task in config.tasks
+        )
 
 
 def preflight(config: Config, *, tokenizer: Any, seeds: Sequence[int], base: Path) -> None:
@@ -256,18 +257,15 @@ def _texts(arguments: Any, index: int) -> tuple[str, str]:
 @contextmanager
 def _quiet(*, show: bool = True) -> Iterator[None]:
     """Keeps what lm-eval, datasets and their child processes write to stderr; with `show`, an error brings it out."""
-    import datasets
-
     loggers = {name: logging.getLogger(name).level for name in ("lm_eval", "lm-eval", "datasets")}
     for name in loggers:
         logging.getLogger(name).setLevel(logging.ERROR)
-    bars = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
     sys.stderr.flush()
     kept, own = tempfile.TemporaryFile(), os.dup(2)  # noqa: SIM115 (closed below, after stderr has its own file back)
     os.dup2(kept.fileno(), 2)
     try:
-        yield
+        with without_bars():
+            yield
     except BaseException:
         sys.stderr.flush()
         kept.seek(0)
@@ -281,5 +279,3 @@ def _quiet(*, show: bool = True) -> Iterator[None]:
         kept.close()
         for name, level in loggers.items():
             logging.getLogger(name).setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ...base import Config as Base
+from ...base import RowName
 from ...sources import Stdlib, Text
 
 
@@ -20,6 +21,10 @@ class Config(Base):
     rows: Annotated[int, Field(ge=2)] = 48
     length: Annotated[int, Field(ge=2)] = 256
     batch: Annotated[int, Field(ge=1)] = 8
+
+    def names(self) -> tuple[RowName, ...]:
+        """Of the rows that it makes, with the field that each comes from."""
+        return (RowName((), "perplexity", "log_loss"),)
 
     def tokens(self) -> int:
         """Tokens that one state and seed read."""

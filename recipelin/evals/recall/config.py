@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ...base import Config as Base
+from ...base import RowName
 from ...sources import Stdlib, Text
 
 
@@ -23,6 +24,10 @@ class Config(Base):
     pairs: Annotated[int, Field(ge=2)] = 8
     length: Annotated[int, Field(ge=16)] = 256
     batch: Annotated[int, Field(ge=1)] = 16
+
+    def names(self) -> tuple[RowName, ...]:
+        """Of the rows that it makes, with the field that each comes from."""
+        return tuple(RowName(("distances", i), f"recall@{d}", "accuracy") for i, d in enumerate(self.distances))
 
     def tokens(self) -> int:
         """Tokens that one state and seed read."""

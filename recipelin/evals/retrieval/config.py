@@ -5,8 +5,10 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ...base import Config as Base
+from ...base import RowName
 from ...sources import Text
 
+METRICS = {"likelihood": "exact_match", "generate": "generated"}
 FILLER = (
     "The morning was quiet and the street was empty. A light wind moved the leaves. Nobody was in a hurry. "
     "The shop on the corner opened late, as it always did."
@@ -76,6 +78,14 @@ class Config(Base):
     def rows(self) -> int:
         """Rows that one state and seed read."""
         return self.items * len(self.distances) // self.queries
+
+    def names(self) -> tuple[RowName, ...]:
+        """Of the rows that it makes, with the field that each comes from."""
+        return tuple(
+            RowName(("distances", i), f"{self.format}@{self.length}:{d}", METRICS[how])
+            for how in self.scoring
+            for i, d in enumerate(self.distances)
+        )
 
     def tokens(self) -> int:
         """Tokens that one state and seed read, at most: generation reads a row once for every question in it."""

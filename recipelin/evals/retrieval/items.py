@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...sources import Part, SourceError
+from ...spool import uncut
 from .config import Config
 from .words import ADJECTIVES, CITIES, NOUNS
 
@@ -118,7 +119,8 @@ def filler(tokenizer: Any, text: str, length: int) -> np.ndarray:
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    return [e.ids for e in tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    with uncut(tokenizer) as backend:
+        return [e.ids for e in backend.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def _start(tokenizer: Any) -> list[int]:

@@ -17,10 +17,8 @@ from ...files import home
 from ...records import Item, Result
 from ...states import NamedState
 from ...swap import forms
-from .config import Config
+from .config import METRICS, Config
 from .items import DIGITS, Question, Row, filler, rows
-
-METRICS = {"likelihood": "exact_match", "generate": "generated"}
 
 
 def preflight(config: Config, *, tokenizer: Any, seeds: Sequence[int], base: Path) -> None:

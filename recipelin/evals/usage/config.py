@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ...base import Config as Base
+from ...base import RowName
 from ...sources import Stdlib, Text
 
 
@@ -20,6 +21,10 @@ class Config(Base):
     rows: Annotated[int, Field(ge=1)] = 8
     length: Annotated[int, Field(ge=2)] = 256
     batch: Annotated[int, Field(ge=1)] = 8
+
+    def names(self) -> tuple[RowName, ...]:
+        """Of the rows that it makes, all layers and heads under one name."""
+        return (RowName((), "layers", "linear_share"),)
 
     def tokens(self) -> int:
         """Tokens that one state and seed read."""
