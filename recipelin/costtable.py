@@ -58,11 +58,11 @@ def _training(record: Record) -> Block:
             cells.append(_cell("window on", share, f"{share:.0%}" if isinstance(share, float) else "", "fraction"))
         if merged:
             lost = merged.get(step.step)
-            cells.append(_cell("merge rounding", lost, f"{lost:.1e}" if isinstance(lost, float) else "", "fraction"))
+            cells.append(_cell("merge rounding", lost, f"{lost:.1%}" if isinstance(lost, float) else "", "fraction"))
         rows.append((step.step + (" (reused)" if step.reused else ""), tuple(cells)))
     columns = ["stage", "steps", "tokens", "seconds", "tokens/s", "peak memory"]
     columns += ["window on"] * dropped + ["merge rounding"] * bool(merged)
-    place = record.device if record.device != "cpu" else _cpu(record, f"{record.threads} threads")
+    place = record.device if record.device != "cpu" else _cpu(record, record.threads)
     return Block(f"Cost of training, {place}", tuple(columns), tuple(rows))
 
 
@@ -70,8 +70,8 @@ def _counted(quantity: str, value: object) -> Cell:
     return _cell(quantity, value, count(value) if isinstance(value, (int, float)) else "", "tokens")
 
 
-def _cpu(record: Record, threads: str) -> str:
-    return f"{record.processor or 'cpu'}, {threads}"
+def _cpu(record: Record, threads: int) -> str:
+    return f"{record.processor or 'cpu'}, {threads} thread{'s' * (threads != 1)}"
 
 
 def _decoding(record: Record) -> Block:
@@ -99,6 +99,6 @@ def _decoding(record: Record) -> Block:
                 _cell(metric, mean, text, "bytes" if unit else "tokens per second", repeats[state, context, metric])
             )
         rows.append((state, tuple(cells)))
-    place = record.device if record.device != "cpu" else _cpu(record, "1 thread")
+    place = record.device if record.device != "cpu" else _cpu(record, 1)
     columns = ("state", *(f"{METRICS[metric]} @{context}" for context, metric in heads))
     return Block(f"Cost of decoding by context, {place}", columns, tuple(rows))
