@@ -131,40 +131,57 @@ class Evaluator:
                 "student": lambda: hf.load_student(exported, dtype=self.around.dtype, device=self.device),
             }
         )
-        references: dict[tuple[str, int], dict[str, Any]] = {}
-        found: list[tuple[NamedState, Suite, int, tuple[Result, ...]]] = []
-        kernels: dict[str, str] = {}
-        reused = 0
-        bar = tqdm(units, desc="evaluate", unit="eval", file=sys.stderr, disable=None, mininterval=1.0)
-        for named, suite, config, seed in bar:
-            bar.set_postfix_str(f"{named.name}: {config.eval}")
-            module = lookup.implementation("evals", config.eval)
-            if hasattr(module, "prepare"):
-                module.prepare(config, tokenizer, seed=seed, folder=self.folder / "tasks", base=self.loaded.path.parent)
-            unit = self._key(
+        paths = [
+            reuse.home()
+            / "evaluations"
+            / self._key(
                 config,
                 tokenizer,
                 digests[named.weights],
                 seed=seed,
+                name=named.name,
                 state=named.state.model_dump(mode="json") if named.state else None,
                 exposed_from=exposed_from(step.hybrid, self.plan.reach),
                 reference=self._reference_key(config, tokenizer, seed),
-                name=named.name,
             )
-            path = reuse.home() / "evaluations" / f"{unit}.json"
-            if path.is_file() and not self.fresh:
+            for named, _, config, seed in units
+        ]
+        known = {path for path in paths if path.is_file() and not self.fresh}
+        # Of the teacher, before the student takes its place.
+        references = {
+            which: self._reference(config, tokenizer, lambda: held.get("teacher"), seed=seed, fresh=self.fresh)
+            for which, (config, seed) in {
+                (config.model_dump_json(), seed): (config, seed)
+                for (_, _, config, seed), path in zip(units, paths, strict=True)
+                if path not in known
+            }.items()
+        }
+        found: list[tuple[NamedState, Suite, int, tuple[Result, ...]]] = []
+        kernels: dict[str, str] = {}
+        reused = 0
+        bar = tqdm(
+            zip(units, paths, strict=True),
+            total=len(units),
+            desc="evaluate",
+            unit="eval",
+            file=sys.stderr,
+            disable=None,
+            mininterval=1.0,
+        )
+        for (named, suite, config, seed), path in bar:
+            bar.set_postfix_str(f"{named.name}: {config.eval}")
+            module = lookup.implementation("evals", config.eval)
+            if hasattr(module, "prepare"):
+                module.prepare(config, tokenizer, seed=seed, folder=self.folder / "tasks", base=self.loaded.path.parent)
+            if path in known:
                 results = tuple(Result.model_validate_json(x) for x in json.loads(path.read_text(encoding="utf-8")))
                 reused += 1
             else:
-                which = (config.model_dump_json(), seed)
-                if which not in references:
-                    references[which] = self._reference(
-                        config, tokenizer, lambda: held.get("teacher"), seed=seed, fresh=self.fresh
-                    )
                 model, words = held.get(named.weights)
                 if found_forms := swap.forms(model):
                     kernels["hybrid_attention"] = found_forms[0].kernel
-                results = self.one(config, model, words, named, seed=seed, **references[which])
+                more = references[config.model_dump_json(), seed]
+                results = self.one(config, model, words, named, seed=seed, **more)
                 write_atomically(path, json.dumps([r.model_dump_json() for r in results]).encode())
             found.append((named, suite, seed, results))
         bar.close()
@@ -187,7 +204,7 @@ class Evaluator:
         return reuse.source_digest(next(p.step for p in self.plan.steps if isinstance(p.step, Evaluate)))
 
     def _key(self, config: Any, tokenizer: Any, weights: str, *, seed: int, **more: Any) -> str:
-        """Of what an evaluation finds for some weights; of one that is TIMED, on this machine."""
+        """The file of what an evaluation finds for some weights; of one that is TIMED, on this machine."""
         around = self.around
         timed = getattr(lookup.implementation("evals", config.eval), "TIMED", False)
         facts = {
@@ -200,10 +217,10 @@ class Evaluator:
             "seed": seed,
             "sources": self._sources,
         }
-        return digest(facts | more)[:20]
+        return f"{digest(facts | more)[:20]}.json"
 
     def _reference_key(self, config: Any, tokenizer: Any, seed: int) -> str | None:
-        """Of what an evaluation needs of the teacher; None for one that needs nothing, or where there is no teacher."""
+        """The file of what an evaluation needs of the teacher; None for one that needs nothing, or where there is no teacher."""
         module = lookup.implementation("evals", config.eval)
         if not hasattr(module, "reference") or self.loaded.recipe.model.teacher is None:
             return None
@@ -222,7 +239,7 @@ class Evaluator:
         key = self._reference_key(config, tokenizer, seed)
         if key is None:
             return {"reference": None}
-        path = reuse.home() / "references" / f"{key}.json"
+        path = reuse.home() / "references" / key
         if fresh or not path.is_file():
             model, words = teacher()
             base = self.loaded.path.parent
