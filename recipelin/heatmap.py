@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .files import write_atomically
-from .records import BandsOf, read_bands
+from .records import BandsOf, bands_path, picture_path, read_bands
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -41,14 +41,14 @@ class Grid:
         return LABELS + CELL[0] * len(self.columns), 3 * LINE + CELL[1] * len(self.rows)
 
 
-def write(bands: Path) -> str:
-    """Draw a file of bands beside it, `usage.json` -> `usage.png`. Returns why there is no picture; empty where there is."""
-    path = bands.with_suffix(".png")
+def write(run: Path) -> str:
+    """Draw the bands of a run's folder beside them, `usage.png`. Returns why there is no picture; empty where there is."""
+    path = picture_path(run)
     try:
-        content = png(read_bands(bands))
+        content = png(read_bands(run))
     except ModuleNotFoundError as error:
         path.unlink(missing_ok=True)  # of an earlier run: the numbers may be others
-        return f"no heat maps: {error.name} is not installed (pip install pillow); the numbers are in {bands}"
+        return f"no heat maps: {error.name} is not installed (pip install pillow); the numbers are in {bands_path(run)}"
     write_atomically(path, content)
     return ""
 

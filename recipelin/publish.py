@@ -29,7 +29,7 @@ class PublishError(ValueError):
 def publish(run: Path, results: Path) -> Path:
     """Copy a run's Record and items to `results/records/<recipe>--<plan8>--<time>-<rand4>.json` and return its path.
 
-    Its `usage.json` too, where it has one. The bytes are copied as they are; the Record is written last, so that one
+    Its `usage.json.gz` too, where it has one. The bytes are copied as they are; the Record is written last, so that one
     there always has the others beside it.
     Publishing the same run again finds the first copy. Raises PublishError for a run that did not finish, or whose
     source is not known exactly; RecordError for a folder that holds no whole run.

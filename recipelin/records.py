@@ -3,6 +3,7 @@
 import gzip
 import json
 import subprocess
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -223,7 +224,7 @@ def read_items(path: Path) -> dict[ItemsOf, tuple[Item, ...]]:
 
 
 class BandsOf(Bands):
-    """Bands and the row of the Record that they are of: an entry of `usage.json`."""
+    """Bands and the row of the Record that they are of: an entry of `usage.json.gz`."""
 
     state: str
     suite: str
@@ -233,31 +234,40 @@ class BandsOf(Bands):
 
 
 def bands_path(path: Path) -> Path:
-    """The bands beside a Record: of `record.json` it is `usage.json`, of `X.json` it is `X.usage.json`."""
+    """The bands beside a Record: of `record.json` it is `usage.json.gz`, of `X.json` it is `X.usage.json.gz`."""
     file = record_path(path)
-    return file.with_name("usage.json" if file.name == "record.json" else f"{file.stem}.usage.json")
+    return file.with_name("usage.json.gz" if file.name == "record.json" else f"{file.stem}.usage.json.gz")
+
+
+def picture_path(path: Path) -> Path:
+    """The heat maps beside the bands: `usage.png`, `X.usage.png`."""
+    return bands_path(path).with_suffix("").with_suffix(".png")
 
 
 def write_bands(path: Path, results: Iterable[tuple[Row, Result]]) -> None:
-    """Write the bands atomically, shares to six decimals, an entry a line."""
+    """Write the bands atomically, shares to six decimals, an entry a line.
+
+    Packed, as the items are: in results/records what ends in .json is a Record.
+    """
     lines = []
     for row, result in results:
         assert result.bands is not None
         heads = [[round(x, 6) for x in head] for head in result.bands.heads]
         of = row.model_dump(include={"state", "suite", "task", "metric", "seed"})
         lines.append(json.dumps(of | result.bands.model_dump() | {"heads": heads}, allow_nan=False))
-    write_atomically(path, ('{"version": 1, "bands": [\n' + ",\n".join(lines) + "\n]}\n").encode())
+    text = '{"version": 1, "bands": [\n' + ",\n".join(lines) + "\n]}\n"
+    write_atomically(path, gzip.compress(text.encode(), mtime=0))
 
 
 def read_bands(path: Path) -> tuple[BandsOf, ...]:
     """Read the bands; `path` is their file, or the Record's file or run folder. Raises RecordError."""
-    file = path if path.name.endswith("usage.json") else bands_path(path)
+    file = path if path.name.endswith("usage.json.gz") else bands_path(path)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(gzip.decompress(file.read_bytes()))
         return tuple(BandsOf.model_validate_json(json.dumps(x)) for x in found["bands"])
     except FileNotFoundError as error:
         raise RecordError(f"{file}: no such file; only runs with the evaluation `usage` have it") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
         raise RecordError(f"{file}: not the bands of a Record: {error}") from error
 
 

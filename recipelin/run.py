@@ -43,7 +43,7 @@ def run(
     """Carry out one recipe (a point of its grid) and return its folder.
 
     The folder holds record.json, items.jsonl.gz, table.md, model/, tasks/ and logs/; with the evaluation `usage` also
-    usage.json and its heat maps, usage.png. Finished steps of earlier runs are reused; an interrupted step goes on from
+    usage.json.gz and its heat maps, usage.png. Finished steps of earlier runs are reused; an interrupted step goes on from
     its last checkpoint. Raises RunError, stages.StageError, PlanError, SourceError, lolcats_checkpoint.PublishedError.
     """
     planned = plan(loaded, allow_code=allow_code)
@@ -434,12 +434,12 @@ class _Walk:
         )
         records.write_items(self.folder / "items.jsonl.gz", [(row, r) for row, r in self.results if r.items])
         if banded := [(row, r) for row, r in self.results if r.bands]:
-            records.write_bands(self.folder / "usage.json", banded)
-            if why := heatmap.write(self.folder / "usage.json"):
+            records.write_bands(records.bands_path(self.folder), banded)
+            if why := heatmap.write(self.folder):
                 _say(why)
         else:  # of an earlier run of this plan
-            for name in ("usage.json", "usage.png"):
-                (self.folder / name).unlink(missing_ok=True)
+            for path in (records.bands_path(self.folder), records.picture_path(self.folder)):
+                path.unlink(missing_ok=True)
         records.write_record(self.folder / "record.json", record)
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from .costtable import cost_blocks, cost_notes
 from .measures import Measure, by_distance, measures, reach
-from .records import SHRUNK, Items, Record, bands_path
+from .records import SHRUNK, Items, Record, bands_path, picture_path
 from .render import DASH, WIDTH, Block, Cell, Number, Table, plus_minus
 from .states import State, subsets
 from .statistics import Draws, Interval, compare, gap, interval_of, ratio, recovery, retention, shapley
@@ -284,9 +284,8 @@ def _usage(record: Record, place: Path | None) -> tuple[str, ...]:
     if not lines:
         return ("linear share of the normaliser: not measured.",)
     lines[-1] += " It proves nothing alone: mass is not use."
-    beside = bands_path(place) if place else None
-    if beside and beside.is_file():
-        picture = beside.with_suffix(".png")
+    if place and (beside := bands_path(place)).is_file():
+        picture = picture_path(place)
         heat = f"; heat maps: {picture}" if picture.is_file() else ""
         lines.append(f"the same by head and position: {beside}{heat}.")
     return tuple(lines)

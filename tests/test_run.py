@@ -410,7 +410,7 @@ def test_what_lies_beside_the_record_and_what_the_table_says_of_it(folder, home,
     assert (out / "usage.png").read_bytes()[:4] == b"\x89PNG" and record.processor == reuse.processor()
     assert main(["table", str(out)]) == 0
     text = capsys.readouterr().out
-    assert f"{out / 'usage.json'}; heat maps: {out / 'usage.png'}" in " ".join(text.split())
+    assert f"{out / 'usage.json.gz'}; heat maps: {out / 'usage.png'}" in " ".join(text.split())
     assert "## Cost of decoding by context" in text and "| teacher" in text.split("## Cost of decoding")[1]
     assert "tokens per second" not in text.split("## Cost of decoding")[0]
     assert [m for m in ("decode", "cache_bytes", "outside_share") if m in text.partition("**Verdict")[0]] == []

@@ -1,5 +1,6 @@
 """Usage, agreement and decoding against numbers made by hand, and what they leave beside the Record."""
 
+import gzip
 import io
 import json
 import sys
@@ -163,20 +164,21 @@ def results(layers=2, heads=16, metrics=("linear_share", "outside_share"), seeds
 
 
 def test_bands_are_written_and_read(tmp_path):
-    path = bands_path(tmp_path)
+    path = bands_path(tmp_path / "record.json")
     write_bands(path, results(seeds=(0, 1)))
-    assert bands_path(tmp_path / "X.json").name == "X.usage.json"
+    assert bands_path(tmp_path / "X.json").name == "X.usage.json.gz"
     found = read_bands(path)
     assert len(found) == 8 and found[0].counts == (6, 28) and found[0].heads[1] == (0.25, 0.123457)
-    assert read_bands(tmp_path / "usage.json") == found
-    path.write_text('{"bands": [{"edges": 1}]}')
-    with pytest.raises(RecordError, match="not the bands of a Record"):
-        read_bands(path)
+    assert read_bands(tmp_path / "usage.json.gz") == found
+    for damage in (b"{}", gzip.compress(b'{"bands": [{"edges": 1}]}'), path.read_bytes()[:40]):
+        path.write_bytes(damage)
+        with pytest.raises(RecordError, match="not the bands of a Record"):
+            read_bands(path)
 
 
 def test_the_heat_maps_open_and_show_the_numbers(tmp_path):
-    write_bands(tmp_path / "usage.json", results())
-    assert heatmap.write(tmp_path / "usage.json") == ""
+    write_bands(bands_path(tmp_path / "record.json"), results())
+    assert heatmap.write(tmp_path) == ""
     image = Image.open(io.BytesIO((tmp_path / "usage.png").read_bytes()))
     image.load()
     # Margins; labels and 16 heads of 40; a gap; labels and the words over the bands, wider than its two columns.
@@ -203,10 +205,10 @@ def test_seeds_are_averaged_and_lengths_kept_apart():
 
 
 def test_without_pillow_there_is_a_sentence_and_no_picture(tmp_path, monkeypatch):
-    write_bands(tmp_path / "usage.json", results())
+    write_bands(bands_path(tmp_path / "record.json"), results())
     (tmp_path / "usage.png").write_bytes(b"of an earlier run")
     monkeypatch.setitem(sys.modules, "PIL", None)
-    said = heatmap.write(tmp_path / "usage.json")
+    said = heatmap.write(tmp_path)
     assert "no heat maps: PIL is not installed (pip install pillow)" in said and str(tmp_path) in said
     assert not (tmp_path / "usage.png").exists()
 

@@ -50,13 +50,13 @@ def test_bands_are_copied_too_and_must_be_whole(make: Any, tmp_path: Path) -> No
     run = lay(make, tmp_path / "run")
     bands = Bands(edges=(32, 64), counts=(8,), heads=((0.5,),))
     result = Result(task="layer_0", metric="linear_share", value=0.5, stderr=None, n=8, bands=bands)
-    write_bands(run / "usage.json", [(result.row(state="hybrid", suite="pocket", seed=0), result)])
+    write_bands(run / "usage.json.gz", [(result.row(state="hybrid", suite="pocket", seed=0), result)])
     path = publish(run, tmp_path / "results")
-    assert path.with_name(f"{path.stem}.usage.json").read_bytes() == (run / "usage.json").read_bytes()
+    assert path.with_name(f"{path.stem}.usage.json.gz").read_bytes() == (run / "usage.json.gz").read_bytes()
     assert read_bands(path) == read_bands(run) and len(list(path.parent.iterdir())) == 3
     notes = run_table(read_record(path), read_items(path), place=path).notes
-    assert f"the same by head and position: {path.with_name(f'{path.stem}.usage.json')}." in notes
-    (run / "usage.json").write_text("{}")
+    assert f"the same by head and position: {path.with_name(f'{path.stem}.usage.json.gz')}." in notes
+    (run / "usage.json.gz").write_text("{}")
     with pytest.raises(RecordError, match="not the bands of a Record"):
         publish(run, tmp_path / "elsewhere")
     assert not (tmp_path / "elsewhere").exists()

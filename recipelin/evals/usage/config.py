@@ -15,7 +15,7 @@ class Config(Base):
     norms of the two numerators, sum a v of the softmax set and sum b v of the linear set in the units of the join, for
     each query; the normaliser cancels. `outside_share`: the mass that causal softmax over all keys, of the student's own
     q and k, gives to keys outside the softmax set (window, and sinks where the state has them).
-    Means over queries that have a linear set, for each layer in the Record, by head and position band in `usage.json`.
+    Means over queries that have a linear set, for each layer in the Record, by head and position band in `usage.json.gz`.
 
     Sample YAML: `{eval: usage, rows: 8, length: 256, edges: [64, 128]}`
     """
