@@ -102,3 +102,17 @@ def check_cache(cache: Any) -> None:
 def state_bytes(cache: DynamicCache) -> int:
     """Bytes that the hybrid entries of a cache hold."""
     return sum(x.state.bytes for x in cache.layers if isinstance(x, HybridLayer) and x.state is not None)
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes that a cache holds for the past: the states of hybrid entries, keys and values of stock ones.
+
+    Raises ValueError for an entry of another kind, whose bytes are not known.
+    """
+    total = state_bytes(cache)
+    for entry in cache.layers:
+        if isinstance(entry, DynamicLayer):
+            total += sum(x.nbytes for x in (entry.keys, entry.values) if x is not None)
+        elif not isinstance(entry, HybridLayer):
+            raise ValueError(f"the bytes of a {type(entry).__name__} are not known")
+    return total

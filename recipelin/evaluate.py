@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from .files import write_atomically
 from .load import Loaded, load_suite
 from .plan import Plan, digest
 from .preflight import on_selection
+from .recipe import Suite
 from .records import Result, Row
 from .reuse import Surroundings
 from .states import NamedState, resolve
@@ -24,11 +26,27 @@ from .steps import Evaluate
 
 
 class Measured(NamedTuple):
-    """What an Evaluate step found."""
+    """What an Evaluate step found: the Record's rows with what belongs beside them."""
 
-    rows: tuple[Row, ...]
-    items: tuple[tuple[Row, Result], ...]
+    results: tuple[tuple[Row, Result], ...]
     kernels: dict[str, str]
+
+
+@dataclass
+class _OneModel:
+    """The teacher or the student, one of them in memory at a time. `load`: weights -> (model, tokenizer)."""
+
+    load: Mapping[str, Callable[[], tuple[Any, Any]]]
+    weights: str = ""
+    model: Any = None
+    tokenizer: Any = None
+
+    def get(self, weights: str) -> tuple[Any, Any]:
+        if self.weights != weights:
+            self.model = None
+            self.model, self.tokenizer = self.load[weights]()
+            self.weights = weights
+        return self.model, self.tokenizer
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,8 @@ class Evaluator:
         found: list[float] = []
         for config in load_suite(suite, self.loaded.path).evals:
             asked = on_selection(config)
-            for result in self.one(asked, model, tokenizer, named, seed=0, tasks="selection-tasks"):
+            extra = self._reference(asked, tokenizer, self.teacher, seed=0, fresh=False)
+            for result in self.one(asked, model, tokenizer, named, seed=0, tasks="selection-tasks", **extra):
                 if metric in (result.metric, result.task):
                     found.append(-result.value if result.higher_is_better else result.value)
         if not found:
@@ -61,9 +80,17 @@ class Evaluator:
         return sum(found) / len(found)
 
     def one(
-        self, config: Any, model: Any, tokenizer: Any, named: NamedState, *, seed: int, tasks: str = "tasks"
+        self,
+        config: Any,
+        model: Any,
+        tokenizer: Any,
+        named: NamedState,
+        *,
+        seed: int,
+        tasks: str = "tasks",
+        **reference: Any,
     ) -> tuple[Result, ...]:
-        """One evaluation of a model in a named state; the model is left as it was."""
+        """One evaluation of a model in a named state; the model is left as it was. `reference`: see `_reference`."""
         before = swap.state_of(model)
         if named.state is not None:
             swap.switch(model, named.state)
@@ -81,6 +108,7 @@ class Evaluator:
                 folder=self.folder / tasks,
                 base=self.loaded.path.parent,
                 device=self.device,
+                **reference,
             )
             return results
         finally:
@@ -98,51 +126,63 @@ class Evaluator:
             for config in suite.evals
         ]
         digests = {"student": reuse.digest_folder(exported), "teacher": self.around.digests.get("teacher", "")}
-        sources = reuse.source_digest(step)
-        model, words, weights, found, reused = None, None, "", [], 0
+        held = _OneModel(
+            {
+                "teacher": self.teacher,
+                "student": lambda: hf.load_student(exported, dtype=self.around.dtype, device=self.device),
+            }
+        )
+        paths = [
+            reuse.home()
+            / "evaluations"
+            / self._key(
+                config,
+                tokenizer,
+                digests[named.weights],
+                seed=seed,
+                name=named.name,
+                state=named.state.model_dump(mode="json") if named.state else None,
+                exposed_from=exposed_from(step.hybrid, self.plan.reach),
+                reference=self._reference_key(config, tokenizer, seed),
+            )
+            for named, _, config, seed in units
+        ]
+        known = {path for path in paths if path.is_file() and not self.fresh}
+        # Of the teacher, before the student takes its place.
+        references = {
+            which: self._reference(config, tokenizer, lambda: held.get("teacher"), seed=seed, fresh=self.fresh)
+            for which, (config, seed) in {
+                (config.model_dump_json(), seed): (config, seed)
+                for (_, _, config, seed), path in zip(units, paths, strict=True)
+                if path not in known
+            }.items()
+        }
+        found: list[tuple[NamedState, Suite, int, tuple[Result, ...]]] = []
         kernels: dict[str, str] = {}
-        rows: list[Row] = []
-        items: list[tuple[Row, Result]] = []
-        bar = tqdm(units, desc="evaluate", unit="eval", file=sys.stderr, disable=None, mininterval=1.0)
-        for named, suite, config, seed in bar:
+        reused = 0
+        bar = tqdm(
+            zip(units, paths, strict=True),
+            total=len(units),
+            desc="evaluate",
+            unit="eval",
+            file=sys.stderr,
+            disable=None,
+            mininterval=1.0,
+        )
+        for (named, suite, config, seed), path in bar:
             bar.set_postfix_str(f"{named.name}: {config.eval}")
             module = lookup.implementation("evals", config.eval)
             if hasattr(module, "prepare"):
                 module.prepare(config, tokenizer, seed=seed, folder=self.folder / "tasks", base=self.loaded.path.parent)
-            unit = digest(
-                {
-                    "weights": digests[named.weights],
-                    "tokenizer": spool.tokenizer_digest(tokenizer),
-                    "surroundings": [
-                        self.around.digests["data"],
-                        self.around.device,
-                        self.around.threads,
-                        self.around.dtype,
-                    ],
-                    "versions": dict(self.around.versions),
-                    "state": named.state.model_dump(mode="json") if named.state else None,
-                    "config": config.model_dump(mode="json"),
-                    "seed": seed,
-                    "exposed_from": exposed_from(step.hybrid, self.plan.reach),
-                    "sources": sources,
-                }
-            )[:20]
-            path = reuse.home() / "evaluations" / f"{unit}.json"
-            if path.is_file() and not self.fresh:
+            if path in known:
                 results = tuple(Result.model_validate_json(x) for x in json.loads(path.read_text(encoding="utf-8")))
                 reused += 1
             else:
-                if weights != named.weights:
-                    model = None
-                    model, words = (
-                        self.teacher()
-                        if named.weights == "teacher"
-                        else hf.load_student(exported, dtype=self.around.dtype, device=self.device)
-                    )
-                    weights = named.weights
-                    if found_forms := swap.forms(model):
-                        kernels["hybrid_attention"] = found_forms[0].kernel
-                results = self.one(config, model, words, named, seed=seed)
+                model, words = held.get(named.weights)
+                if found_forms := swap.forms(model):
+                    kernels["hybrid_attention"] = found_forms[0].kernel
+                more = references[config.model_dump_json(), seed]
+                results = self.one(config, model, words, named, seed=seed, **more)
                 write_atomically(path, json.dumps([r.model_dump_json() for r in results]).encode())
             found.append((named, suite, seed, results))
         bar.close()
@@ -151,10 +191,59 @@ class Evaluator:
                 f"    {reused} of {len(units)} evaluations reused from {reuse.home() / 'evaluations'}", file=sys.stderr
             )
         order = {s.name: i for i, s in enumerate(step.states)}
-        for named, suite, seed, results in sorted(found, key=lambda f: order[f[0].name]):
-            for result in results:
-                row = Row(state=named.name, suite=suite.name, seed=seed, **result.model_dump(exclude={"items"}))
-                rows.append(row)
-                if result.items:
-                    items.append((row, result))
-        return Measured(tuple(rows), tuple(items), kernels)
+        return Measured(
+            tuple(
+                (result.row(state=named.name, suite=suite.name, seed=seed), result)
+                for named, suite, seed, results in sorted(found, key=lambda f: order[f[0].name])
+                for result in results
+            ),
+            kernels,
+        )
+
+    @cached_property
+    def _sources(self) -> str:
+        return reuse.source_digest(next(p.step for p in self.plan.steps if isinstance(p.step, Evaluate)))
+
+    def _key(self, config: Any, tokenizer: Any, weights: str, *, seed: int, **more: Any) -> str:
+        """The file of what an evaluation finds for some weights; of one that is TIMED, on this machine."""
+        around = self.around
+        timed = getattr(lookup.implementation("evals", config.eval), "TIMED", False)
+        facts = {
+            "weights": weights,
+            "tokenizer": spool.tokenizer_digest(tokenizer),
+            "surroundings": [around.digests["data"], around.device, around.threads, around.dtype],
+            "versions": dict(around.versions),
+            "machine": reuse.machine() if timed else None,
+            "config": config.model_dump(mode="json"),
+            "seed": seed,
+            "sources": self._sources,
+        }
+        return f"{digest(facts | more)[:20]}.json"
+
+    def _reference_key(self, config: Any, tokenizer: Any, seed: int) -> str | None:
+        """The file of what an evaluation needs of the teacher; None for one that needs nothing, or where there is no teacher."""
+        module = lookup.implementation("evals", config.eval)
+        if not hasattr(module, "reference") or self.loaded.recipe.model.teacher is None:
+            return None
+        return self._key(config, tokenizer, self.around.digests["teacher"], seed=seed, what="reference")
+
+    def _reference(
+        self, config: Any, tokenizer: Any, teacher: Callable[[], tuple[Any, Any]], *, seed: int, fresh: bool
+    ) -> dict[str, Any]:
+        """What `one` hands on to an evaluation whose module has a `reference`: that of the teacher (JSON), made once.
+
+        It is kept under the digest of the teacher's weights; None where there is no teacher.
+        """
+        module = lookup.implementation("evals", config.eval)
+        if not hasattr(module, "reference"):
+            return {}
+        key = self._reference_key(config, tokenizer, seed)
+        if key is None:
+            return {"reference": None}
+        path = reuse.home() / "references" / key
+        if fresh or not path.is_file():
+            model, words = teacher()
+            base = self.loaded.path.parent
+            made = module.reference(config, model=model, tokenizer=words, seed=seed, base=base, device=self.device)
+            write_atomically(path, json.dumps(made).encode())
+        return {"reference": json.loads(path.read_text(encoding="utf-8"))}

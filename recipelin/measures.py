@@ -1,8 +1,9 @@
 """Records and their items -> aligned scores, one Measure a column of a table (no torch).
 
 Kinds of rows, by their fields: `distance` given: recall, its format and length in the task's name (`recall@24`,
-`passkey@4096:3000`); metric ending in `share`: usage, no measure; smaller is
-better: a log-loss in nats; else a score in 0..1.
+`passkey@4096:3000`); metric ending in `share`: usage, and tokens per second and bytes: cost, both no measure; task
+`agreement...`: agreement with the teacher's generation, in 0..1, no task; smaller is better: a log-loss in nats; else a
+score in 0..1.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
     from .statistics import Array
 
-Kind = Literal["log_loss", "score", "recall"]
+Kind = Literal["log_loss", "score", "agreement", "recall"]
+COSTS = ("tokens_per_second", "cache_bytes")
 
 
 class Recalled(NamedTuple):
@@ -133,11 +135,13 @@ EXPOSED = 0.5
 
 
 def kind_of(row: Row) -> Kind | None:
-    """What a row is; None for a share of the normaliser."""
-    if row.metric.endswith("share"):
+    """What a row is; None for what nothing is concluded from: usage and cost."""
+    if row.metric.endswith("share") or row.metric in COSTS:
         return None
     if row.distance is not None:
         return "recall"
+    if row.task.startswith("agreement"):
+        return "agreement"
     return "score" if row.higher_is_better else "log_loss"
 
 
@@ -176,7 +180,7 @@ def measures(records: Sequence[Record], items: Sequence[Items], *, limit: int | 
             f"{suite}: {label}" if len(suites) > 1 else label, kind, suite, metric, rows, records=records, items=items
         )
         found.append(replace(made, recalled=what) if isinstance(what, Recalled) else made)
-    order = {"log_loss": 0, "score": 1, "recall": 2}
+    order = {"log_loss": 0, "score": 1, "agreement": 2, "recall": 3}
     return tuple(
         sorted(found, key=lambda m: (m.suite, order[m.kind], m.recalled is not None and m.recalled.part == "far"))
     )

@@ -301,7 +301,8 @@ def _refuse_long_rows(loaded: Loaded, arch: Architecture, steps: Sequence[Step])
         if isinstance(step, Evaluate):
             found += [(("eval", "suites", index), suite) for index, suite in enumerate(suites_of(step))]
         for where, suite in found:
-            longest = max((getattr(e, "length", 0) for e in suite.evals), default=0)
+            asked = [e for e in suite.evals if not getattr(e, "beyond_context", False)]
+            longest = max((getattr(e, "length", 0) for e in asked), default=0)
             if longest > context:
                 raise refusal(loaded, where, f"suite {suite.name!r} has rows of {longest} tokens; {advice}")
 

@@ -1,4 +1,4 @@
-"""A finished run -> results/records: the Record and its items, never edited afterwards (no torch)."""
+"""A finished run -> results/records: the Record, its items and bands, never edited afterwards (no torch)."""
 
 import argparse
 import datetime
@@ -9,7 +9,17 @@ from pathlib import Path
 
 from .files import write_atomically
 from .naming import default_folder
-from .records import SHRUNK, Record, RecordError, items_path, read_items, read_record, record_path
+from .records import (
+    SHRUNK,
+    Record,
+    RecordError,
+    bands_path,
+    items_path,
+    read_bands,
+    read_items,
+    read_record,
+    record_path,
+)
 
 
 class PublishError(ValueError):
@@ -19,13 +29,18 @@ class PublishError(ValueError):
 def publish(run: Path, results: Path) -> Path:
     """Copy a run's Record and items to `results/records/<recipe>--<plan8>--<time>-<rand4>.json` and return its path.
 
-    The bytes are copied as they are; the items are written first, so that a Record there always has its items.
+    Its `usage.json.gz` too, where it has one. The bytes are copied as they are; the Record is written last, so that one
+    there always has the others beside it.
     Publishing the same run again finds the first copy. Raises PublishError for a run that did not finish, or whose
     source is not known exactly; RecordError for a folder that holds no whole run.
     """
     record = read_record(run)
     _refuse(record, run)
     read_items(run)  # whole, or a RecordError
+    beside = [items_path]
+    if bands_path(run).exists():
+        read_bands(run)
+        beside.append(bands_path)
     content = record_path(run).read_bytes()
     stem = _stem(record)
     folder = results / "records"
@@ -33,7 +48,8 @@ def publish(run: Path, results: Path) -> Path:
         if known.read_bytes() == content:
             return known
     path = folder / f"{stem}-{secrets.token_hex(2)}.json"
-    write_atomically(items_path(path), items_path(run).read_bytes())
+    for place in beside:
+        write_atomically(place(path), place(run).read_bytes())
     write_atomically(path, content)
     return path
 
@@ -94,7 +110,7 @@ def publish_command(arguments: argparse.Namespace) -> int:
     for run in runs:
         try:
             path = publish(run, results)
-            print(f"{path}\n{items_path(path)}")
+            print(*(p for p in (path, items_path(path), bands_path(path)) if p.exists()), sep="\n")
         except (PublishError, RecordError) as error:
             print(f"recipelin: {error}", file=sys.stderr)
             refused += 1

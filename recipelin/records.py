@@ -3,6 +3,7 @@
 import gzip
 import json
 import subprocess
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -30,8 +31,19 @@ class Item(Config):
     subtask: str = ""
 
 
+class Bands(Config):
+    """A share by head and position band: `heads[h][b]` is the mean over `counts[b]` queries.
+
+    Band b holds the queries with `edges[b]` to `edges[b + 1]` - 1 tokens before them.
+    """
+
+    edges: tuple[int, ...]
+    counts: tuple[int, ...]
+    heads: tuple[tuple[float, ...], ...]
+
+
 class Result(Config):
-    """What one evaluation says of one state: a row of the Record, and its items in a fixed order (may be empty)."""
+    """What one evaluation says of one state: a row of the Record, its items in a fixed order, its bands (if any)."""
 
     task: str
     metric: str
@@ -43,6 +55,11 @@ class Result(Config):
     higher_is_better: bool = True
     distance: int | None = Field(None, description="tokens between the asked pair and the question (recall)")
     items: tuple[Item, ...] = ()
+    bands: Bands | None = None
+
+    def row(self, *, state: str, suite: str, seed: int) -> "Row":
+        """The line of the Record; items and bands go into files beside it."""
+        return Row(state=state, suite=suite, seed=seed, **self.model_dump(exclude={"items", "bands"}))
 
 
 class Row(Config):
@@ -91,6 +108,7 @@ class Record(Config):
     versions: dict[str, str]
     digests: dict[str, str] = Field(description="teacher, tokenizer, data, items")
     device: str
+    processor: str | None = Field(None, description="model of the CPU; None in Records of before")
     threads: int
     dtype: str
     kernels: dict[str, str] = Field({}, description="operator: implementation that ran")
@@ -203,6 +221,54 @@ def read_items(path: Path) -> dict[ItemsOf, tuple[Item, ...]]:
         place = f"{file}:{number}" if number else str(file)
         raise RecordError(f"{place}: not a sidecar of items: {error}") from error
     return found
+
+
+class BandsOf(Bands):
+    """Bands and the row of the Record that they are of: an entry of `usage.json.gz`."""
+
+    state: str
+    suite: str
+    task: str
+    metric: str
+    seed: int
+
+
+def bands_path(path: Path) -> Path:
+    """The bands beside a Record: of `record.json` it is `usage.json.gz`, of `X.json` it is `X.usage.json.gz`."""
+    file = record_path(path)
+    return file.with_name("usage.json.gz" if file.name == "record.json" else f"{file.stem}.usage.json.gz")
+
+
+def picture_path(path: Path) -> Path:
+    """The heat maps beside the bands: `usage.png`, `X.usage.png`."""
+    return bands_path(path).with_suffix("").with_suffix(".png")
+
+
+def write_bands(path: Path, results: Iterable[tuple[Row, Result]]) -> None:
+    """Write the bands atomically, shares to six decimals, an entry a line.
+
+    Packed, as the items are: in results/records what ends in .json is a Record.
+    """
+    lines = []
+    for row, result in results:
+        assert result.bands is not None
+        heads = [[round(x, 6) for x in head] for head in result.bands.heads]
+        of = row.model_dump(include={"state", "suite", "task", "metric", "seed"})
+        lines.append(json.dumps(of | result.bands.model_dump() | {"heads": heads}, allow_nan=False))
+    text = '{"version": 1, "bands": [\n' + ",\n".join(lines) + "\n]}\n"
+    write_atomically(path, gzip.compress(text.encode(), mtime=0))
+
+
+def read_bands(path: Path) -> tuple[BandsOf, ...]:
+    """Read the bands; `path` is their file, or the Record's file or run folder. Raises RecordError."""
+    file = path if path.name.endswith("usage.json.gz") else bands_path(path)
+    try:
+        found = json.loads(gzip.decompress(file.read_bytes()))
+        return tuple(BandsOf.model_validate_json(json.dumps(x)) for x in found["bands"])
+    except FileNotFoundError as error:
+        raise RecordError(f"{file}: no such file; only runs with the evaluation `usage` have it") from error
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
+        raise RecordError(f"{file}: not the bands of a Record: {error}") from error
 
 
 class Provenance(NamedTuple):

@@ -47,6 +47,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def processor() -> str:
+    """The model of this machine's CPU."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8", errors="replace").splitlines() if known.is_file() else []
+    named = (x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """What tells this machine from others, for results that are times."""
+    return digest([platform.node(), processor(), len(os.sched_getaffinity(0))])
+
+
 def digest_folder(folder: Path, names: Sequence[str] = ("*.safetensors", "config.json")) -> str:
     """Digest of a model folder: what decides its logits."""
     files = sorted({f for pattern in names for f in folder.glob(pattern)})

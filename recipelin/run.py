@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from . import data, hf, lolcats_checkpoint, reads, records, reuse, spool, stages, swap
+from . import data, heatmap, hf, lolcats_checkpoint, reads, records, reuse, spool, stages, swap
 from .evaluate import Evaluator
 from .load import Loaded
 from .naming import default_folder
@@ -42,9 +42,9 @@ def run(
 ) -> Path:
     """Carry out one recipe (a point of its grid) and return its folder.
 
-    The folder holds record.json, items.jsonl.gz, table.md, model/, tasks/ and logs/. Finished steps of earlier runs are
-    reused; an interrupted step goes on from its last checkpoint. Raises RunError, stages.StageError, PlanError, SourceError,
-    lolcats_checkpoint.PublishedError.
+    The folder holds record.json, items.jsonl.gz, table.md, model/, tasks/ and logs/; with the evaluation `usage` also
+    usage.json.gz and its heat maps, usage.png. Finished steps of earlier runs are reused; an interrupted step goes on from
+    its last checkpoint. Raises RunError, stages.StageError, PlanError, SourceError, lolcats_checkpoint.PublishedError.
     """
     planned = plan(loaded, allow_code=allow_code)
     place = choose_device(device)
@@ -154,8 +154,7 @@ class _Walk:
     fresh: bool
     published: lolcats_checkpoint.Published | None
     times: list[StepTime] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    items: list[tuple[Row, Result]] = field(default_factory=list)
+    results: list[tuple[Row, Result]] = field(default_factory=list)
     kernels: dict[str, str] = field(default_factory=dict)
 
     def go(self) -> Path:
@@ -373,8 +372,7 @@ class _Walk:
             hf.export(self.model, self.tokenizer, exported, hybrid=step.hybrid, origin=self._origin())
         del self.model
         found = self._evaluator().all(step, exported, self.tokenizer)
-        self.rows += found.rows
-        self.items += found.items
+        self.results += found.results
         self.kernels |= found.kernels
 
     def _evaluator(self) -> Evaluator:
@@ -418,6 +416,7 @@ class _Walk:
             versions=dict(self.around.versions),
             digests=dict(self.around.digests),
             device=self.around.device,
+            processor=reuse.processor(),
             threads=self.around.threads,
             dtype=self.around.dtype,
             kernels=self.kernels,
@@ -431,11 +430,18 @@ class _Walk:
             branches=state.branches if state else (),
             margin=loaded.recipe.eval.margin,
             steps=tuple(self.times),
-            rows=tuple(self.rows),
+            rows=tuple(row for row, _ in self.results),
         )
         try:
-            records.write_items(self.folder / "items.jsonl.gz", self.items)
-        finally:  # hours of work are never lost over the sidecar
+            records.write_items(self.folder / "items.jsonl.gz", [(row, r) for row, r in self.results if r.items])
+            if banded := [(row, r) for row, r in self.results if r.bands]:
+                records.write_bands(records.bands_path(self.folder), banded)
+                if why := heatmap.write(self.folder):
+                    _say(why)
+            else:  # of an earlier run of this plan
+                for path in (records.bands_path(self.folder), records.picture_path(self.folder)):
+                    path.unlink(missing_ok=True)
+        finally:  # hours of work are never lost over a sidecar
             records.write_record(self.folder / "record.json", record)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from .measures import Measure, by_distance, kind_of, measures, reach
-from .records import SHRUNK, Items, Record
+from .costtable import cost_blocks, cost_notes
+from .measures import Measure, by_distance, measures, reach
+from .records import SHRUNK, Items, Record, bands_path, picture_path
 from .render import DASH, WIDTH, Block, Cell, Number, Table, plus_minus
 from .states import State, subsets
 from .statistics import Draws, Interval, compare, gap, interval_of, ratio, recovery, retention, shapley
@@ -19,7 +20,7 @@ POCKET_PARAMETERS = 10_000_000  # below this a teacher is a pocket teacher; the 
 
 
 def run_table(record: Record, items: Items, *, place: Path | None = None) -> Table:
-    """Scores of every state, what they recover, what the linear branch brings, recall by distance, and the verdict.
+    """Scores of every state, what they recover, what the linear branch brings, recall by distance, cost, and the verdict.
 
     `items` may be empty (an old Record): intervals then come from the recorded standard errors, and nothing is paired.
     """
@@ -30,12 +31,19 @@ def run_table(record: Record, items: Items, *, place: Path | None = None) -> Tab
     if "linear" in record.branches:
         blocks.append(_branches(record, found))
     blocks += _distances(by_distance(record, items), states)
+    blocks += [narrow for block in cost_blocks(record) for narrow in _narrow(block)]
     return Table(
         title=f"{record.name}: what each state of the model can do",
         lead=tuple(filter(None, (scale(record), _unfinished(record)))),
         blocks=tuple(b for b in blocks if b.rows and len(b.columns) > 1),
         conclusions=(f"**Verdict: {judged.word}.** {_after_colon(judged.sentence)}", f"Rule: {RULE}"),
-        notes=(*_legend(record, found, items), *_disagreements(found), _usage(record), _source(record, items, place)),
+        notes=(
+            *_legend(record, found, items),
+            *_disagreements(found),
+            *_usage(record, place),
+            *cost_notes(record),
+            _source(record, items, place),
+        ),
     )
 
 
@@ -255,16 +263,32 @@ def _distances(groups: Sequence[Sequence[Measure]], states: Sequence[str]) -> li
     return blocks
 
 
-def _usage(record: Record) -> str:
-    """The linear share of the normaliser by layer, averaged over heads and seeds, in the hybrid."""
-    shares: dict[str, list[float]] = {}
-    for row in record.rows:
-        if kind_of(row) is None and row.state == "hybrid" and (layer := re.search(r"layer\D*(\d+)", row.task)):
-            shares.setdefault(layer[1], []).append(row.value)
-    if not shares:
-        return "linear share of the normaliser: not measured."
-    text = ", ".join(f"layer {k}: {sum(v) / len(v):.1%}" for k, v in sorted(shares.items(), key=lambda x: int(x[0])))
-    return f"linear share of the hybrid's normaliser: {text}. It proves nothing alone: mass is not use."
+USAGE = {
+    "linear_share": "linear share of the hybrid's normaliser",
+    "output_share": "linear branch's share of the norm of the hybrid's output",
+    "outside_share": "mass that full softmax of the hybrid's own q and k gives to keys outside its window",
+}
+
+
+def _usage(record: Record, place: Path | None) -> tuple[str, ...]:
+    """Shares by layer, averaged over heads and seeds, in the hybrid; where they are by head and position."""
+    lines = []
+    for metric, what in USAGE.items():
+        shares: dict[str, list[float]] = {}
+        for row in record.rows:
+            if row.metric == metric and row.state == "hybrid" and (layer := re.search(r"layer\D*(\d+)", row.task)):
+                shares.setdefault(layer[1], []).append(row.value)
+        by_layer = sorted(shares.items(), key=lambda x: int(x[0]))
+        if by_layer:
+            lines.append(f"{what}: {', '.join(f'layer {k}: {sum(v) / len(v):.1%}' for k, v in by_layer)}.")
+    if not lines:
+        return ("linear share of the normaliser: not measured.",)
+    lines[-1] += " It proves nothing alone: mass is not use."
+    if place and (beside := bands_path(place)).is_file():
+        picture = picture_path(place)
+        heat = f"; heat maps: {picture}" if picture.is_file() else ""
+        lines.append(f"the same by head and position: {beside}{heat}.")
+    return tuple(lines)
 
 
 def _legend(record: Record, found: Sequence[Measure], items: Items) -> tuple[str, ...]:
@@ -289,6 +313,11 @@ def _legend(record: Record, found: Sequence[Measure], items: Items) -> tuple[str
         "recovered: state / teacher, and (state - guess)/(teacher - guess); a dash where the teacher's interval "
         "touches the guess.",
     ]
+    if any(m.kind == "agreement" for m in found):
+        lines.append(
+            "agreement: tokens of a greedy continuation that equal the teacher's before the first difference, in % of its; "
+            "exact: continuations that equal it whole. The teacher's own is 100 by definition."
+        )
     if limit is not None:
         lines.append(
             f"recall near, far: distance up to, beyond {limit} tokens = {record.layers} layers x "

@@ -124,12 +124,9 @@ def word(results) -> str:
 
 def judged(results):
     from recipelin.measures import measures
-    from recipelin.records import ItemsOf, Record, Row
+    from recipelin.records import ItemsOf, Record
 
-    rows = [
-        Row(state=state, suite="planted", seed=0, **result.model_dump(exclude={"items"}))
-        for state, result in results.items()
-    ]
+    rows = [result.row(state=state, suite="planted", seed=0) for state, result in results.items()]
     items = {
         ItemsOf(state=r.state, suite=r.suite, task=r.task, metric=r.metric, seed=r.seed): results[r.state].items
         for r in rows

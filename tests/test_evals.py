@@ -18,12 +18,11 @@ from recipelin.attention.hybrid.config import Config as Hybrid
 from recipelin.evals.lm_eval.config import Config as LmEval
 from recipelin.evals.perplexity.config import Config as Perplexity
 from recipelin.evals.recall.config import Config as Recall
-from recipelin.evals.usage.config import Config as Usage
 from recipelin.exposure import exposed_from, exposed_share
 from recipelin.sources import Stdlib, part_of
-from recipelin.states import State, resolve
+from recipelin.states import NAMES, State, resolve
 from recipelin.steps import Swap
-from recipelin.swap import swap, switch
+from recipelin.swap import state_of, swap, switch
 from recipelin_kernels import hybrid_attention
 
 HYBRID = State(window=8)
@@ -50,7 +49,15 @@ def model(tokenizer):
 
 
 def run(config, model, tokenizer, folder, *, name="hybrid", seed=0, exposed_from=8, hybrid=HYBRID):
-    return lookup.implementation("evals", config.eval).run(
+    module = lookup.implementation("evals", config.eval)
+    extra = {}
+    if hasattr(module, "reference"):  # of the teacher: a student that was only swapped, under full softmax
+        before = state_of(model)
+        switch(model, resolve("softmax", hybrid).state)
+        made = module.reference(config, model=model, tokenizer=tokenizer, seed=seed, base=folder, device="cpu")
+        switch(model, before)
+        extra = {"reference": made}
+    return module.run(
         config,
         model=model,
         tokenizer=tokenizer,
@@ -60,13 +67,47 @@ def run(config, model, tokenizer, folder, *, name="hybrid", seed=0, exposed_from
         folder=folder,
         base=folder,
         device="cpu",
+        **extra,
     )
+
+
+TASK = {"task": "next_line_test", "metric": "acc_norm", "chance": 0.25, "next_line": {"items": 12, "context": (30, 60)}}
+SMALL = {
+    "agreement": {"rows": 2, "length": 20, "new_tokens": 3},
+    "decode": {"contexts": [5, 20], "new_tokens": 2, "repeats": 1},
+    "lm_eval": {"tasks": [{**TASK, "next_line": {"items": 2, "context": (30, 60)}}]},
+    "perplexity": {"rows": 2, "length": 40},
+    "recall": {"distances": [6, 60], "items": 2, "length": 96},
+    "retrieval": {"format": "passkey", "distances": [40], "items": 2, "length": 128},
+    "usage": {"rows": 2, "length": 40},
+}
+ROWS = {"agreement": 2, "decode": 4, "lm_eval": 1, "perplexity": 1, "recall": 2, "retrieval": 1, "usage": 6}
+ONLY = {"decode": {"teacher", "softmax", "hybrid"}, "usage": {"hybrid"}}  # all others: every state
+ASKED = {"lm_eval": ("teacher", "hybrid", "none")}  # its own overhead is half a second a state
+
+
+def small(name, **changes):
+    return lookup.lookup("evals", name).Config.model_validate_json(json.dumps({"eval": name, **SMALL[name], **changes}))
+
+
+@pytest.mark.parametrize("name", lookup.names("evals"))
+def test_every_evaluation_runs_in_every_state(name, model, tokenizer, tmp_path):
+    """And says nothing where there is nothing to say."""
+    try:
+        for state in ASKED.get(name, NAMES):
+            named = resolve(state, HYBRID)
+            switch(model, named.state or resolve("softmax", HYBRID).state)
+            found = run(small(name), model, tokenizer, tmp_path, name=state)
+            assert len(found) == (ROWS[name] if state in ONLY.get(name, NAMES) else 0), state
+            assert all(np.isfinite(r.value) for r in found)
+            rows = [r.row(state=state, suite="x", seed=0) for r in found]
+            assert len({(r.task, r.metric) for r in rows}) == len(rows)
+    finally:
+        switch(model, HYBRID)
 
 
 def test_the_folder_is_covered():
-    assert lookup.names("evals") == ("lm_eval", "perplexity", "recall", "retrieval", "usage"), (
-        "a new evaluation: test it here"
-    )
+    assert lookup.names("evals") == tuple(SMALL) == tuple(ROWS), "a new evaluation: test it here"
 
 
 def test_exposure_by_hand():
@@ -149,18 +190,6 @@ def test_recall_questions_are_what_they_say(tokenizer):
         data.recall_items(tokenizer, tokens, **{**asked, "distances": [96]})
 
 
-def test_usage_is_the_linear_share(model, tokenizer, tmp_path):
-    results = run(Usage(rows=2, length=40), model, tokenizer, tmp_path)
-    assert len(results) == 2 + 2 * 4 and all(0 < r.value < 1 for r in results)
-    by_task = {r.task: r.value for r in results}
-    heads = [by_task[f"layer_0_head_{h}"] for h in range(4)]
-    assert abs(by_task["layer_0"] - np.mean(heads)) < 1e-12
-    assert run(Usage(rows=2, length=40), model, tokenizer, tmp_path, name="window") == ()
-
-
-TASK = {"task": "next_line_test", "metric": "acc_norm", "chance": 0.25, "next_line": {"items": 12, "context": (30, 60)}}
-
-
 def test_lm_eval_scores_are_the_log_likelihoods_of_the_lines(model, tokenizer, tmp_path):
     (result,) = run(
         LmEval.model_validate({"eval": "lm_eval", "tasks": (TASK,), "batch": 5}), model, tokenizer, tmp_path
@@ -187,7 +216,7 @@ def test_lm_eval_scores_are_the_log_likelihoods_of_the_lines(model, tokenizer, t
     [{"eval": "perplexity", "rows": 5, "length": 40}, {"eval": "recall", "distances": [6, 60], "items": 5, "length": 96},
      {"eval": "retrieval", "format": "passkey", "distances": [40, 60], "items": 5, "length": 128,
       "scoring": ["likelihood", "generate"]},
-     {"eval": "usage", "rows": 5, "length": 40}],
+     {"eval": "usage", "rows": 5, "length": 40}, {"eval": "agreement", "rows": 5, "length": 20, "new_tokens": 6}],
     ids=lambda c: c["eval"],
 )  # fmt: skip
 def test_neither_the_batch_nor_the_call_matters(config, model, tokenizer, tmp_path):
@@ -205,16 +234,6 @@ def test_neither_the_batch_nor_the_call_matters(config, model, tokenizer, tmp_pa
     else:
         assert [(r.task, r.metric) for r in one] == named
     assert one == run(kind.model_validate_json(json.dumps({**config, "batch": 1})), model, tokenizer, tmp_path)
-
-
-def test_usage_says_nothing_where_the_share_is_a_definition(model, tokenizer, tmp_path):
-    for join in ("average", "sum"):
-        assert run(Usage(rows=2, length=20), model, tokenizer, tmp_path, hybrid=State(window=8, join=join)) == ()
-
-
-def test_usage_of_rows_that_fit_into_the_window_is_nothing(model, tokenizer, tmp_path):
-    assert run(Usage(rows=2, length=8), model, tokenizer, tmp_path) == ()
-    assert run(Usage(rows=2, length=9), model, tokenizer, tmp_path)[0].n == 2
 
 
 def test_short_lines_are_not_exposed(model, tokenizer, tmp_path):

@@ -136,7 +136,7 @@ def test_rows_are_held_out_in_one_way_wherever_they_are_read(tmp_path, case, wat
     validation = ", validation: {watch: [{suite: ./s.yaml, metric: log_loss}]}" if watched else ""
     text = (
         f"name: x\nmodel: {{teacher: pocket}}\nmethod: {{name: lolcats}}\ndata: {{mix: [{train}]}}\n"
-        f"schedule: {{tune: {{steps: 1{validation}}}}}\neval: {{suites: [{'pocket' if watched else './s.yaml'}]}}\n"
+        f"schedule: {{transfer: {{length: 256}}, tune: {{steps: 1, length: 256{validation}}}}}\neval: {{suites: [{'pocket' if watched else './s.yaml'}]}}\n"
     )
     (tmp_path / "r.yaml").write_text(text)
     if words is None:
@@ -368,7 +368,7 @@ def test_validation_cannot_watch_what_is_reported(tmp_path):
         .read_text()
         .replace("    steps: 50\n", "    steps: 50\n    validation: {every: 5, watch: [{suite: SUITE, metric: acc}]}\n")
     )
-    for suite, fits in (("pocket", True), ("recall-1k", True), ("untangling", False), ("mmlu-5shot", False)):
+    for suite, fits in (("pocket", True), ("pocket-recall", True), ("untangling", False), ("mmlu-5shot", False)):
         path = tmp_path / f"{suite}.yaml"
         path.write_text(text.replace("SUITE", suite))
         if fits:

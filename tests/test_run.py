@@ -1,5 +1,6 @@
 """The interpreter end to end on a small model: reuse, resuming after SIGKILL, and what a run refuses."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from recipelin import data, reuse
 from recipelin.cli import main
 from recipelin.load import load
 from recipelin.plan import plan
-from recipelin.records import RecordError, read_items, read_record
+from recipelin.records import RecordError, read_bands, read_items, read_record
 from recipelin.run import RunError, run
 from recipelin.sources import Stdlib
 
@@ -348,3 +349,105 @@ def test_a_teacher_that_is_not_here_or_not_as_planned_is_refused_before_any_work
             _refuse_other_teacher(loaded, planned)
     finally:
         (folder / "elsewhere").unlink()
+
+
+WITHOUT_TRAINING = """\
+name: test/untrained
+model: {teacher: teacher}
+method: {name: inference_hybrid, window: 8}
+schedule: {transfer: null}
+eval: {suites: [beside.yaml], states: [STATES]}
+"""
+BESIDE = """\
+name: beside
+evals:
+  - {eval: usage, rows: 2, length: 32, text: {source: text, path: corpus.txt}}
+  - {eval: agreement, rows: 2, length: 12, new_tokens: 4, text: {source: text, path: corpus.txt}}
+  - {eval: decode, contexts: [4, 12], new_tokens: 1, repeats: 1}
+"""
+
+
+def untrained(folder: Path, out: Path, states: str, *, only: str = "eval", **arguments) -> Path:
+    text = "".join(f"{x}\n" for x in BESIDE.splitlines() if "{eval" not in x or only in x)
+    (folder / "beside.yaml").write_text(text, encoding="utf-8")
+    (folder / "untrained.yaml").write_text(WITHOUT_TRAINING.replace("STATES", states), encoding="utf-8")
+    return run(load(folder / "untrained.yaml"), out=out, device="cpu", **arguments)
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """Which models were loaded, in order."""
+    found = []
+    for name in ("load_teacher", "load_student"):
+        original = getattr(hf, name)
+        monkeypatch.setattr(hf, name, lambda *a, n=name, f=original, **k: (found.append(n[5:]), f(*a, **k))[1])
+    return found
+
+
+def test_the_teachers_continuations_are_made_once_and_survive(folder, home, tmp_path, loads):
+    """With the teacher among the states, without it, and after a kill. The first load is of the swap."""
+
+    def go(out: str, states: str, **arguments):
+        loads.clear()
+        done = untrained(folder, tmp_path / out, states, only="agreement", **arguments)
+        return {r.state: r.value for r in read_record(done).rows if r.task == "agreement@4"}
+
+    references = home / "references"
+    one = go("one", "teacher, softmax")
+    assert loads == ["teacher", "teacher", "student"] and one == {"teacher": 1.0, "softmax": 1.0}
+    (kept,) = references.iterdir()
+    continued, stamp = json.loads(kept.read_text()), kept.stat().st_mtime_ns
+    assert len(continued) == 2
+    for file in (home / "evaluations").iterdir():  # killed before any evaluation was whole
+        file.unlink()
+    two = go("two", "softmax, window")
+    assert loads == ["teacher", "student"] and kept.stat().st_mtime_ns == stamp and two["softmax"] == 1.0
+    kept.unlink()
+    assert go("two", "softmax, window") == two
+    assert loads == ["teacher"] and not list(references.iterdir()), "all is reused: nobody asks for it"
+    assert go("two", "softmax, window", fresh=True) == two
+    assert loads == ["teacher", "teacher", "student"] and json.loads(kept.read_text()) == continued
+
+
+def test_a_reference_is_of_its_teacher_and_a_time_is_of_its_machine(folder, home, tmp_path, monkeypatch):
+    from recipelin.evals.agreement.config import Config as Agreement
+    from recipelin.evals.decode.config import Config as Decode
+    from recipelin.evaluate import Evaluator
+    from recipelin.run import surroundings
+
+    (folder / "untrained.yaml").write_text(WITHOUT_TRAINING.replace("STATES", "hybrid"), encoding="utf-8")
+    (folder / "beside.yaml").write_text(BESIDE, encoding="utf-8")
+    loaded = load(folder / "untrained.yaml")
+    planned = plan(loaded)
+    around = surroundings(loaded, planned, "cpu")
+    tokenizer = hf.load_tokenizer(folder / "teacher")
+
+    def keys(**digests):
+        other = dataclasses.replace(around, digests={**around.digests, **digests})
+        held = Evaluator(loaded, planned, tmp_path, "cpu", other, False, teacher=lambda: pytest.fail("not needed"))
+        return [
+            held._reference_key(Agreement(), tokenizer, 0), held._reference_key(Decode(), tokenizer, 0),
+            held._key(Agreement(), tokenizer, "x", seed=0), held._key(Decode(), tokenizer, "x", seed=0),
+        ]  # fmt: skip
+
+    before = keys()
+    assert before[1] is None and keys() == before
+    assert [a == b for a, b in zip(before, keys(teacher="other"), strict=True)] == [False, True, True, True]
+    monkeypatch.setattr("platform.node", lambda: "another")
+    assert [a == b for a, b in zip(before, keys(), strict=True)] == [True, True, True, False]
+
+
+def test_what_lies_beside_the_record_and_what_the_table_says_of_it(folder, home, tmp_path, capsys):
+    out = tmp_path / "run"
+    untrained(folder, out, "teacher, softmax, hybrid")
+    record = read_record(out)
+    assert {(b.state, b.task, b.metric) for b in read_bands(out)} == {
+        (r.state, r.task, r.metric) for r in record.rows if r.metric.endswith("share")
+    }
+    assert (out / "usage.png").read_bytes()[:4] == b"\x89PNG" and record.processor == reuse.processor()
+    assert main(["table", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert f"{out / 'usage.json.gz'}; heat maps: {out / 'usage.png'}" in " ".join(text.split())
+    assert "## Cost of decoding by context" in text and "| teacher" in text.split("## Cost of decoding")[1]
+    assert "tokens per second" not in text.split("## Cost of decoding")[0]
+    assert [m for m in ("decode", "cache_bytes", "outside_share") if m in text.partition("**Verdict")[0]] == []

@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 
 from recipelin.publish import PublishError, publish, publish_command
-from recipelin.records import Result, read_items, read_record, write_items, write_record
+from recipelin.records import (
+    Bands,
+    RecordError,
+    Result,
+    read_bands,
+    read_items,
+    read_record,
+    write_bands,
+    write_items,
+    write_record,
+)
+from recipelin.runtable import run_table
 
 
 def lay(make: Any, folder: Path, **changes: Any) -> Path:
@@ -33,6 +44,22 @@ def test_a_clean_run_is_copied_as_it_is_and_only_once(make: Any, tmp_path: Path)
     assert read_record(path) == read_record(run) and read_items(path) == read_items(run)
     assert publish(run, tmp_path / "results") == path
     assert len(list(path.parent.iterdir())) == 2
+
+
+def test_bands_are_copied_too_and_must_be_whole(make: Any, tmp_path: Path) -> None:
+    run = lay(make, tmp_path / "run")
+    bands = Bands(edges=(32, 64), counts=(8,), heads=((0.5,),))
+    result = Result(task="layer_0", metric="linear_share", value=0.5, stderr=None, n=8, bands=bands)
+    write_bands(run / "usage.json.gz", [(result.row(state="hybrid", suite="pocket", seed=0), result)])
+    path = publish(run, tmp_path / "results")
+    assert path.with_name(f"{path.stem}.usage.json.gz").read_bytes() == (run / "usage.json.gz").read_bytes()
+    assert read_bands(path) == read_bands(run) and len(list(path.parent.iterdir())) == 3
+    notes = run_table(read_record(path), read_items(path), place=path).notes
+    assert f"the same by head and position: {path.with_name(f'{path.stem}.usage.json.gz')}." in notes
+    (run / "usage.json.gz").write_text("{}")
+    with pytest.raises(RecordError, match="not the bands of a Record"):
+        publish(run, tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize(

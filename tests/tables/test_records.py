@@ -36,7 +36,7 @@ RESULT = Result(
 
 
 def row(state: str = "hybrid", seed: int = 0) -> Row:
-    return Row(state=state, suite="pocket", seed=seed, **RESULT.model_dump(exclude={"items"}))
+    return RESULT.row(state=state, suite="pocket", seed=seed)
 
 
 def test_a_record_reads_back_equal_from_its_folder_and_its_file(make: Any, tmp_path: Path) -> None:

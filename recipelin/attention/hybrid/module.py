@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from recipelin_kernels import (
     Components,
     hybrid_attention,
+    outside_mass,
     resolve_kernel,
     teacher_attention,
     weight_transfer_loss,
@@ -301,6 +302,19 @@ class HybridAttention(nn.Module):
             components=True,
         )
         return found
+
+    def outside_mass(self, captured: Captured) -> Tensor:
+        """[B,H,T]: what causal softmax of these q, k gives to keys outside the softmax set of `self.state`."""
+        options = self.options(self.state, captured.q.shape[2])
+        return outside_mass(
+            captured.q,
+            captured.k,
+            **{name: options[name] for name in ("window", "shape", "reach", "compat", "scale")},
+            sinks=self.state.sinks if "sinks" in self.state.branches else 0,
+            key_mask=captured.key_mask,
+            segment_ids=captured.segment_ids,
+            teacher_window=self.own_window,
+        )
 
 
 FORM = HybridAttention

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from ... import data
 from ...exposure import exposed_share
 from ...files import home
 from ...records import Item, Result
 from ...states import NamedState
-from ...swap import forms
+from ..greedy import cannot_generate, greedy
 from .config import METRICS, Config
 from .items import DIGITS, Question, Row, filler, rows
 
@@ -49,7 +48,7 @@ def run(
     made = rows(config, tokenizer, _haystack(config, tokenizer, base), seed=seed)
     found: list[Result] = []
     for how in config.scoring:
-        if how == "generate" and (why := _cannot_generate(model)):
+        if how == "generate" and (why := cannot_generate(model)):
             print(f"    {config.format}@{config.length}: state {state.name}: {why}: likelihood only", file=sys.stderr)
             continue
         score = _likelihood if how == "likelihood" else _generate
@@ -87,19 +86,6 @@ def _haystack(config: Config, tokenizer: Any, base: Path) -> np.ndarray:
     return tokens
 
 
-def _cannot_generate(model: Any) -> str:
-    """Why the model keeps no cache in its state; empty where it does."""
-    for form in forms(model):
-        softmax = (
-            form.state.window == "full" and "window" in form.state.branches and "linear" not in form.state.branches
-        )
-        if form.state.window == "full" and not softmax:
-            return "window `full` beside a linear branch keeps no cache"
-        if form.config.kernel == "reference" and form.state.branches and not softmax:
-            return "kernel `reference` keeps no cache"
-    return ""
-
-
 def _likelihood(model: Any, tokenizer: Any, ids: torch.Tensor, questions: Sequence[Question]) -> list[list[bool]]:
     """Whether each question's answer, given as continuation, is the argmax at every token: [rows][questions]."""
     asked = torch.cat([torch.arange(q.answer, q.answer + q.size) for q in questions]).to(ids.device)
@@ -111,19 +97,11 @@ def _likelihood(model: Any, tokenizer: Any, ids: torch.Tensor, questions: Sequen
 
 def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, questions: Sequence[Question]) -> list[list[bool]]:
     """Whether greedy generation after each question gives the answer's tokens: [rows][questions]."""
-    end = getattr(model.generation_config, "eos_token_id", None)
-    pad = next((p for p in (tokenizer.pad_token_id, tokenizer.eos_token_id) if p is not None), 0)
     columns = []
     for question in questions:
-        settings = GenerationConfig(
-            max_new_tokens=question.size, do_sample=False, num_beams=1, eos_token_id=end, pad_token_id=pad
-        )
-        prompt = ids[:, : question.answer]
-        made = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
-        made = made[:, question.answer :]
-        # Where every row ended early, fewer tokens came back than were asked for.
-        whole = torch.nn.functional.pad(made, (0, question.size - made.shape[1]), value=-1)
-        columns.append((whole == ids[:, question.answer : question.answer + question.size]).all(-1).tolist())
+        answer = ids[:, question.answer : question.answer + question.size]
+        made = greedy(model, tokenizer, ids[:, : question.answer], question.size)
+        columns.append((made == answer).all(-1).tolist())
     return [list(row) for row in zip(*columns, strict=True)]
 
 

@@ -1,0 +1,93 @@
+"""Seconds a generated token, and bytes of the cache, by length of context."""
+
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from ...cache import cache_bytes
+from ...records import Result
+from ...states import NamedState
+from ..greedy import cannot_generate
+from .config import STATES, Config
+
+TIMED = True  # its results hold for one machine
+
+
+@torch.no_grad()
+def run(
+    config: Config,
+    *,
+    model: Any,
+    tokenizer: Any,
+    state: NamedState,
+    seed: int,
+    exposed_from: int | None,
+    folder: Path,
+    base: Path,
+    device: str,
+) -> tuple[Result, ...]:
+    """Two Results for each context, task `decode@1024`, see Config. A state that cannot generate is said on stderr."""
+    if state.name not in STATES:
+        return ()
+    if why := cannot_generate(model):
+        print(f"    decode: state {state.name}: {why}: left out", file=sys.stderr)
+        return ()
+    found = []
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (config.batch, config.length), generator=draw).to(device)
+    threads = torch.get_num_threads()
+    try:
+        for context in config.contexts:
+            cache = DynamicCache(config=model.config)
+            torch.set_num_threads(threads)
+            model(input_ids=ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            size = cache_bytes(cache)
+            if device == "cpu":
+                torch.set_num_threads(1)  # or the process's time would be the sum of all of them
+            new = ids[:, context : context + config.new_tokens]
+            seconds = [_decode(model, new, copy.deepcopy(cache), device) for _ in range(config.repeats + 1)]
+            speed = new.numel() / statistics.median(seconds[1:])  # the first one warms up
+            found += [
+                _result(f"decode@{context}", "tokens_per_second", speed, config.repeats, better=True),
+                _result(f"decode@{context}", "cache_bytes", size, 1, better=False),
+            ]
+    finally:
+        torch.set_num_threads(threads)
+    return tuple(found)
+
+
+def _decode(model: Any, ids: torch.Tensor, cache: DynamicCache, device: str) -> float:
+    """Seconds for the tokens ids [B, n], one by one, from a cache that is used up."""
+
+    def steps() -> None:
+        for i in range(ids.shape[1]):
+            model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    return _seconds_on_gpu(steps) if device != "cpu" else _seconds_of_process(steps)
+
+
+def _seconds_of_process(work: Callable[[], None]) -> float:
+    before = time.process_time()
+    work()
+    return time.process_time() - before
+
+
+def _seconds_on_gpu(work: Callable[[], None]) -> float:
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begun.record()
+    work()
+    ended.record()
+    torch.cuda.synchronize()
+    return begun.elapsed_time(ended) / 1000
+
+
+def _result(task: str, metric: str, value: float, n: int, *, better: bool) -> Result:
+    return Result(task=task, metric=metric, value=value, stderr=None, n=n, higher_is_better=better)

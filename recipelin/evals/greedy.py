@@ -1,0 +1,39 @@
+"""Greedy generation with a model's own cache, as several evaluations need it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from ..swap import forms
+
+
+def cannot_generate(model: Any) -> str:
+    """Why the model keeps no cache in its state; empty where it does."""
+    for form in forms(model):
+        softmax = (
+            form.state.window == "full" and "window" in form.state.branches and "linear" not in form.state.branches
+        )
+        if form.state.window == "full" and not softmax:
+            return "window `full` beside a linear branch keeps no cache"
+        if form.config.kernel == "reference" and form.state.branches and not softmax:
+            return "kernel `reference` keeps no cache"
+    return ""
+
+
+@torch.no_grad()
+def greedy(model: Any, tokenizer: Any, prompts: Tensor, new_tokens: int) -> Tensor:
+    """[B, new_tokens]: what `model.generate()` puts behind prompts [B, T] without padding; -1 behind a row's end of text."""
+    end = getattr(model.generation_config, "eos_token_id", None)
+    pad = next((p for p in (tokenizer.pad_token_id, tokenizer.eos_token_id) if p is not None), 0)
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, num_beams=1, eos_token_id=end, pad_token_id=pad
+    )
+    made = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=settings)
+    made = made[:, prompts.shape[1] :]
+    ends = torch.tensor(end if isinstance(end, list) else [] if end is None else [end], device=made.device)
+    ended = torch.isin(made, ends).long()
+    made = torch.where(ended.cumsum(1) - ended > 0, -1, made)
+    # Where every row ended early, fewer tokens came back than were asked for.
+    return torch.nn.functional.pad(made, (0, new_tokens - made.shape[1]), value=-1)
