@@ -97,7 +97,7 @@ INPUTS = {
     "plan .": "is a folder; expected a recipe, such as binary.yaml",
     "plan ''": "'': is a folder",
     "plan /": "/: is a folder",
-    f"plan {'x' * 300}": "no such recipe; there are pocket/",
+    f"plan {'x' * 300}": "no such recipe; there are examples/",
     f"check {'x' * 5000}": "no such recipe",
     "plan nothing.yaml": "nothing.yaml:1:1: the file is empty; expected a recipe",
     "plan binary.yaml": "binary.yaml:1:5: not UTF-8: byte 0xd0",
