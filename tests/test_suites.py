@@ -197,7 +197,7 @@ def test_every_subtasks_dataset_is_asked_for(monkeypatch):
 )
 def test_a_run_says_so_before_its_first_step(offline, home, tmp_path, suite, words):
     (tmp_path / "suite.yaml").write_text(f"name: x\nevals:\n  - {suite}\n")
-    recipe = "name: x/x\nmodel: {teacher: pocket}\nmethod: {name: lolcats, window: 32}\n"
+    recipe = "name: x/x\nmodel: {teacher: pocket, beyond_context: true}\nmethod: {name: lolcats, window: 32}\n"
     (tmp_path / "recipe.yaml").write_text(recipe + "eval: {suites: [suite.yaml]}\n")
     with pytest.raises((EvalError, SourceError), match=words):
         run(load(tmp_path / "recipe.yaml"), out=tmp_path / "out", device="cpu")
