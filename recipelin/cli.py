@@ -170,6 +170,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     diagnose.add_argument("--finetune", metavar="FILE", help="LoLCATs' stage-2 .pt file")
     diagnose.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: that of the weights")
+    diagnose.add_argument(
+        "--beyond-context", action="store_true", help="ask rows longer than the positions that the teacher has seen"
+    )
     diagnose.add_argument("--out", metavar="DIR", help="the run's folder (default: a folder under runs/)")
     diagnose.add_argument("--device", type=_device, default="auto", help="as in run")
     diagnose.add_argument("--fresh", action="store_true", help="measure everything anew")

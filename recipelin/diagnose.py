@@ -39,6 +39,8 @@ def diagnose_command(arguments: argparse.Namespace) -> int:
             finetune=arguments.finetune,
             dtype=arguments.dtype,
         )
+        if arguments.beyond_context:
+            recipe["model"]["beyond_context"] = True
     except DiagnoseError as error:
         print(f"recipelin: {error}", file=sys.stderr)
         return 2

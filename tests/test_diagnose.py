@@ -49,6 +49,7 @@ def made(tiny, tmp_path, home) -> Path:
 
 def command(path: Path, **options) -> int:
     given = {"teacher": None, "suite": [], "finetune": None, "dtype": None, "device": "cpu", "fresh": True, "out": None}
+    given["beyond_context"] = False
     return diagnose_command(argparse.Namespace(path=str(path), **{**given, **options}))
 
 
