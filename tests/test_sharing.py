@@ -26,6 +26,7 @@ model: {teacher: pocket}
 method: {name: lolcats, window: 16}
 eval: {suites: [pocket]}
 """
+FITS = "schedule: {transfer: {length: 256}, tune: {length: 256}}\n"  # the pocket's context
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "yml" / "a.yml").touch()
     (tmp_path / "bare").mkdir()
     (tmp_path / "run" / "record.json").mkdir(parents=True)
-    (tmp_path / "good.yaml").write_text(GOOD)
+    (tmp_path / "good.yaml").write_text(GOOD + FITS)
     (tmp_path / "nothing.yaml").touch()
     (tmp_path / "binary.yaml").write_bytes(b"\x7fELF\xd0")
     (tmp_path / "control.yaml").write_text("name: a\nabout: {claim: be\x07ep}\n")
@@ -177,7 +178,8 @@ def test_wrong_input(line, folder, capsys):
 
 @pytest.mark.parametrize("change", CONTENT, ids=lambda change: change[1][:40])
 def test_wrong_content_is_named_with_its_line(change, folder, capsys):
-    (folder / "wrong.yaml").write_text(GOOD.replace(*change, 1))
+    text = GOOD.replace(*change, 1)
+    (folder / "wrong.yaml").write_text(text if "schedule" in text else text + FITS)
     assert main(["check", "wrong.yaml"]) == 2
     found = capsys.readouterr().err
     assert CONTENT[change] in found and len(found.splitlines()) == 1, found
@@ -249,7 +251,7 @@ def test_a_new_recipe_of_a_local_one_finds_its_files(folder, capsys):
     (folder / "base" / "suite.yaml").write_text("name: own\nevals: [{eval: usage}]\n")
     text = GOOD.replace("pocket}", "far/away, architecture: numbers.json}").replace("[pocket]", "[suite.yaml]")
     sources = "[{source: jsonl, path: mine.jsonl}, {source: text, path: not-here.txt}]"
-    (folder / "base" / "parent.yaml").write_text(f"{text}data: {{mix: {sources}}}\n")
+    (folder / "base" / "parent.yaml").write_text(f"{text}{FITS}data: {{mix: {sources}}}\n")
     assert main(["new", "other/place/child", "--from", "base/parent.yaml"]) == 0
     assert "put other/place/not-here.txt there" in capsys.readouterr().out
     child = load("other/place/child.yaml")

@@ -35,7 +35,7 @@ class Config(Base):
 
     def names(self) -> tuple[RowName, ...]:
         """Of the rows that it makes, all layers and heads under one name."""
-        return (RowName((), "layers", "linear_share"),)
+        return tuple(RowName((), "layers", metric) for metric in ("linear_share", "output_share", "outside_share"))
 
     @model_validator(mode="after")
     def _rising(self) -> "Config":
