@@ -157,16 +157,19 @@ class Suite(Config):
 
 
 def twins(evals: Sequence[Config]) -> Iterator[tuple[Where, str]]:
-    """(place among the evaluations, what is wrong) of every row of a Record that two of them would make."""
+    """(place among the evaluations, what is wrong) of every row of a Record that two of them would make; once a place."""
     known: set[tuple[str, str]] = set()
+    told: set[Where] = set()
     for index, evaluation in enumerate(evals):
         for name in evaluation.names() if hasattr(evaluation, "names") else ():
-            if (key := (name.task, name.metric)) in known:
+            where: Where = (index, *name.field)
+            if (key := (name.task, name.metric)) in known and where not in told:
                 text = (
                     f"the suite has task {name.task!r} with metric {name.metric!r} already, and a Record knows rows by suite, "
                     "task and metric; leave one out, or put it into a suite of its own (eval.suites takes several)"
                 )
-                yield (index, *name.field), text
+                told.add(where)
+                yield where, text
             known.add(key)
 
 
