@@ -9,9 +9,10 @@ from pathlib import Path
 from .cost import count
 from .finding import CHECKOUT, INSTALLED
 from .load import Loaded, expand, load, read_suite
-from .plan import POCKET, Plan, plan
+from .plan import Plan, plan
 from .recipe import Model
 from .records import Record, read_record
+from .shipped import SHIPPED
 
 HEAD = """\
 # Recipes
@@ -61,7 +62,7 @@ def entries() -> tuple[Entry, ...]:
 def catalogue() -> str:
     """The whole page. Raises RecipeError, PlanError, RecordError."""
     folder = root().parent / "results" / "records"
-    files = [*sorted(folder.glob("*.json")), POCKET / "record.json"]
+    files = [*sorted(folder.glob("*.json")), *(f / "record.json" for f in SHIPPED.values())]
     records = [read_record(path) for path in files] if folder.is_dir() else None
     lines = [HEAD]
     sections: dict[str, list[Entry]] = {}

@@ -17,8 +17,9 @@ from .finding import CHECKOUT, kind_of
 from .load import Loaded, expand, load, read_suite
 from .mistakes import PlanError
 from .naming import default_folder, file_name
-from .plan import POCKET, Plan, cached_config, hub_teacher, plan, refusal
+from .plan import Plan, cached_config, hub_teacher, plan, refusal
 from .points import points
+from .shipped import POCKET
 from .show import show
 from .shrink import ShrinkError, shrink, tiny_folder, tiny_of
 from .sources import Hub, LocalFile, SourceError, dataset_folder, local_path

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .documents import documents
-from .sources import Data, Part, Recall, SourceError
+from .sources import Data, Part, Recall, Slot, SourceError
 from .spool import stream, uncut
 
 MARKER = "<k>"  # one token before each key of a recall row; a special token of the pocket's tokenizer
@@ -72,8 +72,8 @@ class Batches:
                 raise SourceError(
                     f"{source.source}: no row of {length} tokens of the {part} part has a token with loss"
                 )
-        self._words = {
-            i: recall_words(tokenizer, source.keys, source.values)
+        self._writings = {
+            i: writing(tokenizer, source.slot, source.keys, source.values)
             for i, source in enumerate(data.mix)
             if isinstance(source, Recall)
         }
@@ -114,7 +114,7 @@ class Batches:
         if isinstance(source, Recall):
             start = int(draw.integers(0, len(found.tokens) - self.length + 1))
             tokens = found.tokens[start : start + self.length].astype(np.int64)
-            labels = _scatter_pairs(tokens, source, self._words[which], marker_id(self.tokenizer), draw)
+            labels = _scatter_pairs(tokens, source, self._writings[which], draw)
             return tokens, labels, positions, np.zeros_like(positions)
         rows = self._scored[which]
         turn = int(self._permutation(which, index // len(rows), len(rows))[index % len(rows)])
@@ -160,41 +160,68 @@ def recall_words(tokenizer: Any, keys: int, values: int) -> tuple[np.ndarray, np
     return np.array(rare[0::2][:keys]), np.array(rare[1::2][:values])
 
 
-def _scatter_pairs(
-    tokens: np.ndarray, source: Recall, words: tuple[np.ndarray, np.ndarray], marker: int, draw: np.random.Generator
-) -> np.ndarray:
-    """Writes `<k> key value` slots over a row in place and returns its labels.
+@dataclass(frozen=True)
+class Writing:
+    """How a pair is written in tokens: `before`, key, `between`, value."""
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    keys: np.ndarray
+    values: np.ndarray
+
+    @property
+    def width(self) -> int:
+        """Tokens of a slot."""
+        return len(self.before) + len(self.between) + 2
+
+    def question(self, key: int) -> tuple[int, ...]:
+        """A slot without its value."""
+        return (*self.before, key, *self.between)
+
+
+def writing(tokenizer: Any, slot: Slot, keys: int = 64, values: int = 64) -> Writing:
+    """A slot as this tokenizer writes it. Raises SourceError for a word or sign that it has no token of its own for."""
+    first, second = recall_words(tokenizer, keys if slot == "marked" else values, values if slot == "marked" else keys)
+    if slot == "marked":
+        return Writing((marker_id(tokenizer),), (), first, second)
+    signs = [tokenizer.backend_tokenizer.token_to_id(sign) for sign in ("Ċ", "Ġ=")]
+    if None in signs:
+        raise SourceError("recall: slot assignment needs tokens of their own for a line's end and for ' ='")
+    return Writing((signs[0],), (signs[1],), second, first)
+
+
+def _scatter_pairs(tokens: np.ndarray, source: Recall, written: Writing, draw: np.random.Generator) -> np.ndarray:
+    """Writes slots over a row in place and returns its labels.
 
     A slot introduces a key or asks an old one again. Keys are born throughout the row: if all came early, the model
     would learn recall of early pairs only (facts/pocket.md, trap 1).
     """
     length = len(tokens)
-    keys, values = words
+    width = written.width
     slots = max(2, length // source.spacing)
-    offset = int(draw.integers(0, 3))
-    places = (
-        np.sort(draw.choice((length - offset) // 3, min(slots, (length - offset) // 3), replace=False)) * 3 + offset
-    )
+    offset = int(draw.integers(0, width))
+    room = (length - offset) // width
+    places = np.sort(draw.choice(room, min(slots, room), replace=False)) * width + offset
     born = min(1.0, source.pairs * max(length / 256, 0.5) / slots)
-    order = draw.permutation(keys)
+    order = draw.permutation(written.keys)
     labels = tokens.copy() if source.loss == "all" else np.full(length, IGNORED, dtype=np.int64)
     known: list[tuple[int, int]] = []
     for place in places:
         fresh = not known or (draw.random() < born and len(known) < len(order))
         if fresh:
-            known.append((int(order[len(known)]), int(draw.choice(values))))
+            known.append((int(order[len(known)]), int(draw.choice(written.values))))
         key, value = known[-1] if fresh else known[int(draw.integers(len(known)))]
-        tokens[place : place + 3] = (marker, key, value)
+        tokens[place : place + width] = (*written.question(key), value)
         if source.loss == "all":
-            labels[place : place + 3] = (IGNORED, IGNORED, IGNORED)
+            labels[place : place + width] = IGNORED
         if not fresh:
-            labels[place + 2] = value
+            labels[place + width - 1] = value
     return labels
 
 
 @dataclass(frozen=True)
 class RecallItem:
-    """A row that ends in `<k> key`; `answer` is the value that was bound to the key `distance` tokens before."""
+    """A row that ends in a slot without its value; `answer` is the value that was bound to the key `distance` tokens before."""
 
     id: str
     ids: np.ndarray
@@ -204,35 +231,44 @@ class RecallItem:
 
 
 def recall_items(
-    tokenizer: Any, tokens: np.ndarray, *, distances: Sequence[int], items: int, seed: int, length: int, pairs: int
+    tokenizer: Any,
+    tokens: np.ndarray,
+    *,
+    distances: Sequence[int],
+    items: int,
+    seed: int,
+    length: int,
+    pairs: int,
+    slot: Slot = "marked",
 ) -> list[RecallItem]:
     """`items` questions at each distance (from the asked key to the same key in context), `pairs` - 1 distractors.
 
     Pure in its arguments. Raises SourceError for a distance that a row of `length` cannot hold.
     """
-    keys, values = recall_words(tokenizer, 64, 64)
-    marker = marker_id(tokenizer)
+    written = writing(tokenizer, slot)
+    width = written.width
     found = []
-    question = length - 2
+    question = length - width + 1  # where the last slot begins
     for distance in distances:
         target = question - distance
-        if not 0 <= target <= question - 3:
-            raise SourceError(f"recall: distance {distance} does not fit a row of {length} (3 to {length - 2})")
+        if not 0 <= target <= question - width:
+            raise SourceError(f"recall: distance {distance} does not fit a row of {length} ({width} to {question})")
         for number in range(items):
             draw = np.random.default_rng([seed, distance, number, 2])
             start = int(draw.integers(0, len(tokens) - length + 1))
             row = tokens[start : start + length].astype(np.int64)
-            chosen_keys = draw.choice(keys, pairs, replace=False)
-            chosen_values = draw.choice(values, pairs, replace=False)
-            free = [*range(target - 3, -1, -3), *range(target + 3, question - 2, 3)]
+            chosen_keys = draw.choice(written.keys, pairs, replace=False)
+            chosen_values = draw.choice(written.values, pairs, replace=False)
+            free = [*range(target - width, -1, -width), *range(target + width, question - width + 1, width)]
             if len(free) < pairs - 1:
                 raise SourceError(f"recall: a row of {length} has no room for {pairs} pairs")
             for place, key, value in zip(
                 draw.choice(free, pairs - 1, replace=False), chosen_keys[1:], chosen_values[1:], strict=True
             ):
-                row[place : place + 3] = (marker, key, value)
-            row[target : target + 3] = (marker, chosen_keys[0], chosen_values[0])
-            row[question:] = (marker, chosen_keys[0])
+                row[place : place + width] = (*written.question(key), value)
+            asked = written.question(chosen_keys[0])
+            row[target : target + width] = (*asked, chosen_values[0])
+            row[question:] = asked
             found.append(
                 RecallItem(
                     id=f"{distance}-{number}",

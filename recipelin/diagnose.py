@@ -16,9 +16,9 @@ import yaml
 from .files import write_atomically
 from .load import load_suite, read_student
 from .mistakes import nearest
-from .plan import POCKET
 from .records import SHRUNK
 from .reuse import digest_folder, home
+from .shipped import POCKET, SHIPPED
 
 STATES = ("softmax", "hybrid", "window", "linear", "linear_outside", "sinks", "none")
 
@@ -134,7 +134,7 @@ def _of_lolcats(
 def _teacher(given: str) -> dict[str, Any]:
     """`model.teacher` of a recipe that lies elsewhere: folders by their whole path, the numbers of a hub id beside it."""
     name, _, revision = given.partition("@")
-    if name == "pocket":
+    if name in SHIPPED:
         return {"teacher": name}
     if Path(name).is_dir():
         return {"teacher": str(Path(name).resolve())}
@@ -156,7 +156,7 @@ def _its_own_teacher(known: Mapping[str, Any] | None, path: Path) -> dict[str, A
         print(f"{path} does not say its teacher: diagnosed without (give --teacher)", file=sys.stderr)
         return {}
     source = str(known["source"])
-    folder = POCKET if source == "pocket" else Path(source)
+    folder = SHIPPED.get(source, Path(source))
     if folder.is_dir():
         if digest_folder(folder) == known["digest"]:
             return _teacher(source)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .shipped import SHIPPED
 from .strict_yaml import Mistake, RecipeError
 
 RECIPES = "recipes"
@@ -75,6 +76,6 @@ def rebased(value: Any, old: Path, new: Path, key: str = "") -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(rebased(v, old, new, key) for v in value)
     is_there = _PATHS.get(key.rpartition(".")[2])
-    if is_there is None or not isinstance(value, str) or value in ("", "pocket") or not is_there(old / value):
+    if is_there is None or not isinstance(value, str) or value in ("", *SHIPPED) or not is_there(old / value):
         return value
     return value if old.resolve() == new.resolve() else os.path.relpath((old / value).resolve(), new.resolve())

@@ -17,12 +17,11 @@ from .families import Architecture
 from .load import Loaded, load_suite
 from .mistakes import PlanError, among, listed, placed
 from .recipe import StateOf, Suite
+from .shipped import SHIPPED
 from .sources import Hub, SourceError
 from .states import NAMES, NamedState, State, resolve, subsets
 from .steps import Calibrate, Evaluate, Step, StepsError, Swap, Switch, Transfer, Tune
 from .strict_yaml import Where
-
-POCKET = Path(__file__).parent / "pocket"
 
 
 class Planned(Config):
@@ -63,6 +62,8 @@ class Plan(Config):
 
 # What cannot change a result stays out of the hash.
 _UNHASHED = {"checkpoint_every", "log_every", "expected_tokens"}
+# A field that came later: at this value it says what was always done, so hashes of published Records hold.
+_UNHASHED_AT_DEFAULT: Mapping[str, object] = {"slot": "marked"}
 _UNHASHED_OF_MODEL = {"architecture", "beyond_context", "converted"}  # the Swap has the last
 
 
@@ -73,19 +74,23 @@ def digest(value: object) -> str:
 
 def _hashed(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {k: _hashed(v) for k, v in value.items() if k not in _UNHASHED}
+        return {
+            k: _hashed(v)
+            for k, v in value.items()
+            if k not in _UNHASHED and not (k in _UNHASHED_AT_DEFAULT and v == _UNHASHED_AT_DEFAULT[k])
+        }
     if isinstance(value, (list, tuple)):
         return [_hashed(v) for v in value]
     return value
 
 
 def teacher_folder(loaded: Loaded) -> Path | None:
-    """The folder of a teacher that is on this machine (the pocket, or a local path); None for a hub id or scratch."""
+    """The folder of a teacher that is on this machine (a shipped one, or a local path); None for a hub id or scratch."""
     name = loaded.recipe.model.teacher
     if name is None:
         return None
-    if name == "pocket":
-        return POCKET
+    if name in SHIPPED:
+        return SHIPPED[name]
     folder = (loaded.path.parent / name).resolve()
     return folder if folder.is_dir() else None
 
@@ -146,7 +151,7 @@ def architecture_of(loaded: Loaded) -> Architecture:
         except (ValueError, OSError) as error:
             raise refusal(loaded, ("model", "teacher"), f"{cached}: {error}") from error
     near = difflib.get_close_matches(
-        str(model.teacher), ["pocket", *(p.name for p in loaded.path.parent.iterdir() if p.is_dir())], 1
+        str(model.teacher), [*SHIPPED, *(p.name for p in loaded.path.parent.iterdir() if p.is_dir())], 1
     )
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise refusal(

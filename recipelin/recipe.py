@@ -87,7 +87,7 @@ class Model(Config):
     """
 
     teacher: str | None = Field(
-        None, description="`pocket` (shipped), a local folder (relative to the recipe), or a hub id"
+        None, description="`pocket` and its kin (shipped), a local folder (relative to the recipe), or a hub id"
     )
     revision: str | None = Field(None, description="commit of a hub id")
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -24,6 +24,7 @@ from .plan import Plan, Planned, digest, hub_commit, plan, teacher_folder
 from .preflight import preflight
 from .records import Record, Result, Row, StepTime
 from .reuse import Store, Surroundings
+from .shipped import SHIPPED
 from .sources import Data, Hub, Part
 from .steps import Calibrate, Evaluate, Swap, Switch, Transfer, Tune
 
@@ -392,7 +393,7 @@ class _Walk:
         found: dict[str, Any] = {"recipe": self.plan.name, "teacher": None}
         if model.teacher is not None:
             folder = teacher_folder(self.loaded)
-            source = model.teacher if folder is None or model.teacher == "pocket" else str(folder)
+            source = model.teacher if folder is None or model.teacher in SHIPPED else str(folder)
             revision = hub_commit(self.loaded) or model.revision
             found["teacher"] = {"source": source, "revision": revision, "digest": self.around.digests["teacher"]}
         return found

@@ -37,6 +37,7 @@ def run(
         seed=seed,
         length=config.length,
         pairs=config.pairs,
+        slot=config.slot,
     )
     right: list[float] = []
     for start in range(0, len(questions), config.batch):
@@ -55,7 +56,7 @@ def run(
         mean = float(np.mean([i.score for i in items]))
         found.append(
             Result(
-                task=f"recall@{distance}",
+                task=config.task(distance),
                 metric="accuracy",
                 value=mean,
                 stderr=float(np.sqrt(mean * (1 - mean) / max(1, len(items) - 1))),
