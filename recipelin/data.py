@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .documents import documents
+from .files import locked
 from .sources import Data, Part, Recall, Slot, SourceError
 from .spool import stream, uncut
 
@@ -380,15 +381,16 @@ def tokenizer_for(data: Data, vocab_size: int, *, folder: Path, cache: Path) -> 
     """The tokenizer of a model made from nothing: trained on the training part of the mixture's texts, kept in `cache`."""
     from transformers import PreTrainedTokenizerFast
 
-    if not (cache / "tokenizer.json").is_file():
-        sources = {(s.text if isinstance(s, Recall) else s).model_dump_json(): s for s in data.mix}
-        texts = (
-            text
-            for s in sources.values()
-            for _, text in documents(s.text if isinstance(s, Recall) else s, "training", folder)
-        )
-        made = train_tokenizer(texts, vocab_size)
-        partial = cache.with_name(cache.name + ".partial")
-        made.save_pretrained(partial)
-        partial.rename(cache)
+    with locked(cache.with_name(cache.name + ".lock")):  # two runs may want the same one at the same time
+        if not (cache / "tokenizer.json").is_file():
+            sources = {(s.text if isinstance(s, Recall) else s).model_dump_json(): s for s in data.mix}
+            texts = (
+                text
+                for s in sources.values()
+                for _, text in documents(s.text if isinstance(s, Recall) else s, "training", folder)
+            )
+            made = train_tokenizer(texts, vocab_size)
+            partial = cache.with_name(cache.name + ".partial")
+            made.save_pretrained(partial)
+            partial.rename(cache)
     return PreTrainedTokenizerFast.from_pretrained(cache)
