@@ -76,9 +76,7 @@ class BranchSchedule(Config):
 
 
 # arXiv 2510.05901 Fig. 4a, through a reviewer: dropout 0.9, then 0.75, then 0.5; where they change was not found: thirds.
-SSD = BranchSchedule(
-    dropout=(Rate(until=0.33, value=0.9), Rate(until=0.66, value=0.75), Rate(until=1.0, value=0.5)),
-)
+RATES = (Rate(until=0.33, value=0.9), Rate(until=0.66, value=0.75), Rate(until=1.0, value=0.5))
 
 
 def dropout_at(schedule: BranchSchedule, step: int, total: int) -> float:

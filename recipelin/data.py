@@ -163,32 +163,22 @@ def recall_words(tokenizer: Any, keys: int, values: int) -> tuple[np.ndarray, np
 
 @dataclass(frozen=True)
 class Writing:
-    """How a pair is written in tokens: `before`, key, `between`, value."""
+    """How a pair is written in tokens: `sign`, key, value."""
 
-    before: tuple[int, ...]
-    between: tuple[int, ...]
+    sign: int
     keys: np.ndarray
     values: np.ndarray
-
-    @property
-    def width(self) -> int:
-        """Tokens of a slot."""
-        return len(self.before) + len(self.between) + 2
-
-    def question(self, key: int) -> tuple[int, ...]:
-        """A slot without its value."""
-        return (*self.before, key, *self.between)
 
 
 def writing(tokenizer: Any, slot: Slot, keys: int = 64, values: int = 64) -> Writing:
     """A slot as this tokenizer writes it. Raises SourceError for a word or sign that it has no token of its own for."""
-    first, second = recall_words(tokenizer, keys if slot == "marked" else values, values if slot == "marked" else keys)
     if slot == "marked":
-        return Writing((marker_id(tokenizer),), (), first, second)
-    signs = [tokenizer.backend_tokenizer.token_to_id(sign) for sign in ("Ċ", "Ġ=")]
-    if None in signs:
-        raise SourceError("recall: slot assignment needs tokens of their own for a line's end and for ' ='")
-    return Writing((signs[0],), (signs[1],), second, first)
+        return Writing(marker_id(tokenizer), *recall_words(tokenizer, keys, values))
+    end = tokenizer.backend_tokenizer.token_to_id("Ċ")
+    if end is None:
+        raise SourceError("recall: slot line needs a token of its own for a line's end")
+    second, first = recall_words(tokenizer, values, keys)
+    return Writing(end, first, second)
 
 
 def _scatter_pairs(tokens: np.ndarray, source: Recall, written: Writing, draw: np.random.Generator) -> np.ndarray:
@@ -198,11 +188,10 @@ def _scatter_pairs(tokens: np.ndarray, source: Recall, written: Writing, draw: n
     would learn recall of early pairs only (facts/pocket.md, trap 1).
     """
     length = len(tokens)
-    width = written.width
     slots = max(2, length // source.spacing)
-    offset = int(draw.integers(0, width))
-    room = (length - offset) // width
-    places = np.sort(draw.choice(room, min(slots, room), replace=False)) * width + offset
+    offset = int(draw.integers(0, 3))
+    room = (length - offset) // 3
+    places = np.sort(draw.choice(room, min(slots, room), replace=False)) * 3 + offset
     born = min(1.0, source.pairs * max(length / 256, 0.5) / slots)
     order = draw.permutation(written.keys)
     labels = tokens.copy() if source.loss == "all" else np.full(length, IGNORED, dtype=np.int64)
@@ -212,11 +201,11 @@ def _scatter_pairs(tokens: np.ndarray, source: Recall, written: Writing, draw: n
         if fresh:
             known.append((int(order[len(known)]), int(draw.choice(written.values))))
         key, value = known[-1] if fresh else known[int(draw.integers(len(known)))]
-        tokens[place : place + width] = (*written.question(key), value)
+        tokens[place : place + 3] = (written.sign, key, value)
         if source.loss == "all":
-            labels[place : place + width] = IGNORED
+            labels[place : place + 3] = IGNORED
         if not fresh:
-            labels[place + width - 1] = value
+            labels[place + 2] = value
     return labels
 
 
@@ -247,29 +236,27 @@ def recall_items(
     Pure in its arguments. Raises SourceError for a distance that a row of `length` cannot hold.
     """
     written = writing(tokenizer, slot)
-    width = written.width
     found = []
-    question = length - width + 1  # where the last slot begins
+    question = length - 2
     for distance in distances:
         target = question - distance
-        if not 0 <= target <= question - width:
-            raise SourceError(f"recall: distance {distance} does not fit a row of {length} ({width} to {question})")
+        if not 0 <= target <= question - 3:
+            raise SourceError(f"recall: distance {distance} does not fit a row of {length} (3 to {length - 2})")
         for number in range(items):
             draw = np.random.default_rng([seed, distance, number, 2])
             start = int(draw.integers(0, len(tokens) - length + 1))
             row = tokens[start : start + length].astype(np.int64)
             chosen_keys = draw.choice(written.keys, pairs, replace=False)
             chosen_values = draw.choice(written.values, pairs, replace=False)
-            free = [*range(target - width, -1, -width), *range(target + width, question - width + 1, width)]
+            free = [*range(target - 3, -1, -3), *range(target + 3, question - 2, 3)]
             if len(free) < pairs - 1:
                 raise SourceError(f"recall: a row of {length} has no room for {pairs} pairs")
             for place, key, value in zip(
                 draw.choice(free, pairs - 1, replace=False), chosen_keys[1:], chosen_values[1:], strict=True
             ):
-                row[place : place + width] = (*written.question(key), value)
-            asked = written.question(chosen_keys[0])
-            row[target : target + width] = (*asked, chosen_values[0])
-            row[question:] = asked
+                row[place : place + 3] = (written.sign, key, value)
+            row[target : target + 3] = (written.sign, chosen_keys[0], chosen_values[0])
+            row[question:] = (written.sign, chosen_keys[0])
             found.append(
                 RecallItem(
                     id=f"{distance}-{number}",

@@ -242,15 +242,15 @@ Text = Annotated[Stdlib | LocalFile | Hub, Field(discriminator="source"), AfterV
 """A source of plain text, for generated rows and evaluations."""
 
 
-Slot = Literal["marked", "assignment"]
-"""How a pair is written: `<k> key value`, or a line `key = value` with the words' roles swapped, so that no key of one is
-a key of the other."""
+Slot = Literal["marked", "line"]
+"""How a pair is written: `<k> key value`, or as a line of its own, `key value` after a line's end, with the words' roles
+swapped, so that no key of one is a key of the other."""
 
 
 class Recall(Config):
     """Rows of slots, pairs of key and value, scattered in real text; a key comes back later and asks for its value.
 
-    Sample YAML: `{source: recall, weight: 1.0, text: {source: python-stdlib}}`, `{source: recall, slot: assignment}`
+    Sample YAML: `{source: recall, weight: 1.0, text: {source: python-stdlib}}`, `{source: recall, slot: line}`
     """
 
     source: Literal["recall"]
@@ -259,7 +259,7 @@ class Recall(Config):
     values: Annotated[int, Field(ge=2)] = Field(64, description="distinct values (facts/pocket.md §A)")
     pairs: Annotated[int, Field(ge=1)] = Field(8, description="pairs alive in a row of 256 tokens (facts/pocket.md §A)")
     spacing: Annotated[int, Field(ge=3)] = Field(10, description="tokens of a row for each slot")
-    slot: Slot = Field("marked", description="marked: `<k> key value`; assignment: a line `key = value`, no marker")
+    slot: Slot = Field("marked", description="marked: `<k> key value`; line: a line `key value`, no marker")
     text: Text = Field(Stdlib(source="python-stdlib"), description="the text between the slots")
     loss: Literal["values", "all"] = Field("values", description="tokens that carry loss: recalled values only, or all")
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 import recipelin.stages as stages
 from recipelin.attention.hybrid.config import Config as Hybrid
-from recipelin.branches import SSD, BranchSchedule, RandomWidth, Rate, Width, dropout_at, kept, window_at
+from recipelin.branches import RATES, BranchSchedule, RandomWidth, Rate, Width, dropout_at, kept, window_at
 from recipelin.data import Batch
 from recipelin.losses import token_loss
 from recipelin.schedule import Optimizer, Schedule, Validation
@@ -31,7 +31,7 @@ def rates(*pairs: tuple[float, float]) -> tuple[Rate, ...]:
 
 
 def test_the_papers_schedule_counts_optimiser_steps():
-    found = [dropout_at(SSD, step, 100) for step in range(100)]
+    found = [dropout_at(BranchSchedule(dropout=RATES), step, 100) for step in range(100)]
     assert found == [0.9] * 33 + [0.75] * 33 + [0.5] * 34
 
 
@@ -153,7 +153,7 @@ def values(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_checkpointing_and_resuming_draw_the_same(tiny, tmp_path, granularity):
-    branches = SSD.model_copy(update={"granularity": granularity, "window": (Width(until=1.0, value=3),)})
+    branches = BranchSchedule(dropout=RATES, granularity=granularity, window=(Width(until=1.0, value=3),))
     whole = hybrid(tiny)
     report = tune(whole, tmp_path / "whole", branches)
     assert all(form.drop is None and form.state == State(window=5) for form in forms(whole))
@@ -263,3 +263,12 @@ def test_a_divergence_without_a_teacher_is_refused(tiny, tmp_path):
         tune(hybrid(tiny), tmp_path, None, loss=Loss(lm=0, kl=1))
     with pytest.raises(ValidationError, match="nothing to minimise"):
         Loss(lm=0, kl=0)
+
+
+def test_a_partly_given_schedule_of_ssd_keeps_the_papers_rates():
+    from recipelin.methods.ssd import Config
+
+    assert Config(branches={"granularity": "head"}).branches.dropout == RATES
+    assert Config(branches={"dropout": (), "window": {"random": (4, 8)}}).branches.dropout == ()
+    with pytest.raises(ValueError, match="nothing would be scheduled"):
+        Config(branches={"dropout": ()})

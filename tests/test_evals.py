@@ -190,22 +190,19 @@ def test_recall_questions_are_what_they_say(tokenizer):
         data.recall_items(tokenizer, tokens, **{**asked, "distances": [96]})
 
 
-def test_assignments_are_lines_and_share_no_role_with_marked_slots(tokenizer):
+def test_lines_of_pairs_share_no_role_with_marked_slots(tokenizer):
     tokens = data.stream(Stdlib(source="python-stdlib"), tokenizer, part="test", folder=Path(), cache=None).tokens
-    marked, lines = data.writing(tokenizer, "marked"), data.writing(tokenizer, "assignment")
+    marked, lines = data.writing(tokenizer, "marked"), data.writing(tokenizer, "line")
     assert set(marked.keys) == set(lines.values) and not set(marked.keys) & set(lines.keys)
     asked = {"distances": [6, 50, 90], "items": 5, "seed": 3, "length": 96, "pairs": 4}
-    for item in data.recall_items(tokenizer, tokens, **asked, slot="assignment"):
-        question = tokenizer.decode(item.ids[-3:])
-        key = tokenizer.decode(item.ids[-2:-1])
-        assert question == f"\n{key} ="
+    for item in data.recall_items(tokenizer, tokens, **asked, slot="line"):
+        question = tokenizer.decode(item.ids[-2:])
+        assert question[0] == "\n" and item.ids[-1] in lines.keys
         at = len(item.ids) - 2 - item.distance
-        assert tokenizer.decode(item.ids[at - 1 : at + 3]) == f"{question}{tokenizer.decode([item.answer])}"
+        assert tokenizer.decode(item.ids[at : at + 3]) == question + tokenizer.decode([item.answer])
         assert item.answer in lines.values and data.marker_id(tokenizer) not in item.ids
-    config = Recall(distances=(6, 24), items=2, pairs=4, length=96, slot="assignment")
-    assert [n.task for n in config.names()] == ["assignment@6", "assignment@24"]
-    with pytest.raises(data.SourceError, match=r"distance 3 does not fit a row of 96 \(4 to 93\)"):
-        data.recall_items(tokenizer, tokens, **{**asked, "distances": [3]}, slot="assignment")
+    config = Recall(distances=(6, 24), items=2, pairs=4, length=96, slot="line")
+    assert [n.task for n in config.names()] == ["line@6", "line@24"]
 
 
 def test_lm_eval_scores_are_the_log_likelihoods_of_the_lines(model, tokenizer, tmp_path):

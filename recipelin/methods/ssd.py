@@ -2,11 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
-from ..branches import SSD, BranchSchedule
+from ..branches import RATES, BranchSchedule, Rate
 from ..compose import hybrid_state, joint_transfer, tune
 from ..recipe import Recipe
 from ..schedule import Optimizer, Schedule
@@ -14,10 +14,25 @@ from ..states import Join
 from ..steps import Lora, Objective, Step, Swap, Switch, Trained
 
 
+class Dropped(BranchSchedule):
+    """The window's schedule in `tune`: the paper's rates unless others are given; `dropout: []` drops nothing.
+
+    Sample YAML: `{granularity: step}`, `{window: {random: [8, 16, 32]}, dropout: []}`
+    """
+
+    dropout: tuple[Rate, ...] = Field(RATES, description="arXiv 2510.05901 Fig. 4a: 0.9, 0.75, 0.5")
+
+    @model_validator(mode="after")
+    def _something(self) -> "Dropped":
+        if not (self.dropout or self.window):
+            raise ValueError("neither dropout nor window: nothing would be scheduled, which is method lolcats")
+        return self
+
+
 class Config(Base):
     """Stage `transfer`: as LoLCATs, or another `objective`. Stage `tune`: LoRA with the window dropped by `branches`
     (0.9, 0.75, 0.5 in the paper). Rates over time, windows, granularity and what a dropped window leaves to the linear
-    branch were not found: they are fields. `branches: {window: {random: [8, 16, 32]}}` is SWAX' rival.
+    branch were not found: they are fields. `branches: {window: {random: [8, 16, 32]}, dropout: []}` is SWAX, its rival.
 
     Sample YAML::
 
@@ -37,7 +52,7 @@ class Config(Base):
         {"hybrid_outputs": 1000.0},
         description="the transfer it starts from; LoLCATs' by default, Hedgehog's: {weights: 1}",
     )
-    branches: BranchSchedule = SSD
+    branches: Dropped = Dropped()
     calibration_batches: Annotated[int, Field(ge=1)] = Field(8, description="of c_h, for join: absolute")
     lora: Lora = Lora()
     tune_form: tuple[Trained, ...] = ()

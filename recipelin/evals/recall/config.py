@@ -14,7 +14,7 @@ class Config(Base):
 
     Right is the largest logit over the whole vocabulary. Chance is the in-context guess 1 / pairs.
     Sample YAML: `{eval: recall, distances: [6, 24, 96, 201], items: 48, pairs: 8, length: 256}`,
-    `{eval: recall, slot: assignment}` (its rows are called assignment@24, and so on)
+    `{eval: recall, slot: line}` (its rows are called line@24, and so on)
     """
 
     eval: Literal["recall"] = "recall"
@@ -32,7 +32,7 @@ class Config(Base):
         return tuple(RowName(("distances", i), self.task(d), "accuracy") for i, d in enumerate(self.distances))
 
     def task(self, distance: int) -> str:
-        """Name of the rows at a distance: recall@24, assignment@24."""
+        """Name of the rows at a distance: recall@24, line@24."""
         return f"{'recall' if self.slot == 'marked' else self.slot}@{distance}"
 
     def tokens(self) -> int:
