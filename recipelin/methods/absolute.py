@@ -28,7 +28,9 @@ class Config(Base):
     window: Annotated[int, Field(ge=1)] = 64
     sinks: Annotated[int, Field(ge=0)] = 0
     cover: Literal["outside", "all"] = "outside"
-    calibration_batches: Annotated[int, Field(ge=1)] = Field(8, description="batches of the closed form of c_h")
+    calibration_batches: Annotated[int, Field(ge=0)] = Field(
+        8, description="batches of the closed form of c_h; 0: c starts at 0"
+    )
     linear_share: Annotated[float, Field(ge=0)] = Field(
         0.3, description="weight of the linear objective in `refine`: keeps linear-only alive (facts/pocket.md §F)"
     )
@@ -59,7 +61,7 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
         Swap(form="hybrid", config=method.form),
         *transfer(recipe, "transfer", {"weights": 1.0}, ("feature_maps",)),
         Switch(state=state),
-        *calibrate_scale(recipe, size, method.calibration_batches),
+        *(calibrate_scale(recipe, size, method.calibration_batches) if method.calibration_batches else ()),
         *transfer(recipe, "refine", refined, ("feature_maps", "log_scale")),
         *tune(
             recipe,
