@@ -81,6 +81,12 @@ def _device(text: str) -> str:
     return text
 
 
+def _width(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,8}", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected a window in tokens, 1 or more")
+    return int(text)
+
+
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser, and those of the commands by name: the help of each ends in examples."""
     parser = _Parser(
@@ -153,6 +159,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         _diagnose,
         "measure what each branch of an exported student does, or of a published LoLCATs checkpoint; needs no recipe",
         "runs/pocket-lolcats--b7b167c9/model",
+        "runs/pocket-lolcats--b7b167c9/model --window 8 --window 16 --window 64",
         "my-student --teacher Qwen/Qwen3-8B --suite recall-4k --suite untangling",
         "lolcats-llama-3.1-8b-distill/model.pt --finetune lolcats-llama-3.1-8b-ft-lora/model.pt "
         "--teacher ./llama-3.1-8b --suite untangling-unpadded",
@@ -167,6 +174,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     )
     diagnose.add_argument(
         "--suite", action="append", default=[], metavar="SUITE", help="what is asked (may be given more than once)"
+    )
+    diagnose.add_argument(
+        "--window",
+        type=_width,
+        action="append",
+        default=[],
+        metavar="TOKENS",
+        help="sweep: hybrid and window alone at this width too, untrained (may be given more than once)",
     )
     diagnose.add_argument("--finetune", metavar="FILE", help="LoLCATs' stage-2 .pt file")
     diagnose.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: that of the weights")

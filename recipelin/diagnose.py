@@ -38,6 +38,7 @@ def diagnose_command(arguments: argparse.Namespace) -> int:
             suites=tuple(arguments.suite),
             finetune=arguments.finetune,
             dtype=arguments.dtype,
+            windows=tuple(dict.fromkeys(arguments.window)),
         )
         if arguments.beyond_context:
             recipe["model"]["beyond_context"] = True
@@ -62,9 +63,27 @@ def diagnose_command(arguments: argparse.Namespace) -> int:
 
 
 def diagnosis(
+    path: Path,
+    *,
+    teacher: str | None,
+    suites: Sequence[str],
+    finetune: str | None,
+    dtype: str | None,
+    windows: Sequence[int] = (),
+) -> dict[str, Any]:
+    """The recipe of a diagnosis; `windows`: hybrid and window alone at these widths too. Raises DiagnoseError."""
+    found = _diagnosis(path, teacher=teacher, suites=suites, finetune=finetune, dtype=dtype)
+    found["eval"]["states"] += [
+        {"name": f"{state}-{width}", "of": state, "window": width}
+        for width in windows
+        for state in ("hybrid", "window")
+    ]
+    return found
+
+
+def _diagnosis(
     path: Path, *, teacher: str | None, suites: Sequence[str], finetune: str | None, dtype: str | None
 ) -> dict[str, Any]:
-    """The recipe of a diagnosis. Raises DiagnoseError."""
     # The recipe lies elsewhere: suites by path are named from the root. A wrong one is refused before anything is written.
     suites = [str(Path(s).resolve()) if s.endswith(".yaml") else s for s in suites]
     for suite in suites:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import recipelin.hf as hf
 from recipelin import data
+from recipelin.cli import main
 from recipelin.diagnose import DiagnoseError, diagnose_command, diagnosis
 from recipelin.load import load
+from recipelin.plan import plan
 from recipelin.records import read_items, read_record
 from recipelin.run import run
 from recipelin.sources import Stdlib
@@ -49,7 +52,7 @@ def made(tiny, tmp_path, home) -> Path:
 
 def command(path: Path, **options) -> int:
     given = {"teacher": None, "suite": [], "finetune": None, "dtype": None, "device": "cpu", "fresh": True, "out": None}
-    given["beyond_context"] = False
+    given |= {"beyond_context": False, "window": []}
     return diagnose_command(argparse.Namespace(path=str(path), **{**given, **options}))
 
 
@@ -128,6 +131,24 @@ def test_what_cannot_be_diagnosed_is_refused(tmp_path, made):
     layout.write_text(json.dumps(config))
     with pytest.raises(DiagnoseError, match="layout version 99"):
         diagnosis(tmp_path / "run" / "model", **ask)
+
+
+def test_windows_are_swept_at_inference(tmp_path, made):
+    asked = diagnosis(
+        made / "run" / "model", teacher=None, suites=["pocket"], finetune=None, dtype=None, windows=(2, 4)
+    )
+    swept = asked["eval"]["states"][-4:]
+    assert swept == [
+        {"name": f"{state}-{width}", "of": state, "window": width} for width in (2, 4) for state in ("hybrid", "window")
+    ]
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(asked))
+    (evaluation,) = [p.step for p in plan(load(path)).steps if p.step.step == "evaluate"]
+    widths = {s.name: s.state.window for s in evaluation.states if s.state is not None}
+    own = widths["hybrid"]
+    assert widths["hybrid-2"] == widths["window-2"] == 2 and widths["window-4"] == 4 and widths["window"] == own
+    with pytest.raises(SystemExit):
+        main(["diagnose", "x", "--window", "0"])
 
 
 def test_a_published_checkpoint_becomes_a_recipe(tmp_path, made):
