@@ -16,6 +16,12 @@ from .states import State, subsets
 from .statistics import Draws, Interval, compare, gap, interval_of, ratio, recovery, retention, shapley
 from .verdict import RULE, judge, verdict
 
+MEANING = {
+    "gap": "(window - hybrid)/(window - teacher) in log-loss, alike in scores: what of the window's loss comes back; negative: "
+    "the linear branch harms.",
+    "retention": "(none - linear)/(none - teacher) in log-loss, alike in scores: what the linear branch alone keeps.",
+}
+BROUGHT = {"gap": (("hybrid", "window", "teacher"), gap), "retention": (("linear", "none", "teacher"), retention)}
 POCKET_PARAMETERS = 10_000_000  # below this a teacher is a pocket teacher; the shipped one has well under 2 M
 
 
@@ -191,20 +197,24 @@ def _branches(record: Record, found: Sequence[Measure]) -> Block:
             return Cell(plus_minus(interval, scale=scale, digits=digits, sign=sign), numbers)
 
         base = "nats" if unit == "nats" else "fraction"
-        brought = difference("hybrid", "window")
+        gained = difference("hybrid", "window")
         cells.append(cell("teacher - window", difference("teacher", "window"), scale, digits, True, base))
-        cells.append(cell("hybrid - window", brought, scale, digits, True, base))
-        cells.append(Cell(compare(brought, record.margin) if brought else DASH))
-        lost = gap(draws["hybrid"], draws["window"], draws["teacher"]) if brought and "teacher" in draws else None
-        cells.append(cell("gap", interval_of(lost), 100, 0, False, "fraction"))
-        three = [draws.get(s) for s in ("linear", "none", "teacher")]
-        kept = retention(*three) if all(three) else None  # type: ignore[arg-type]
-        cells.append(cell("retention", interval_of(kept), 100, 0, False, "fraction"))
+        cells.append(cell("hybrid - window", gained, scale, digits, True, base))
+        cells.append(Cell(compare(gained, record.margin) if gained else DASH))
+        for value in BROUGHT:
+            cells.append(cell(value, brought(measure, value), 100, 0, False, "fraction"))
         cells.append(_shapley(record, draws, base))
         each = judged.get(measure.label)
         cells.append(Cell(each.word if each else DASH))
         rows.append((label, tuple(cells)))
     return Block("What the linear branch brings, on exposed items", columns, tuple(rows))
+
+
+def brought(measure: Measure, value: str) -> Interval | None:
+    """gap or retention of a metric on exposed items; None where a state is missing or the denominator may be 0."""
+    states, ratio_of = BROUGHT[value]
+    draws = _exposed_draws(measure)
+    return interval_of(ratio_of(*(draws[s] for s in states))) if all(s in draws for s in states) else None
 
 
 def _exposed_draws(measure: Measure) -> dict[str, Draws]:
@@ -330,10 +340,8 @@ def _legend(record: Record, found: Sequence[Measure], items: Items) -> tuple[str
             "log-loss is negated).",
             f"reads: equal: the whole interval of hybrid - window is within the margin {margin}; differs: it "
             "excludes 0 and the point exceeds the margin; else undecided.",
-            "gap: (window - hybrid)/(window - teacher) in log-loss, alike in scores: what of the window's loss comes "
-            "back; negative: the linear branch harms.",
-            "retention: (none - linear)/(none - teacher) in log-loss, alike in scores: what the linear branch alone "
-            "keeps. Read gap and retention together.",
+            f"gap: {MEANING['gap']}",
+            f"retention: {MEANING['retention']} Read gap and retention together.",
             f"Shapley: {' / '.join(record.branches)}: a branch's mean contribution over all orders of adding branches, "
             "in % of hybrid - none; they add up to 100.",
         ]

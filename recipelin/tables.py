@@ -19,7 +19,7 @@ from .measures import Measure
 from .published import Published, Source, TableError, find, provenance, read_published, source_of, to_run
 from .records import RecordError, items_path, read_items, read_record, record_path
 from .render import DASH, FORMATS, Block, Cell, Format, Number, Table, plus_minus, render
-from .runtable import mean_of, run_table, scale, score_cell
+from .runtable import MEANING, brought, mean_of, run_table, scale, score_cell
 from .statistics import Draws, Interval, interval_of, recovery
 from .strict_yaml import read_yaml
 from .tablespec import EXPECTED, TRUST, Column, Printed, Spec, TableRow, read_spec
@@ -103,6 +103,13 @@ class _Ours(NamedTuple):
 
 def _interval(columns: dict[str, Column], label: str, state: str, found: Sequence[Measure]) -> _Ours | None:
     column = columns[label]
+    if column.value:
+        measure = _find(column, found)
+        interval = brought(measure, column.value) if measure else None
+        if interval is None:
+            return None
+        text = plus_minus(interval, scale=100, digits=0)
+        return _Ours(Cell(text, (Number(column.value, interval, "fraction"),)), _times(interval, 100.0))
     if column.task or column.recall:
         measure = _find(column, found)
         cell = score_cell(measure, state) if measure else None
@@ -137,8 +144,8 @@ def _ours(source: Source, column: Column, ours: _Ours | None) -> Cell:
         return ours.cell
     if not source.chosen:
         return Cell("not run")
-    # A recovery whose teacher touches the floor is a dash; a state or task that the Record lacks is named.
-    return Cell(DASH if column.recovery_of else "not in Record")
+    # A ratio whose denominator touches 0 is a dash; a state or task that the Record lacks is named.
+    return Cell(DASH if column.recovery_of or column.value else "not in Record")
 
 
 def _beside(row: TableRow, columns: Sequence[Column], ours: Sequence[_Ours | None]) -> tuple[list[Cell], list[Cell]]:
@@ -206,6 +213,7 @@ def _notes(spec: Spec, sources: dict[tuple[str, ...], Source]) -> tuple[str, ...
         lines.append(
             "recall near, far: distance up to, beyond layers x (window - 1) tokens, the reach of a stack of windows."
         )
+    lines += [f"{x}: {MEANING[x]}" for x in dict.fromkeys(c.value for c in spec.columns) if x]
     for column in spec.columns:
         if column.mean_of:
             lines.append(f"{column.label}: mean of {', '.join(column.mean_of)}.")

@@ -55,12 +55,18 @@ class Measured(Config):
 class Column(Measured):
     """What a column shows: a task, recall near or far, the mean of columns, or the recovery of a column.
 
+    `value: gap` or `retention` shows what the linear branch brings to the row's recipe on that task, on exposed items, and not
+    the score of the row's state.
+
     Scores and recoveries are shown in percent, a log-loss as perplexity; printed numbers are in the same unit.
     Sample YAML: `{label: PIQA, task: piqa}`, `{label: passkey far, recall: far, of: passkey@4096}`,
-    `{label: AVG, mean_of: [PIQA, ARC-E]}`, `{label: Rec, recovery_of: AVG}`
+    `{label: AVG, mean_of: [PIQA, ARC-E]}`, `{label: Rec, recovery_of: AVG}`, `{label: gap, task: perplexity, value: gap}`
     """
 
     label: str
+    value: Literal["gap", "retention"] | None = Field(
+        None, description="of a task or recall: instead of the state's score"
+    )
     mean_of: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     recovery_of: str | None = None
     corrected: bool = Field(False, description="recovery corrected for guessing")
@@ -69,6 +75,8 @@ class Column(Measured):
     def _one_kind(self) -> "Column":
         if sum(x is not None for x in (self.task, self.recall, self.mean_of, self.recovery_of)) != 1:
             raise ValueError("give exactly one of task, recall, mean_of and recovery_of")
+        if self.value and not (self.task or self.recall):
+            raise ValueError(f"{self.value} is of a task or of recall; found a mean or a recovery")
         return self
 
 
@@ -118,7 +126,7 @@ def read_spec(path: Path) -> Spec:
 def _unfit(spec: Spec) -> Iterator[tuple[Where, str]]:
     """What names a column or a footnote that is not there, and where."""
     labels = [c.label for c in spec.columns]
-    plain = [c.label for c in spec.columns if c.task or c.recall]
+    plain = [c.label for c in spec.columns if (c.task or c.recall) and not c.value]
     for index, column in enumerate(spec.columns):
         if column.label in labels[:index]:
             yield ("columns", index, "label"), f"two columns are labelled {column.label!r}"

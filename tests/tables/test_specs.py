@@ -14,6 +14,7 @@ from recipelin.plan import Plan, plan
 from recipelin.published import Published
 from recipelin.records import ItemsOf, write_record
 from recipelin.render import DASH, Cell, Table, render
+from recipelin.runtable import run_table
 from recipelin.steps import Evaluate
 from recipelin.strict_yaml import RecipeError, read_yaml
 from recipelin.tables import TableError, read_spec, table_command, tabulate
@@ -313,3 +314,23 @@ def test_a_column_names_format_length_and_metric_of_recall(spec: Any, make: Any)
         {"of": "recall"}, {"of": "passkey@512", "metric": "generated"}, {"of": "needle"})]  # fmt: skip
     assert len(set(texts_of)) == 1 and "not" not in texts_of[0]
     assert texts(table(of="needle@4096"))["SWA", "far"] == "not in Record"
+
+
+def test_columns_of_gap_and_retention(make: Any, tmp_path: Path) -> None:
+    columns = "[{label: loss, task: perplexity}, {label: gap, task: perplexity, value: gap}, VALUE]"
+    text = f"name: t\ntitle: T\ncolumns: {columns}\nrows: [{{label: a, recipe: pocket/lolcats, state: hybrid}}]\n"
+    path = tmp_path / "t.yaml"
+    path.write_text(text.replace("VALUE", "{label: kept, task: perplexity, value: retention}"))
+    record, items = make()
+    table = tabulate(read_spec(path), [Published(record, items, Path("a.json"))])
+    shown = dict(zip(table.blocks[0].columns[1:], dict(table.blocks[0].rows)["a"], strict=True))
+    (own,) = (b for b in run_table(record, items).blocks if b.title.startswith("What the linear"))
+    known = dict(zip(own.columns[1:], dict(own.rows)["log-loss, nats"], strict=True))
+    assert (shown["gap"], shown["kept"]) == (known["gap %"], known["retention %"])
+    assert any(n.startswith("gap: (window - hybrid)") for n in table.notes)
+    path.write_text(text.replace("VALUE", "{label: mean, mean_of: [gap]}"))
+    with pytest.raises(RecipeError, match="no task column 'gap'"):
+        read_spec(path)
+    path.write_text(text.replace("VALUE", "{label: r, recovery_of: loss, value: gap}"))
+    with pytest.raises(RecipeError, match="gap is of a task or of recall"):
+        read_spec(path)
