@@ -105,7 +105,7 @@ def _interval(columns: dict[str, Column], label: str, state: str, found: Sequenc
     column = columns[label]
     if column.value:
         measure = _find(column, found)
-        interval = brought(measure, column.value) if measure else None
+        interval = brought(measure, column.value) if measure and state == "hybrid" else None
         if interval is None:
             return None
         text = plus_minus(interval, scale=100, digits=0)

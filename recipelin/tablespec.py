@@ -55,8 +55,7 @@ class Measured(Config):
 class Column(Measured):
     """What a column shows: a task, recall near or far, the mean of columns, or the recovery of a column.
 
-    `value: gap` or `retention` shows what the linear branch brings to the row's recipe on that task, on exposed items, and not
-    the score of the row's state.
+    `value: gap` or `retention` shows what the linear branch brings on that task, on exposed items, in rows of state `hybrid`.
 
     Scores and recoveries are shown in percent, a log-loss as perplexity; printed numbers are in the same unit.
     Sample YAML: `{label: PIQA, task: piqa}`, `{label: passkey far, recall: far, of: passkey@4096}`,

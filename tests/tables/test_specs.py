@@ -318,7 +318,7 @@ def test_a_column_names_format_length_and_metric_of_recall(spec: Any, make: Any)
 
 def test_columns_of_gap_and_retention(make: Any, tmp_path: Path) -> None:
     columns = "[{label: loss, task: perplexity}, {label: gap, task: perplexity, value: gap}, VALUE]"
-    text = f"name: t\ntitle: T\ncolumns: {columns}\nrows: [{{label: a, recipe: pocket/lolcats, state: hybrid}}]\n"
+    text = f"name: t\ntitle: T\ncolumns: {columns}\nrows: [{{label: a, recipe: pocket/lolcats, state: hybrid}}, {{label: b, recipe: pocket/lolcats, state: window}}]\n"
     path = tmp_path / "t.yaml"
     path.write_text(text.replace("VALUE", "{label: kept, task: perplexity, value: retention}"))
     record, items = make()
@@ -327,6 +327,7 @@ def test_columns_of_gap_and_retention(make: Any, tmp_path: Path) -> None:
     (own,) = (b for b in run_table(record, items).blocks if b.title.startswith("What the linear"))
     known = dict(zip(own.columns[1:], dict(own.rows)["log-loss, nats"], strict=True))
     assert (shown["gap"], shown["kept"]) == (known["gap %"], known["retention %"])
+    assert [c.text for c in dict(table.blocks[0].rows)["b"][1:]] == [DASH, DASH]
     assert any(n.startswith("gap: (window - hybrid)") for n in table.notes)
     path.write_text(text.replace("VALUE", "{label: mean, mean_of: [gap]}"))
     with pytest.raises(RecipeError, match="no task column 'gap'"):
