@@ -318,7 +318,10 @@ def test_a_column_names_format_length_and_metric_of_recall(spec: Any, make: Any)
 
 def test_columns_of_gap_and_retention(make: Any, tmp_path: Path) -> None:
     columns = "[{label: loss, task: perplexity}, {label: gap, task: perplexity, value: gap}, VALUE]"
-    text = f"name: t\ntitle: T\ncolumns: {columns}\nrows: [{{label: a, recipe: pocket/lolcats, state: hybrid}}, {{label: b, recipe: pocket/lolcats, state: window}}]\n"
+    rows = ", ".join(
+        f"{{label: {x}, recipe: pocket/lolcats, state: {s}}}" for x, s in (("a", "hybrid"), ("b", "window"))
+    )
+    text = f"name: t\ntitle: T\ncolumns: {columns}\nrows: [{rows}]\n"
     path = tmp_path / "t.yaml"
     path.write_text(text.replace("VALUE", "{label: kept, task: perplexity, value: retention}"))
     record, items = make()
