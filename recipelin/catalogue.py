@@ -23,7 +23,7 @@ name: `recipelin run pocket/lolcats`. `recipelin plan NAME` shows its steps; `re
 * **runs**: points of the grid, each with a Record of its own.
 * **FLOP** over all runs and **memory**, the peak of the largest step, are the plan's estimates; a dash where they depend on
   data that is not in this repository.
-* **Record**: whether `results/records` (for the teacher: `recipelin/pocket`) holds a finished one of every run. *older plan*:
+* **Record**: whether `results/records` (for the teachers: `recipelin/pocket*`) holds a finished one of every run. *older plan*:
   one of the same name whose plan was another (the recipe, its suite, or what recipelin makes of them): run it again to compare.
 """
 
