@@ -7,7 +7,47 @@ from .branches import BranchSchedule
 from .recipe import Recipe
 from .schedule import Schedule
 from .states import Branch, State
-from .steps import Calibrate, Lora, Loss, Objective, Step, Trained, Transfer, Tune
+from .steps import (
+    Calibrate,
+    Choice,
+    ConvertedLayers,
+    FromSelect,
+    Lora,
+    Loss,
+    Objective,
+    Select,
+    Step,
+    Swap,
+    Trained,
+    Transfer,
+    Tune,
+)
+
+
+def in_layers(recipe: Recipe, layers: ConvertedLayers, *steps: Step) -> tuple[Step, ...]:
+    """A method's `steps` for all layers, made to convert those that its field `layers` says.
+
+    A Choice that measures tries each candidate in the student as the steps before the first `Tune` leave it. For
+    `kl_stage2` a `Tune` of all weights on KL(teacher || student) follows, whose `trains` are what those steps trained.
+    """
+    if layers == "all":
+        return steps
+    where = FromSelect() if isinstance(layers, Choice) else layers
+    moved = tuple(s.model_copy(update={"layers": where}) if isinstance(s, Swap) else s for s in steps)
+    if not isinstance(layers, Choice):
+        return moved
+    probe: list[Any] = []
+    if layers.policy in ("single_keep_ppl", "kl_stage2"):
+        first = next((i for i, s in enumerate(steps) if isinstance(s, Tune)), len(steps))
+        probe += steps[:first]
+    if layers.tune:
+        trains = tuple(dict.fromkeys(name for s in probe if isinstance(s, Transfer) for name in s.trains))
+        data = layers.tune.data or recipe.data
+        loss = Loss(lm=0.0, kl=1.0)
+        probe.append(Tune(stage="tune", lora=None, trains=trains, loss=loss, schedule=layers.tune, data=data))
+    given = {name: getattr(layers, name) for name in Choice.model_fields if name != "data"}
+    data_of_rows = (layers.data or recipe.data) if layers.scored else None
+    return (Select(**given, data=data_of_rows, probe=tuple(probe)), *moved)
 
 
 def hybrid_state(*, sinks: int = 0, **fields: Any) -> State:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from . import families
+from . import families, layers
 from .base import Config
 from .branches import RandomWidth
 from .families import Architecture
@@ -15,7 +15,7 @@ from .recipe import Converted, Suite
 from .schedule import optimiser_steps
 from .sources import Data, Hub, LocalFile, Recall, Rows, Stdlib
 from .states import State
-from .steps import Calibrate, Evaluate, Lora, Step, Swap, Switch, Transfer, Tune
+from .steps import Calibrate, Evaluate, FromSelect, Lora, Select, Step, Swap, Switch, Transfer, Tune
 from .templates import name_of
 
 BYTES_PER_TOKEN = 4  # of English text under a vocabulary of tens of thousands; only sizes `epochs` before tokenising
@@ -45,6 +45,8 @@ class Counting:
     steps: tuple[Step, ...]
 
     def describe(self, step: Step) -> dict[str, Any]:
+        if isinstance(step, Select):
+            return self._selection(step)
         if isinstance(step, Swap):
             new = self._new(step)
             what = f"{step.form} into {self._layers(step)} layers, {sum(new.values()):,} new parameters"
@@ -86,7 +88,12 @@ class Counting:
         return next((s for s in self.steps if isinstance(s, Swap)), None)
 
     def _layers(self, step: Swap) -> int:
-        return self.arch.num_hidden_layers if step.layers == "all" else len(step.layers)
+        count = self.arch.num_hidden_layers
+        select = next((s for s in self.steps if isinstance(s, Select)), None)
+        if isinstance(step.layers, FromSelect):
+            assert select is not None
+            return count - layers.count(select, count)
+        return len(layers.converted(step.layers, select, count))
 
     def _new(self, step: Swap) -> dict[str, int]:
         counts: dict[str, int] = step.config.parameters(self.arch)  # type: ignore[attr-defined]
@@ -130,6 +137,41 @@ class Counting:
         path = self.loaded.path.parent / text.path if isinstance(text, LocalFile) else None
         return path.stat().st_size // BYTES_PER_TOKEN if path and path.is_file() else None
 
+    def _selection(self, step: Select) -> dict[str, Any]:
+        """What a Select costs: its layer-local steps once a draw, scoring and `tune` once for each candidate."""
+        count_, arch = self.arch.num_hidden_layers, self.arch
+        kept = layers.count(step, count_)
+        what = f"{step.policy}, {kept} of {count_} layers stay softmax"
+        if (known := layers.ahead(step, count_)) is not None:
+            return {"what": f"{what}: {', '.join(map(str, known))}"}
+        assert step.data is not None
+        tried = len(layers.tried(step, count_))
+        inner = Counting(self.loaded, arch, step.probe)
+        costs = [(s, inner.describe(s)["cost"]) for s in step.probe if not isinstance(s, (Swap, Switch))]
+        once = [cost for each, cost in costs if not isinstance(each, Tune)]
+        tuned = [cost for each, cost in costs if isinstance(each, Tune)]
+        scored = step.rows * step.length
+        teachers = 2 if step.policy == "kl_stage2" else 1
+        rows = Cost(tokens=scored, flops=teachers * scored * self._forward(step.length))
+        each_ = f"{count(scored)} tokens scored"
+        if tuned:
+            each_ += f" and {count(tuned[0].tokens)} tuned"
+        what += f": {tried} candidates x {step.draws} draw{'s' if step.draws > 1 else ''} x {each_}"
+        memory = [c.memory for _, c in costs] or [self._memory(step, 0)]
+        return {
+            "what": what,
+            "reads": f"selection rows of {describe_data(step.data)}",
+            "cost": Cost(
+                tokens=_sum(
+                    [(c.tokens, step.draws) for c in once] + [(c.tokens, step.draws * tried) for c in (*tuned, rows)]
+                ),
+                flops=_sum(
+                    [(c.flops, step.draws) for c in once] + [(c.flops, step.draws * tried) for c in (*tuned, rows)]
+                ),
+                memory={place: max(m[place] for m in memory) for place in memory[0]},
+            ),
+        }
+
     def _training(self, step: Transfer | Tune, trained: int, *, factor: float, what: str) -> dict[str, Any]:
         schedule = step.schedule
         count = optimiser_steps(schedule, self._rows(step.data, schedule.length))
@@ -155,7 +197,7 @@ class Counting:
             ),
         }
 
-    def _memory(self, step: Calibrate | Transfer | Tune | Evaluate, trained: int) -> dict[str, int]:
+    def _memory(self, step: Select | Calibrate | Transfer | Tune | Evaluate, trained: int) -> dict[str, int]:
         """Weights + (value, gradient, two moments in fp32 of what trains) + activations of one micro-batch."""
         arch = self.arch
         size = DTYPE_BYTES[self.loaded.recipe.model.dtype]
@@ -164,6 +206,8 @@ class Counting:
             tokens = step.schedule.batch * step.schedule.length
         elif isinstance(step, Calibrate):
             tokens = step.batch * step.length
+        elif isinstance(step, Select):
+            tokens = step.length
         else:
             tokens = max((e.batch * getattr(e, "length", 512) for s in suites_of(step) for e in s.evals), default=0)  # type: ignore[attr-defined]
         swap = self._swap()
@@ -203,6 +247,11 @@ class Counting:
                 memory=self._memory(step, 0),
             ),
         }
+
+
+def _sum(parts: Sequence[tuple[Any, int]]) -> Any:
+    """Sum of value x times; None where a value is not known."""
+    return None if any(value is None for value, _ in parts) else sum(value * times for value, times in parts)
 
 
 def suites_of(step: Evaluate) -> tuple[Suite, ...]:

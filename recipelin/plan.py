@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import SerializeAsAny, ValidationError
 
-from . import families, lookup, reads
+from . import families, layers, lookup, reads
 from .attention.hybrid.config import Config as Hybrid
 from .base import Config
 from .cost import Cost, Counting, suites_of
@@ -20,7 +20,7 @@ from .recipe import StateOf, Suite
 from .shipped import SHIPPED
 from .sources import Hub, SourceError
 from .states import NAMES, NamedState, State, resolve, subsets
-from .steps import Calibrate, Evaluate, Step, StepsError, Swap, Switch, Transfer, Tune
+from .steps import Calibrate, Evaluate, FromSelect, Select, Step, StepsError, Swap, Switch, Transfer, Tune
 from .strict_yaml import Where
 
 
@@ -55,8 +55,8 @@ class Plan(Config):
         swap = next((p.step for p in self.steps if isinstance(p.step, Swap)), None)
         if swap is None or not isinstance(swap.config, Hybrid):
             return None
-        layers = range(self.layers) if swap.layers == "all" else swap.layers
-        found = [swap.config.reach(self.architecture, i) for i in layers]
+        select = next((p.step for p in self.steps if isinstance(p.step, Select)), None)
+        found = [swap.config.reach(self.architecture, i) for i in layers.converted(swap.layers, select, self.layers)]
         return None if None in found else max(w for w in found if w is not None)
 
 
@@ -181,6 +181,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     if recipe.model.student and name != "exported":
         text = f"model.student: method {name!r} starts from a teacher and would not read it; use method: {{name: exported}}"
         raise refusal(loaded, ("model", "student"), text)
+    _refuse_layers(loaded, arch, found)
     _refuse_idle_rates(loaded, found)
     _refuse_watching_the_test(loaded, found)
     hybrid = next((s.state for s in reversed(found) if isinstance(s, Switch)), None)
@@ -226,9 +227,34 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     )
 
 
+def _refuse_layers(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:
+    """Layers that are not there, a choice that leaves none, and one that comes too late. Raises PlanError."""
+    count = arch.num_hidden_layers
+    swap = next((i for i, s in enumerate(steps) if isinstance(s, Swap)), len(steps))
+    chosen = [i for i, s in enumerate(steps) if isinstance(s, Select)]
+    asks = [s for s in steps if isinstance(s, Swap) and isinstance(s.layers, FromSelect)]
+    if len(chosen) != bool(asks) or any(i > swap for i in chosen):
+        text = "a Select stands once, before the Swap whose layers it gives, and layers: {from: select} needs one"
+        raise refusal(loaded, ("method",), text)
+    for step in steps:
+        if isinstance(step, Swap) and isinstance(step.layers, tuple):
+            wrong = [i for i in step.layers if i >= count]
+            twice = sorted({i for i in step.layers if step.layers.count(i) > 1})
+            if wrong or twice:
+                what = f"{listed(map(str, wrong or twice))} {'given twice' if twice and not wrong else 'not there'}"
+                text = f"method.layers: {what}; the model has layers 0 to {count - 1}"
+                raise refusal(loaded, ("method", "layers"), text)
+        elif isinstance(step, Select):
+            try:
+                layers.tried(step, count)
+                layers.ahead(step, count)
+            except ValueError as error:
+                raise refusal(loaded, ("method", "layers"), f"method.layers: {error}") from error
+
+
 def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
     """A learning rate of its own for a group that does not train in a stage would do nothing. Raises PlanError."""
-    for step in steps:
+    for step in (*steps, *_tried(steps)):
         if isinstance(step, (Transfer, Tune)):
             groups = [*step.trains, *(["lora"] if isinstance(step, Tune) and step.lora else [])]
             for name in step.schedule.optimizer.group_lr:
@@ -238,6 +264,11 @@ def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
                         f"{among(name, groups, 'groups that do:')}"
                     )
                     raise refusal(loaded, ("schedule", step.stage, "optimizer", "group_lr", name, "key"), text)
+
+
+def _tried(steps: Sequence[Step]) -> tuple[Tune, ...]:
+    """What a Select trains for each candidate alone; the rest of its probe are steps of the method."""
+    return tuple(t for s in steps if isinstance(s, Select) for t in s.probe if isinstance(t, Tune) and s.tune)
 
 
 def _refuse_watching_the_test(loaded: Loaded, steps: Sequence[Step]) -> None:
@@ -292,6 +323,11 @@ def _refuse_long_rows(loaded: Loaded, arch: Architecture, steps: Sequence[Step])
         f"{context}, or model: {{beyond_context: true}}"
     )
     for step in steps:
+        if isinstance(step, Select):
+            longest = max([step.length] * step.scored + [t.schedule.length for t in _tried([step])], default=0)
+            if longest > context:
+                at = ("method", "layers", "length")
+                raise refusal(loaded, at, f"method.layers: rows of {longest} tokens; {advice}")
         if isinstance(step, (Calibrate, Transfer, Tune)):
             length = step.length if isinstance(step, Calibrate) else step.schedule.length
             stage = "transfer" if isinstance(step, Calibrate) else step.stage  # whose rows a calibration has
@@ -334,9 +370,10 @@ def _refuse_signed_scale(loaded: Loaded, steps: Sequence[Step]) -> None:
 def _refuse_empty_calibration(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:
     """c_h is calibrated on the keys outside the window: PlanError where the rows of a swapped layer have none."""
     state, swapped = State(), tuple(range(arch.num_hidden_layers))
+    select = next((s for s in steps if isinstance(s, Select)), None)
     for step in steps:
         if isinstance(step, Swap):
-            swapped = swapped if step.layers == "all" else step.layers
+            swapped = layers.converted(step.layers, select, arch.num_hidden_layers)
         elif isinstance(step, Switch):
             state = step.state
         elif isinstance(step, Calibrate):

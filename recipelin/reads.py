@@ -8,7 +8,7 @@ from pydantic import TypeAdapter
 
 from .load import load_suite
 from .sources import Hub, LocalFile, Recall, Source, SourceError, Stdlib
-from .steps import Calibrate, Evaluate, Step, Transfer, Tune
+from .steps import Calibrate, Evaluate, Select, Step, Transfer, Tune
 
 
 def watched(step: Step) -> list[str]:
@@ -24,6 +24,8 @@ def sources(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hu
     for step in steps:
         if isinstance(step, (Calibrate, Transfer, Tune)):
             found += step.data.mix
+        if isinstance(step, Select):
+            found += [*(step.data.mix if step.data else ()), *sources(step.probe, recipe)]
         suites = step.suites if isinstance(step, Evaluate) else [load_suite(name, recipe) for name in watched(step)]
         found += [TypeAdapter(Source).validate_python(x) for s in suites for x in _named(s.model_dump())]
     return found

@@ -20,7 +20,7 @@ from .load import Loaded
 from .mistakes import PlanError
 from .plan import Plan, Planned, digest, hub_commit, teacher_folder
 from .sources import fingerprint
-from .steps import Calibrate, Evaluate, Step, Swap, Switch, Transfer, Tune
+from .steps import Calibrate, Evaluate, Select, Step, Swap, Switch, Transfer, Tune
 
 PACKAGE = Path(__file__).parent
 LIBRARIES = ("torch", "transformers", "peft", "lm_eval", "tokenizers", "numpy")
@@ -118,6 +118,7 @@ _LOOP = ("stages.py", "loop.py", "losses.py", "adapters.py", "checkpoint.py", "o
 _TRAINING = (*_MODEL, *_DATA, *_LOOP, "hf.py", "schedule.py", "branches.py")
 _EVALUATION = ("evaluate.py", "exposure.py", "evals/**/*.py")  # of a stage too, where its validation watches a suite
 _SOURCES: Mapping[type, tuple[str, ...]] = {
+    Select: (*_TRAINING, "selection.py", "layers.py"),
     Swap: (*_MODEL, "lolcats_checkpoint.py"),
     Switch: ("states.py",),
     Calibrate: _TRAINING,

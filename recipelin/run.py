@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from . import data, heatmap, hf, lolcats_checkpoint, reads, records, reuse, spool, stages, swap
+from . import data, heatmap, hf, layers, lolcats_checkpoint, reads, records, reuse, spool, stages, swap
 from .evaluate import Evaluator
 from .load import Loaded
 from .naming import default_folder
@@ -24,9 +24,10 @@ from .plan import Plan, Planned, digest, hub_commit, plan, teacher_folder
 from .preflight import preflight
 from .records import Record, Result, Row, StepTime
 from .reuse import Store, Surroundings
+from .selection import Selector
 from .shipped import SHIPPED
 from .sources import Data, Hub, Part
-from .steps import Calibrate, Evaluate, Swap, Switch, Transfer, Tune
+from .steps import Calibrate, Evaluate, Select, Swap, Switch, Transfer, Tune
 
 
 class RunError(RuntimeError):
@@ -157,6 +158,8 @@ class _Walk:
     times: list[StepTime] = field(default_factory=list)
     results: list[tuple[Row, Result]] = field(default_factory=list)
     kernels: dict[str, str] = field(default_factory=dict)
+    select: Select | None = None
+    kept: tuple[int, ...] | None = None
 
     def go(self) -> Path:
         torch.set_num_threads(reuse.threads())
@@ -227,7 +230,8 @@ class _Walk:
             if self.model is None:
                 pass  # the student's folder has been swapped and switched
             elif isinstance(step, Swap):
-                swap.swap(self.model, step, seed=self.plan.seed)
+                where = layers.converted(step.layers, self.select, self.plan.layers, self.kept)
+                swap.swap(self.model, step.model_copy(update={"layers": where}), seed=self.plan.seed)
                 if self.published:
                     lolcats_checkpoint.lay(self.model, self.published)
                 self.kernels["hybrid_attention"] = swap.forms(self.model)[0].kernel
@@ -257,14 +261,22 @@ class _Walk:
             if finished:
                 report = json.loads((finished / "report.json").read_text(encoding="utf-8"))
                 _say(f"{number}: {planned.what}: reused {finished}")
-                self._load_weights(step, finished / "weights.safetensors")
+                if not isinstance(step, Select):
+                    self._load_weights(step, finished / "weights.safetensors")
             else:
                 _say(f"{number}: {planned.what}")
-                report = self._train(step, planned, self.store.working(key), key)
+                working = self.store.working(key)
+                report = (
+                    self._choose(step, working, key) if isinstance(step, Select) else self._train(step, working, key)
+                )
                 report |= {"seconds": time.monotonic() - clock, "peak_memory": _peak(self.device)}
                 report |= {"recipe": self.plan.name, "what": planned.what}
-                self._save_weights(step, self.store.working(key) / "weights.safetensors")
+                if not isinstance(step, Select):
+                    self._save_weights(step, working / "weights.safetensors")
                 self.store.finish(key, report)
+        if isinstance(step, Select):
+            self.select, self.kept = step, tuple(report["layers"])
+            _say(f"    layers {', '.join(map(str, self.kept))} stay softmax")
         self.times.append(
             StepTime(
                 step=getattr(step, "stage", step.step),
@@ -300,12 +312,46 @@ class _Walk:
                 )
         return found
 
-    def _train(self, step: Calibrate | Transfer | Tune, planned: Planned, working: Path, key: str) -> dict[str, Any]:
+    def _choose(self, step: Select, working: Path, key: str) -> dict[str, Any]:
+        """Which layers stay softmax; the model is left as it was: made anew where students were tried in it."""
+        if (known := layers.ahead(step, self.plan.layers)) is not None:
+            return {"policy": step.policy, "layers": list(known)}
+        assert step.data is not None
+        held_out, first = step.data, [self.model]
+        if step.probe:
+            self.model = None
+
+        def fresh() -> Any:
+            return first.pop() if first else self._begin()[0]
+
+        report = Selector(
+            step=step,
+            fresh=fresh,
+            teacher=lambda: self._teacher()[0],
+            rows=lambda draw: self._batches(
+                held_out, part="selection", length=step.length, batch=1, stage=f"select {draw}"
+            ),
+            train=lambda model, each, folder, teacher: self._train(each, folder, key, model=model, teacher=teacher),
+            seed=lambda draw: (
+                self.plan.seed if draw == 0 else int(digest({"seed": self.plan.seed, "draw": draw})[:8], 16)
+            ),
+            folder=working,
+            device=self.device,
+        ).go()
+        if step.probe:
+            self.model = self._begin()[0]
+        return report
+
+    def _train(
+        self, step: Calibrate | Transfer | Tune, working: Path, key: str, *, model: Any = None, teacher: Any = None
+    ) -> dict[str, Any]:
+        """One training step of `model` (None: the run's); `teacher`, where one is loaded already, for a divergence."""
+        model = self.model if model is None else model
         if isinstance(step, Calibrate):
             batches = self._batches(
                 step.data, part="training", length=step.length, batch=step.batch, stage=f"calibrate {step.what}"
             )
-            return stages.calibrate(self.model, step, batches, device=self.device)
+            return stages.calibrate(model, step, batches, device=self.device)
         schedule = step.schedule
         sizes: dict[str, Any] = {"length": schedule.length, "batch": schedule.batch, "stage": step.stage}
         batches = self._batches(step.data, part="training", accumulation=schedule.accumulation, **sizes)
@@ -317,15 +363,13 @@ class _Walk:
             "log": self.folder / "logs" / step.stage,
             "key": key,
             "validation_batches": validation,
-            "evaluate": self._watched,
+            "evaluate": lambda *watched: self._evaluator().watched(model, self.tokenizer, *watched),
         }
         if isinstance(step, Transfer):
-            return stages.transfer(self.model, step, batches, **arguments)
-        teacher = self._teacher()[0] if step.loss.kl else None
-        return stages.tune(self.model, step, batches, teacher=teacher, **arguments)
-
-    def _watched(self, state: str, suite: str, metric: str) -> float:
-        return self._evaluator().watched(self.model, self.tokenizer, state, suite, metric)
+            return stages.transfer(model, step, batches, **arguments)
+        if step.loss.kl and teacher is None:
+            teacher = self._teacher()[0]
+        return stages.tune(model, step, batches, teacher=teacher, **arguments)
 
     def _named(self, step: Calibrate | Transfer | Tune) -> set[str]:
         """Names of the weights that a step may have changed."""

@@ -20,6 +20,7 @@ from .recipe import Evaluation, Model, Recipe, Suite
 from .records import SHRUNK
 from .schedule import Schedule, Validation
 from .sources import Data, Recall, Stdlib
+from .steps import Choice
 
 STEPS, BATCH, ACCUMULATION, LENGTH, WINDOW, SINKS = 3, 2, 2, 48, 8, 2
 LAYERS, HEADS, HEAD_DIM, OWN_WINDOW, VOCABULARY = 2, 4, 8, 16, 1024
@@ -110,9 +111,22 @@ def _smaller(value: BaseModel) -> dict[str, Any]:
             found[name] = own.model_copy(update={"random": tuple(min(w, WINDOW) for w in own.random)})
         elif name == "window" and isinstance(own, tuple):
             found[name] = tuple(w.model_copy(update={"value": min(w.value, WINDOW)}) for w in own)
+        elif isinstance(own, Choice):
+            found[name] = _choice(own)
+        elif name == "layers" and isinstance(own, tuple):
+            found[name] = (0,)
         elif name == "branches" and isinstance(own, BaseModel):
             found[name] = own.model_copy(update=_smaller(own))
     return found
+
+
+def _choice(choice: Choice) -> Choice:
+    """One of the tiny model's two layers stays, by the same policy."""
+    if choice.policy == "explicit":
+        return Choice(policy="explicit", layers=(0,))
+    scored = {"rows": 2, "length": LENGTH, "draws": min(choice.draws, 2)} if choice.scored else {}
+    found: dict[str, Any] = {**scored, "data": _data(choice.data) if choice.data else None}
+    return Choice(policy=choice.policy, keep=1, tune=_schedule(choice.tune), **found)
 
 
 def _data(data: Data) -> Data:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, model_validator
 
 from .base import Config
 from .branches import BranchSchedule
@@ -10,13 +10,24 @@ from .schedule import Schedule
 from .sources import Data
 from .states import NamedState, State
 
-Layers = Literal["all"] | tuple[int, ...]
+Policy = Literal["uniform", "lm_ppl", "single_keep_ppl", "kl_stage2", "explicit"]
 Objective = Literal["weights", "outputs", "hybrid_weights", "hybrid_outputs"]
 Trained = Literal["feature_maps", "mix", "log_scale"]
 
 
 class StepsError(ValueError):
     """A recipe that its method cannot be made of; the message says what to change."""
+
+
+class FromSelect(Config):
+    """All layers but those that the plan's `Select` keeps: `layers: {from: select}`."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    source: Literal["select"] = Field("select", alias="from")
+
+
+Layers = Literal["all"] | tuple[int, ...] | FromSelect
 
 
 class Swap(Config):
@@ -130,4 +141,89 @@ class Evaluate(Config):
     margin: float
 
 
-Step = Swap | Switch | Calibrate | Transfer | Tune | Evaluate
+class Choice(Config):
+    """Which layers stay softmax; the others are converted.
+
+    `uniform`: layers offset + floor(i n / keep) of n, i = 0, 1, ... (at 1/4 every fourth). `explicit`: `layers`. The others
+    score each candidate on `rows` held-out rows (selection part) of `length` tokens, in nats a token:
+
+    * `lm_ppl` ("AR" in arXiv 2606.16429): what the teacher's log-loss rises by without the layer's attention output; the
+      largest stay. No student is made.
+    * `single_keep_ppl` (its "GA-S2"): log-loss of a student with this layer alone as softmax, after the method's steps up to
+      its first `tune`; the smallest stay.
+    * `kl_stage2` (GA-S2 of arXiv 2512.20569): that student is first tuned on KL(teacher || student) by `tune`; its KL counts.
+
+    Steps before a `tune` learn layer by layer from the teacher's stream, so they are made once, for all layers, and each
+    candidate borrows from them. Several `draws` (start values of new parameters, and rows) are pooled; how far their own
+    choices agree is in the Record. Equal scores: the lower layer stays.
+
+    Sample YAML: `{keep: 0.25, policy: lm_ppl}`, `{keep: 7, policy: single_keep_ppl, draws: 3}`,
+    `{policy: explicit, layers: [0, 13, 27]}`
+    """
+
+    policy: Policy = Field("uniform", description="arXiv 2606.16429 compares uniform, lm_ppl and single_keep_ppl")
+    keep: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="layers that stay softmax: how many, or their share (a whole number of layers)"
+    )
+    offset: Annotated[int, Field(ge=0)] = Field(0, description="uniform: the first layer that stays")
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="explicit: the layers that stay")
+    candidates: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        "all", description="layers that may stay; the rest are converted unseen"
+    )
+    draws: Annotated[int, Field(ge=1)] = 1
+    rows: Annotated[int, Field(ge=2)] = Field(16, description="of each draw")
+    length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens of a row (the authors: 2048)")
+    data: Data | None = Field(None, description="held-out rows come from its selection part; None: the recipe's data")
+    tune: Schedule | None = Field(None, description="kl_stage2: how each candidate is tuned, all weights")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Choice":
+        """Every field that is given has an effect under the policy."""
+        scored = {"keep", "candidates", "draws", "rows", "length", "data"}
+        used: dict[str, set[str]] = {
+            "uniform": {"keep", "offset"},
+            "explicit": {"layers"},
+            "lm_ppl": scored,
+            "single_keep_ppl": scored,
+            "kl_stage2": {*scored, "tune"},
+        }
+        mine = used[self.policy]
+        idle = [n for n in Choice.model_fields if n not in {*mine, "policy"} and getattr(self, n) != _default(n)]
+        if idle:
+            text = f"policy {self.policy} does not use {', '.join(idle)}; it has {', '.join(sorted(mine))}"
+            raise ValueError(text)
+        if missing := [n for n in ("keep", "layers", "tune") if n in mine and not getattr(self, n)]:
+            raise ValueError(f"policy {self.policy} needs {', '.join(missing)}")
+        if self.tune and self.tune.validation:
+            raise ValueError("tune of kl_stage2 has no validation: every candidate trains alike")
+        return self
+
+    @property
+    def scored(self) -> bool:
+        """Whether the choice is made by measuring; else it is known ahead."""
+        return self.policy not in ("uniform", "explicit")
+
+
+def _default(name: str) -> object:
+    return Choice.model_fields[name].default
+
+
+class Select(Choice):
+    """Choose which layers stay softmax, before any is swapped; later steps say `layers: {from: select}`.
+
+    `probe`: the steps that make the student in which a candidate is tried; its `Tune`, if any, is made for each candidate.
+    The model is left as it was.
+    """
+
+    step: Literal["select"] = "select"
+    probe: tuple[Swap | Switch | Calibrate | Transfer | Tune, ...] = ()
+
+
+ConvertedLayers = Annotated[
+    Literal["all"] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | Choice,
+    Field(
+        description="layers to convert: all, a list, or a choice of those that stay softmax: {keep: 0.25, policy: lm_ppl}"
+    ),
+]
+
+Step = Select | Swap | Switch | Calibrate | Transfer | Tune | Evaluate

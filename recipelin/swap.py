@@ -11,7 +11,7 @@ from . import families, lookup
 from .attention.captured import Captured
 from .families import Architecture
 from .states import State
-from .steps import Swap
+from .steps import FromSelect, Swap
 
 _KEPT = "_recipelin_kept"  # on a swapped layer: the softmax module it held, out of sight of parameters()
 _MERGED = "_recipelin_merged"
@@ -38,6 +38,8 @@ def swap(model: Any, step: Swap, *, seed: int) -> SwapReport:
     """
     from .masks import ATTENTION
 
+    if isinstance(step.layers, FromSelect):
+        raise ValueError("swap: layers {from: select} are known only to a run, after its Select")
     architecture = architecture_of(model)
     form = lookup.implementation("attention", step.form).FORM
     layers = range(architecture.num_hidden_layers) if step.layers == "all" else step.layers
@@ -70,6 +72,20 @@ def restore(model: Any) -> None:
             layer.self_attn = kept
             object.__delattr__(layer, _KEPT)
     model.set_attn_implementation("sdpa")
+
+
+@contextmanager
+def softmax_in(model: Any, layer: int) -> Iterator[None]:
+    """Within: a swapped layer has the softmax module back that it held. Raises ValueError for one that is not swapped."""
+    at = model.model.layers[layer]
+    kept, form = getattr(at, _KEPT, None), at.self_attn
+    if kept is None:
+        raise ValueError(f"layer {layer} is not swapped")
+    at.self_attn = kept
+    try:
+        yield
+    finally:
+        at.self_attn = form
 
 
 def mark_merged(model: Any) -> None:

@@ -7,10 +7,10 @@ from pydantic import Field
 from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
 from ..branches import BranchSchedule
-from ..compose import calibrate_scale, hybrid_state, transfer, tune
+from ..compose import calibrate_scale, hybrid_state, in_layers, transfer, tune
 from ..recipe import Recipe
 from ..schedule import Optimizer, Schedule
-from ..steps import Lora, Loss, Objective, Step, Swap, Switch, Trained
+from ..steps import ConvertedLayers, Lora, Loss, Objective, Step, Swap, Switch, Trained
 
 
 class Config(Base):
@@ -25,6 +25,7 @@ class Config(Base):
 
     name: Literal["absolute"] = "absolute"
     form: Hybrid = Hybrid()
+    layers: ConvertedLayers = "all"
     window: Annotated[int, Field(ge=1)] = 64
     sinks: Annotated[int, Field(ge=0)] = 0
     cover: Literal["outside", "all"] = "outside"
@@ -57,7 +58,9 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     refined: dict[Objective, float] = {"hybrid_weights": 1.0}
     if method.linear_share:
         refined["weights"] = method.linear_share
-    return (
+    return in_layers(
+        recipe,
+        method.layers,
         Swap(form="hybrid", config=method.form),
         *transfer(recipe, "transfer", {"weights": 1.0}, ("feature_maps",)),
         Switch(state=state),

@@ -6,11 +6,11 @@ from pydantic import Field
 
 from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
-from ..compose import calibrate_scale, hybrid_state, linear_state, transfer, tune
+from ..compose import calibrate_scale, hybrid_state, in_layers, linear_state, transfer, tune
 from ..recipe import Recipe
 from ..schedule import Optimizer, Schedule, Validation
 from ..states import Join
-from ..steps import Lora, Step, Swap, Switch, Trained
+from ..steps import ConvertedLayers, Lora, Step, Swap, Switch, Trained
 
 Watch = Validation.Watch
 WATCHED = {
@@ -35,6 +35,7 @@ class Config(Base):
 
     name: Literal["hedgecats"] = "hedgecats"
     form: Hybrid = Hybrid()
+    layers: ConvertedLayers = "all"
     window: Annotated[int, Field(ge=1)] = Field(64, description="LoLCATs: 64")
     sinks: Annotated[int, Field(ge=0)] = 0
     cover: Literal["outside", "all"] = "outside"
@@ -74,7 +75,9 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
         )
         stopped = schedule.model_copy(update={"validation": validation})
         recipe = recipe.model_copy(update={"schedule": {**recipe.schedule, "tune": stopped}})
-    return (
+    return in_layers(
+        recipe,
+        method.layers,
         Swap(form="hybrid", config=method.form),
         Switch(state=linear_state()),
         *transfer(recipe, "transfer", {"weights": 1.0}, ("feature_maps",)),

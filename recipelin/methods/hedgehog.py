@@ -9,10 +9,10 @@ from pydantic import Field
 
 from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
-from ..compose import linear_state, transfer, tune
+from ..compose import in_layers, linear_state, transfer, tune
 from ..recipe import Recipe
 from ..schedule import Optimizer, Schedule
-from ..steps import Lora, Step, Swap, Switch, Trained
+from ..steps import ConvertedLayers, Lora, Step, Swap, Switch, Trained
 
 
 class Config(Base):
@@ -23,6 +23,7 @@ class Config(Base):
 
     name: Literal["hedgehog"] = "hedgehog"
     form: Hybrid = Hybrid()
+    layers: ConvertedLayers = "all"
     window: Annotated[int, Field(ge=1)] = Field(
         64, description="of the state `window` in the evaluation; the model has none"
     )
@@ -41,7 +42,9 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     """Swap, switch to the linear branch, transfer its weights, tune it."""
     method = recipe.method
     assert isinstance(method, Config)
-    return (
+    return in_layers(
+        recipe,
+        method.layers,
         Swap(form="hybrid", config=method.form),
         Switch(state=linear_state(window=method.window)),
         *transfer(recipe, "transfer", {"weights": 1.0}, ("feature_maps",)),

@@ -6,11 +6,11 @@ from pydantic import Field
 
 from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
-from ..compose import calibrate_scale, hybrid_state, linear_state, transfer, tune
+from ..compose import calibrate_scale, hybrid_state, in_layers, linear_state, transfer, tune
 from ..recipe import Recipe
 from ..schedule import Optimizer, Schedule
 from ..states import Join
-from ..steps import Lora, Step, Swap, Switch, Trained
+from ..steps import ConvertedLayers, Lora, Step, Swap, Switch, Trained
 
 
 class Config(Base):
@@ -23,6 +23,7 @@ class Config(Base):
 
     name: Literal["inference_hybrid"] = "inference_hybrid"
     form: Hybrid = Hybrid()
+    layers: ConvertedLayers = "all"
     window: Annotated[int, Field(ge=1)] = 64
     sinks: Annotated[int, Field(ge=0)] = 0
     cover: Literal["outside", "all"] = "outside"
@@ -48,7 +49,9 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     state = hybrid_state(window=method.window, sinks=method.sinks, cover=method.cover, join=method.join, mix=method.mix)
     size = recipe.schedule["transfer"] or STAGES["transfer"]
     assert size is not None
-    return (
+    return in_layers(
+        recipe,
+        method.layers,
         Swap(form="hybrid", config=method.form),
         Switch(state=linear_state()),
         *transfer(recipe, "transfer", {"weights": 1.0}, ("feature_maps",)),

@@ -6,11 +6,11 @@ from pydantic import Field, model_validator
 
 from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
-from ..compose import hybrid_state, joint_transfer, tune
+from ..compose import hybrid_state, in_layers, joint_transfer, tune
 from ..recipe import Recipe
 from ..schedule import Decay, Optimizer, Schedule
 from ..states import Compat, Join, Shape, check_compat
-from ..steps import Lora, Objective, Step, Swap, Switch, Trained
+from ..steps import ConvertedLayers, Lora, Objective, Step, Swap, Switch, Trained
 
 
 class Config(Base):
@@ -22,6 +22,7 @@ class Config(Base):
 
     name: Literal["lolcats"] = "lolcats"
     form: Hybrid = Hybrid()
+    layers: ConvertedLayers = "all"
     window: Annotated[int, Field(ge=1)] = Field(64, description="LoLCATs: 64")
     shape: Shape = Field(
         "sliding", description="LoLCATs: terraced in its published runs (wtk), sliding in others (wsw)"
@@ -69,7 +70,9 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
         max_gradient=method.max_gradient,
     )
     size = recipe.schedule["transfer"] or STAGES["transfer"]
-    return (
+    return in_layers(
+        recipe,
+        method.layers,
         Swap(form="hybrid", config=method.form),
         Switch(state=state),
         *joint_transfer(recipe, state, method.objective, size=size, calibration_batches=method.calibration_batches),

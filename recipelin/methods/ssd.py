@@ -7,11 +7,11 @@ from pydantic import Field, model_validator
 from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
 from ..branches import RATES, BranchSchedule, Rate
-from ..compose import hybrid_state, joint_transfer, tune
+from ..compose import hybrid_state, in_layers, joint_transfer, tune
 from ..recipe import Recipe
 from ..schedule import Optimizer, Schedule
 from ..states import Join
-from ..steps import Lora, Objective, Step, Swap, Switch, Trained
+from ..steps import ConvertedLayers, Lora, Objective, Step, Swap, Switch, Trained
 
 
 class Dropped(BranchSchedule):
@@ -44,6 +44,7 @@ class Config(Base):
 
     name: Literal["ssd"] = "ssd"
     form: Hybrid = Hybrid()
+    layers: ConvertedLayers = "all"
     window: Annotated[int, Field(ge=1)] = Field(64, description="LoLCATs: 64")
     sinks: Annotated[int, Field(ge=0)] = 0
     cover: Literal["outside", "all"] = "outside"
@@ -72,7 +73,9 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     state = hybrid_state(window=method.window, sinks=method.sinks, cover=method.cover, join=method.join)
     size = recipe.schedule["transfer"] or STAGES["transfer"]
     assert size is not None
-    return (
+    return in_layers(
+        recipe,
+        method.layers,
         Swap(form="hybrid", config=method.form),
         Switch(state=state),
         *joint_transfer(recipe, state, method.objective, size=size, calibration_batches=method.calibration_batches),

@@ -7,10 +7,10 @@ from pydantic import Field
 from ..attention.hybrid.config import Config as Hybrid
 from ..attention.hybrid.config import FeatureMap
 from ..base import Config as Base
-from ..compose import linear_state, tune
+from ..compose import in_layers, linear_state, tune
 from ..recipe import Recipe
 from ..schedule import Optimizer, Schedule
-from ..steps import Lora, Step, Swap, Switch, Trained
+from ..steps import ConvertedLayers, Lora, Step, Swap, Switch, Trained
 
 
 class Config(Base):
@@ -21,6 +21,7 @@ class Config(Base):
 
     name: Literal["t2r"] = "t2r"
     form: Hybrid = Hybrid(feature_map=FeatureMap(name="t2r", activation="relu", bias="feature", init="random"))
+    layers: ConvertedLayers = "all"
     window: Annotated[int, Field(ge=1)] = Field(
         64, description="of the state `window` in the evaluation; the model has none"
     )
@@ -37,7 +38,9 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     """Swap, switch to the linear branch, tune it."""
     method = recipe.method
     assert isinstance(method, Config)
-    return (
+    return in_layers(
+        recipe,
+        method.layers,
         Swap(form="hybrid", config=method.form),
         Switch(state=linear_state(window=method.window)),
         *tune(recipe, "tune", lora=method.lora, trains=method.tune_form),

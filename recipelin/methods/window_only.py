@@ -6,11 +6,11 @@ from pydantic import Field
 
 from ..attention.hybrid.config import Config as Hybrid
 from ..base import Config as Base
-from ..compose import tune
+from ..compose import in_layers, tune
 from ..recipe import Recipe
 from ..schedule import Schedule
 from ..states import State
-from ..steps import Lora, Step, Swap, Switch
+from ..steps import ConvertedLayers, Lora, Step, Swap, Switch
 
 
 class Config(Base):
@@ -20,6 +20,7 @@ class Config(Base):
     """
 
     name: Literal["window_only"] = "window_only"
+    layers: ConvertedLayers = "all"
     window: Annotated[int, Field(ge=1)] = 64
     sinks: Annotated[int, Field(ge=0)] = 0
     lora: Lora = Lora()
@@ -35,7 +36,9 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     state = State(
         branches=("window", "sinks") if method.sinks else ("window",), window=method.window, sinks=method.sinks
     )
-    return (
+    return in_layers(
+        recipe,
+        method.layers,
         Swap(form="hybrid", config=Hybrid()),
         Switch(state=state),
         *tune(recipe, "tune", lora=method.lora),
