@@ -8,6 +8,7 @@ from .recipe import Recipe
 from .schedule import Schedule
 from .states import Branch, State
 from .steps import (
+    BlockLoss,
     Calibrate,
     Choice,
     ConvertedLayers,
@@ -17,6 +18,7 @@ from .steps import (
     Objective,
     Select,
     Step,
+    StepsError,
     Swap,
     Trained,
     Transfer,
@@ -39,7 +41,7 @@ def in_layers(recipe: Recipe, layers: ConvertedLayers, *steps: Step) -> tuple[St
     probe: list[Any] = []
     if layers.policy in ("single_keep_ppl", "kl_stage2"):
         first = next((i for i, s in enumerate(steps) if isinstance(s, Tune)), len(steps))
-        probe += steps[:first]
+        probe += [_uncurved(s) for s in steps[:first]]
     if layers.tune:
         trains = tuple(dict.fromkeys(name for s in probe if isinstance(s, Transfer) for name in s.trains))
         data = layers.tune.data or recipe.data
@@ -48,6 +50,13 @@ def in_layers(recipe: Recipe, layers: ConvertedLayers, *steps: Step) -> tuple[St
     given = {name: getattr(layers, name) for name in Choice.model_fields if name != "data"}
     data_of_rows = (layers.data or recipe.data) if layers.scored else None
     return (Select(**given, data=data_of_rows, probe=tuple(probe)), *moved)
+
+
+def _uncurved(step: Step) -> Step:
+    """A step of a probe: nothing is measured while it trains."""
+    if not isinstance(step, Transfer):
+        return step
+    return step.model_copy(update={"schedule": step.schedule.model_copy(update={"curve": None})})
 
 
 def hybrid_state(*, sinks: int = 0, **fields: Any) -> State:
@@ -62,14 +71,27 @@ def linear_state(**fields: Any) -> State:
 
 
 def transfer(
-    recipe: Recipe, stage: str, objective: Mapping[Objective, float], trains: tuple[Trained, ...]
+    recipe: Recipe,
+    stage: str,
+    objective: Mapping[Objective, float],
+    trains: tuple[Trained, ...],
+    block_loss: BlockLoss = "mse",
 ) -> tuple[Step, ...]:
     """The layer-local stage of this name, or nothing where the schedule leaves it out."""
     schedule = recipe.schedule[stage]
     if schedule is None:
         return ()
     data = schedule.data or recipe.data
-    return (Transfer(stage=stage, objective=dict(objective), trains=trains, schedule=schedule, data=data),)
+    return (
+        Transfer(
+            stage=stage,
+            objective=dict(objective),
+            trains=trains,
+            block_loss=block_loss,
+            schedule=schedule,
+            data=data,
+        ),
+    )
 
 
 def tune(
@@ -100,18 +122,29 @@ def tune(
 
 
 def joint_transfer(
-    recipe: Recipe, state: State, objective: Mapping[Objective, float], *, size: Schedule, calibration_batches: int
+    recipe: Recipe,
+    state: State,
+    objective: Mapping[Objective, float],
+    *,
+    block_loss: BlockLoss = "mse",
+    size: Schedule,
+    calibration_batches: int,
 ) -> tuple[Step, ...]:
     """Stage `transfer` of a hybrid in its own state, as LoLCATs: it trains the maps, and what weighs the branches.
 
-    `hybrid_*` objectives train the mix of `shared` and c_h of `absolute` along; pure linear ones do not see them. c_h
-    is set in closed form: before a joint objective, which then learns it; after a linear one, which does not move it.
+    `hybrid_*` objectives and `block_outputs` train the mix of `shared` and c_h of `absolute` along; pure linear ones do
+    not see them. c_h is set in closed form: before a joint objective, which then learns it; after a linear one, which does
+    not move it.
     """
-    joint = any(name.startswith("hybrid") for name in objective)
+    if block_loss != "mse" and "block_outputs" not in objective:
+        raise StepsError(
+            f"method.block_loss: {block_loss} is of the objective block_outputs; found {', '.join(objective)}"
+        )
+    joint = any(name.startswith(("hybrid", "block")) for name in objective)
     scales: dict[str, tuple[Trained, ...]] = {"shared": ("mix",), "absolute": ("log_scale",)}
     trains: tuple[Trained, ...] = ("feature_maps", *(scales.get(state.join, ()) if joint else ()))
     scale = calibrate_scale(recipe, size, calibration_batches) if state.join == "absolute" else ()
-    learned = transfer(recipe, "transfer", objective, trains)
+    learned = transfer(recipe, "transfer", objective, trains, block_loss)
     return (*scale, *learned) if joint else (*learned, *scale)
 
 

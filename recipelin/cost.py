@@ -15,7 +15,7 @@ from .recipe import Converted, Suite
 from .schedule import optimiser_steps
 from .sources import Data, Hub, LocalFile, Recall, Rows, Stdlib
 from .states import State
-from .steps import Calibrate, Evaluate, FromSelect, Lora, Select, Step, Swap, Switch, Transfer, Tune
+from .steps import LOGITS, Calibrate, Evaluate, FromSelect, Lora, Select, Step, Swap, Switch, Transfer, Tune
 from .templates import name_of
 
 BYTES_PER_TOKEN = 4  # of English text under a vocabulary of tens of thousands; only sizes `epochs` before tokenising
@@ -224,7 +224,9 @@ class Counting:
                 if checkpointed
                 else layer * arch.num_hidden_layers
             )
-            activations = kept * (2 if step.schedule.autocast else 4) + 2 * tokens * arch.vocab_size * 4
+            activations = kept * (2 if step.schedule.autocast else 4)
+            # Logits, their softmax and gradients, the teacher's beside them (measured, tests/test_distillation.py).
+            activations += (7 if step.loss.kl else 4) * min(tokens * arch.vocab_size, LOGITS) * 4
         else:
             activations = layer * 4 + tokens * arch.vocab_size * 4
         if isinstance(step, Tune) and step.loss.kl:
@@ -287,7 +289,8 @@ def describe_loss(step: Tune) -> str:
 
 
 def _objective(step: Transfer) -> str:
-    return " + ".join(f"{weight:g} x {name}" for name, weight in step.objective.items())
+    kind = {"block_outputs": f" ({step.block_loss})"}
+    return " + ".join(f"{weight:g} x {name}{kind.get(name, '')}" for name, weight in step.objective.items())
 
 
 def describe_state(state: State) -> str:

@@ -21,6 +21,7 @@ from .preflight import on_selection
 from .recipe import Suite
 from .records import Result, Row
 from .reuse import Surroundings
+from .schedule import Curve
 from .states import NamedState, resolve
 from .steps import Evaluate
 
@@ -78,6 +79,20 @@ class Evaluator:
         if not found:
             raise EvalError(f"validation: suite {suite!r} has no metric or task {metric!r}")
         return sum(found) / len(found)
+
+    def measured(self, model: Any, tokenizer: Any, curve: Curve) -> list[dict[str, Any]]:
+        """The suites of a curve of the model as it is now: a line of the Record each, without items."""
+        found: list[dict[str, Any]] = []
+        for name in curve.states:
+            hybrid = self.plan.hybrid
+            named = resolve(name, hybrid) if hybrid else NamedState(name=name, weights="student", state=None)
+            for suite in curve.suites:
+                loaded = load_suite(suite, self.loaded.path)
+                for config in loaded.evals:
+                    extra = self._reference(config, tokenizer, self.teacher, seed=0, fresh=False)
+                    for result in self.one(config, model, tokenizer, named, seed=0, **extra):
+                        found.append(result.row(state=name, suite=loaded.name, seed=0).model_dump(mode="json"))
+        return found
 
     def one(
         self,

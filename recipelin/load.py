@@ -380,6 +380,8 @@ def _names(found: Mapping[str, Any], places: Mapping[Where, Mistake], path: Path
             mistakes.append(placed(places, at, f"unknown state {name!r}{among(name, NAMES, 'states are')}"))
     schedule = found.get("schedule")
     for stage, value in schedule.items() if isinstance(schedule, Mapping) else ():
+        for index, name in enumerate(value.curve.suites if isinstance(value, Schedule) and value.curve else ()):
+            _suite(name, path, ("schedule", stage, "curve", "suites", index), places, mistakes)
         if isinstance(value, Schedule) and value.validation:
             for index, watch in enumerate(value.validation.watch):
                 at_watch = ("schedule", stage, "validation", "watch", index, "state")

@@ -1,5 +1,6 @@
 """The one training loop: optimiser steps, validation, checkpoints, logs. Resuming repeats nothing and skips nothing."""
 
+import json
 import math
 import sys
 import time
@@ -14,8 +15,9 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from .data import Batch
+from .files import write_atomically
 from .optimizer import Optimizers, make_optimizers, rate
-from .schedule import Schedule, Validation, optimiser_steps
+from .schedule import Curve, Schedule, Validation, optimiser_steps
 from .states import resolve
 from .swap import state_of, switch
 
@@ -44,6 +46,8 @@ class BatchSource(Protocol):
 
 
 Evaluate = Callable[[str, str, str], float]
+Measure = Callable[[Curve], list[dict[str, Any]]]
+"""Of the model as it stands: {state, suite, seed, and what a Result says} of each row, as JSON."""
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Loop:
     batches: BatchSource
     validation_batches: BatchSource | None
     evaluate: Evaluate | None
+    measure: Measure | None
     device: str
     folder: Path
     seed: int
@@ -71,6 +76,10 @@ class Loop:
     def go(self) -> dict[str, Any]:
         schedule = self.schedule
         total = total_steps(schedule, self.batches)
+        points = schedule.measured_at
+        if points and max(points) > total:  # found out before, unless the length of the stage hangs on its data
+            text = f"curve.tokens: {max(points.values())}; the stage reads {total * schedule.tokens_a_step}"
+            raise StageError(f"{self.name}: {text} tokens")
         self.trained = {n: p for n, p in self.model.named_parameters() if id(p) in self.parameters}
         optimizers = make_optimizers(schedule.optimizer, self.trained, self.groups)
         known = read_checkpoint(self.folder, self.key)
@@ -91,6 +100,8 @@ class Loop:
                 validation = schedule.validation
                 if validation and self._due(at, validation, total):
                     at = self._validate(at, validation, writer)
+                if number in points:
+                    self._measured(number)
                 if number >= total or at.stopped:
                     break
                 if number % schedule.checkpoint_every == 0 and number > resumed:
@@ -125,7 +136,8 @@ class Loop:
                     parameter.copy_(at.best[name])
         seconds = seconds + time.monotonic() - started
         values = [v for _, v in self.curve]
-        tokens = number * schedule.batch * schedule.accumulation * schedule.length
+        tokens = number * schedule.tokens_a_step
+        measured = {"measured": [self._measured(step) for step in points if step <= number]} if points else {}
         return {
             "steps": number,
             "tokens": tokens,
@@ -140,12 +152,26 @@ class Loop:
             "tokens_per_second": tokens / max(seconds, 1e-9),
             "resumed_from": resumed or None,
             "trained_parameters": sum(p.numel() for p in self.trained.values()),
+            **measured,
         }
 
     def _due(self, at: Checkpoint, validation: Validation, total: int) -> bool:
         """Whether this step calls for a validation that has not been made."""
         called = at.step > 0 and (at.step % validation.every == 0 or at.step == total)
         return called and (not at.validation or at.validation[-1][0] < at.step)
+
+    def _measured(self, step: int) -> dict[str, Any]:
+        """What the curve asks for after a step; kept in a file, so that a stage that goes on does not ask again."""
+        path = self.folder / f"curve-{step}.json"
+        if not path.is_file():
+            assert self.schedule.curve is not None
+            if self.measure is None:
+                raise StageError(f"{self.name}: a curve measures suites, which needs a run")
+            rows = self.measure(self.schedule.curve)
+            found = {"step": step, "tokens": step * self.schedule.tokens_a_step, "rows": rows}
+            write_atomically(path, json.dumps(found).encode())
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return known
 
     def _gradients(self, number: int, total: int) -> tuple[float, dict[str, float]]:
         """Gradients of one optimiser step, clipped; gives the loss, and by layer where the stage has it."""

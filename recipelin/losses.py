@@ -1,17 +1,16 @@
 """End-to-end losses of a model on a batch."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .data import IGNORED, Batch
+from .head_loss import exact, head_loss, plain_loss
 from .masks import hear_segments
-from .steps import Loss
+from .steps import LOGITS, Loss
 
-LOGIT_ROWS = 4096  # tokens whose logits are held at once; with more, each share is made again in the backward pass
 NEXT_TOKEN = Loss()
 
 
@@ -32,38 +31,41 @@ def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def token_loss(model: nn.Module, batch: Batch, loss: Loss = NEXT_TOKEN, teacher: nn.Module | None = None) -> Tensor:
-    """`loss` in nats, mean over the tokens that have a label; logits are made LOGIT_ROWS tokens at a time."""
+    """`loss` in nats, mean over the tokens that have a label.
+
+    Logits of more than LOGITS numbers are never held: tokens are then taken in shares (`head_loss`), the teacher's logits too.
+    """
     hidden = hidden_states(model, batch)[:, :-1].flatten(0, 1)
     labels = batch.labels[:, 1:].flatten()
     scored = labels != IGNORED
     count = scored.sum()
     if not bool(count):
         return hidden.sum() * 0.0
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    columns = [hidden[scored], labels[scored]]
+    head = _head(model)
+    hidden, labels = hidden[scored], labels[scored]
+    taught: Callable[[slice], Tensor] | None = None
     if loss.kl:
         assert teacher is not None
         with torch.no_grad():
-            columns.append(hidden_states(teacher, batch)[:, :-1].flatten(0, 1)[scored])
-        teacher_head = teacher.get_output_embeddings()  # type: ignore[operator]
-
-    def part(h: Tensor, y: Tensor, *taught: Tensor) -> Tensor:
-        logits = _exact(head(h))
-        found = loss.lm * F.cross_entropy(logits, y, reduction="sum") if loss.lm else logits.new_zeros(())
-        for stream in taught:
-            with torch.no_grad():
-                target = (_exact(teacher_head(stream)) / loss.temperature).log_softmax(-1)
-            own = (logits / loss.temperature).log_softmax(-1)
-            one, other = (target, own) if loss.direction == "forward" else (own, target)
-            # F.kl_div(a, b) is KL(b || a).
-            found = found + loss.kl * loss.temperature**2 * F.kl_div(other, one, reduction="sum", log_target=True)
-        return found
-
-    shares = list(zip(*(column.split(LOGIT_ROWS) for column in columns), strict=True))
-    if len(shares) == 1:
-        return part(*shares[0]) / count
-    return torch.stack([checkpoint(part, *each, use_reentrant=False) for each in shares]).sum() / count
+            stream = hidden_states(teacher, batch)[:, :-1].flatten(0, 1)[scored]
+        taught = _taught(_head(teacher), stream)
+    rows = LOGITS // head.weight.shape[0]
+    if len(labels) <= rows:
+        return plain_loss(exact(head(hidden)), labels, taught(slice(None)) if taught else None, loss) / count
+    return head_loss(hidden, head.weight, labels, taught, loss, max(1, rows)) / count
 
 
-def _exact(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+def _taught(head: nn.Linear, stream: Tensor) -> Callable[[slice], Tensor]:
+    """The teacher's logits of a share of the tokens."""
+
+    @torch.no_grad()
+    def made(share: slice) -> Tensor:
+        return exact(head(stream[share]))
+
+    return made
+
+
+def _head(model: nn.Module) -> nn.Linear:
+    found = model.get_output_embeddings()  # type: ignore[operator]
+    assert isinstance(found, nn.Linear) and found.bias is None, "every supported family has a plain matrix as its head"
+    return found

@@ -61,18 +61,19 @@ class Optimizers:
 def make_optimizers(
     config: Optimizer, trained: Mapping[str, nn.Parameter], groups: Mapping[str, list[nn.Parameter]]
 ) -> Optimizers:
-    """The optimisers of the named parameters; `group_lr` gives the parameters of a group their own rate.
+    """The optimisers of the named parameters; `group_lr` gives the parameters of a group their own rate; of several groups
+    of a parameter that have one, the last counts.
 
     muon: the 2-d matrices inside layers; AdamW at `adamw_lr` has embeddings, norms and the rest.
     """
-    group_of = {id(p): name for name, ps in groups.items() for p in ps}
+    own_rate = {id(p): config.group_lr[name] for name, ps in groups.items() if name in config.group_lr for p in ps}
     if unknown := sorted(set(config.group_lr) - set(groups)):
         raise ValueError(
             f"group_lr: {', '.join(unknown)} do not train in this stage; groups that do: {', '.join(groups) or 'none'}"
         )
     rates: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        own = config.group_lr.get(group_of.get(id(parameter), ""))
+        own = own_rate.get(id(parameter))
         matrix = config.name == "muon" and parameter.ndim == 2 and ".layers." in name and own is None
         if matrix:
             rates.setdefault(("muon", config.lr), []).append(parameter)

@@ -63,7 +63,7 @@ class Plan(Config):
 # What cannot change a result stays out of the hash.
 _UNHASHED = {"checkpoint_every", "log_every", "expected_tokens"}
 # A field that came later: at this value it says what was always done, so hashes of published Records hold.
-_UNHASHED_AT_DEFAULT: Mapping[str, object] = {"slot": "marked"}
+_UNHASHED_AT_DEFAULT: Mapping[str, object] = {"slot": "marked", "block_loss": "mse", "curve": None}
 _UNHASHED_OF_MODEL = {"architecture", "beyond_context", "converted"}  # the Swap has the last
 
 
@@ -185,6 +185,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     _refuse_idle_rates(loaded, found)
     _refuse_watching_the_test(loaded, found)
     hybrid = next((s.state for s in reversed(found) if isinstance(s, Switch)), None)
+    _refuse_branches_of_a_plain_model(loaded, hybrid, found)
     found.append(
         Evaluate(
             suites=recipe.eval.suites,
@@ -211,7 +212,8 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     planned = []
     for step in found:
         fields = _hashed(step.model_dump(mode="json"))
-        watched = {name: load_suite(name, loaded.path).model_dump(mode="json") for name in reads.watched(step)}
+        asked = dict.fromkeys((*reads.watched(step), *reads.measured(step)))
+        watched = {name: load_suite(name, loaded.path).model_dump(mode="json") for name in asked}
         chain = digest({"before": chain, "step": fields, "seed": recipe.seed, "suites": watched})
         planned.append(Planned(step=step, hash=chain, **counting.describe(step)))
     _refuse_idle_stages(loaded, planned)
@@ -256,7 +258,9 @@ def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
     """A learning rate of its own for a group that does not train in a stage would do nothing. Raises PlanError."""
     for step in (*steps, *_tried(steps)):
         if isinstance(step, (Transfer, Tune)):
-            groups = [*step.trains, *(["lora"] if isinstance(step, Tune) and step.lora else [])]
+            groups: list[str] = [*step.trains]
+            if isinstance(step, Tune):
+                groups += ["lora"] if step.lora else ["attention", "attention_norms"]
             for name in step.schedule.optimizer.group_lr:
                 if name not in groups:
                     text = (
@@ -264,6 +268,19 @@ def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
                         f"{among(name, groups, 'groups that do:')}"
                     )
                     raise refusal(loaded, ("schedule", step.stage, "optimizer", "group_lr", name, "key"), text)
+
+
+def _refuse_branches_of_a_plain_model(loaded: Loaded, hybrid: State | None, steps: Sequence[Step]) -> None:
+    """A curve of a method that swaps no layer has one state. Raises PlanError."""
+    for step in steps:
+        if (
+            hybrid is None
+            and isinstance(step, Tune)
+            and step.schedule.curve
+            and step.schedule.curve.states != ("softmax",)
+        ):
+            text = f"schedule.{step.stage}.curve.states: this method swaps no layer; expected [softmax]"
+            raise refusal(loaded, ("schedule", step.stage, "curve", "states"), text)
 
 
 def _tried(steps: Sequence[Step]) -> tuple[Tune, ...]:
@@ -336,8 +353,9 @@ def _refuse_long_rows(loaded: Loaded, arch: Architecture, steps: Sequence[Step])
                 default = "" if where in loaded.places else ", the default"
                 raise refusal(loaded, where, f"schedule.{stage}.length: {length}{default}; {advice}")
         found: list[tuple[Where, Suite]] = [
-            (("schedule", getattr(step, "stage", ""), "validation"), load_suite(name, loaded.path))
-            for name in reads.watched(step)
+            (("schedule", getattr(step, "stage", ""), block), load_suite(name, loaded.path))
+            for block, names in (("validation", reads.watched(step)), ("curve", reads.measured(step)))
+            for name in names
         ]
         if isinstance(step, Evaluate):
             found += [(("eval", "suites", index), suite) for index, suite in enumerate(suites_of(step))]
@@ -399,7 +417,7 @@ def _refuse_padding(loaded: Loaded, steps: Sequence[Step]) -> None:
         if isinstance(step, (Calibrate, Transfer, Tune)) and (step.data.separate or step.data.positions == "restart"):
             text = f"compat: {compat} knows no separate documents; write data: {{separate: false, positions: run_on}}"
             raise refusal(loaded, ("data",), text)
-        watched = [load_suite(name, loaded.path) for name in reads.watched(step)]
+        watched = [load_suite(name, loaded.path) for name in (*reads.watched(step), *reads.measured(step))]
         for suite in suites_of(step) if isinstance(step, Evaluate) else watched:
             for evaluation in suite.evals:
                 batch = getattr(evaluation, "batch", 1)

@@ -9,13 +9,13 @@ from .base import Config
 from .cost import suites_of
 from .load import load_suite
 from .plan import Plan
-from .reads import watched
+from .reads import measured, watched
 from .steps import Evaluate
 
 
 def preflight(planned: Plan, *, tokenizer: Any, recipe: Path) -> None:
-    """Ask every evaluation of a plan that has a `preflight` whether it could run, those that a stage's validation watches
-    too. Raises its EvalError or SourceError.
+    """Ask every evaluation of a plan that has a `preflight` whether it could run, those that a stage asks
+    while it trains too. Raises its EvalError or SourceError.
     """
     for config, seeds in _asked(planned, recipe):
         module = lookup.implementation("evals", config.eval)  # type: ignore[attr-defined]
@@ -28,6 +28,8 @@ def _asked(planned: Plan, recipe: Path) -> Iterator[tuple[Config, Sequence[int]]
     for step in (p.step for p in planned.steps):
         for name in watched(step):
             yield from ((on_selection(config), (0,)) for config in load_suite(name, recipe).evals)
+        for name in measured(step):
+            yield from ((config, (0,)) for config in load_suite(name, recipe).evals)
         if isinstance(step, Evaluate):
             yield from ((config, step.seeds) for suite in suites_of(step) for config in suite.evals)
 

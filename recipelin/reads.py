@@ -18,6 +18,13 @@ def watched(step: Step) -> list[str]:
     return []
 
 
+def measured(step: Step) -> list[str]:
+    """Suites that are measured while a stage trains."""
+    if isinstance(step, (Transfer, Tune)) and step.schedule.curve:
+        return sorted(step.schedule.curve.suites)
+    return []
+
+
 def sources(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hub | Recall]:
     """Every source that the steps of a recipe's file read, those of watched suites too, in order. Raises RecipeError."""
     found: list[Stdlib | LocalFile | Hub | Recall] = []
@@ -26,7 +33,11 @@ def sources(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hu
             found += step.data.mix
         if isinstance(step, Select):
             found += [*(step.data.mix if step.data else ()), *sources(step.probe, recipe)]
-        suites = step.suites if isinstance(step, Evaluate) else [load_suite(name, recipe) for name in watched(step)]
+        suites = (
+            step.suites
+            if isinstance(step, Evaluate)
+            else [load_suite(name, recipe) for name in (*watched(step), *measured(step))]
+        )
         found += [TypeAdapter(Source).validate_python(x) for s in suites for x in _named(s.model_dump())]
     return found
 

@@ -79,6 +79,13 @@ class Row(Config):
     distance: int | None = None
 
 
+class CurveRow(Row):
+    """A line of `Record.curves`: the student as it stood within `stage`, which had read `tokens` training tokens by then."""
+
+    stage: str
+    tokens: int
+
+
 class StepTime(Config):
     """What one step cost. `reused`: its result came from an earlier run, whose cost is given."""
 
@@ -123,6 +130,7 @@ class Record(Config):
     margin: Annotated[float, Field(gt=0)]
     steps: tuple[StepTime, ...] = ()
     rows: tuple[Row, ...] = ()
+    curves: tuple[CurveRow, ...] = Field((), description="measured while stages trained (schedule: curve)")
 
 
 class RecordError(ValueError):

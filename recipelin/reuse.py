@@ -114,9 +114,13 @@ def published(loaded: Loaded) -> dict[str, Path]:
 # The source files that compute a step: a mended bug must never meet weights of before. Patterns below the package.
 _MODEL = ("swap.py", "masks.py", "cache.py", "states.py", "families.py", "attention/**/*.py")
 _DATA = ("data.py", "sources.py", "templates.py", "hub.py", "documents.py", "spool.py")
-_LOOP = ("stages.py", "loop.py", "losses.py", "adapters.py", "checkpoint.py", "optimizer.py")
+_LOOP = ("stages.py", "loop.py", "losses.py", "head_loss.py", "adapters.py", "checkpoint.py", "optimizer.py")
 _TRAINING = (*_MODEL, *_DATA, *_LOOP, "hf.py", "schedule.py", "branches.py")
-_EVALUATION = ("evaluate.py", "exposure.py", "evals/**/*.py")  # of a stage too, where its validation watches a suite
+_EVALUATION = (
+    "evaluate.py",
+    "exposure.py",
+    "evals/**/*.py",
+)  # of a stage too, where it may ask a suite while it trains
 _SOURCES: Mapping[type, tuple[str, ...]] = {
     Select: (*_TRAINING, "selection.py", "layers.py"),
     Swap: (*_MODEL, "lolcats_checkpoint.py"),
@@ -131,7 +135,7 @@ _SOURCES: Mapping[type, tuple[str, ...]] = {
 def source_digest(step: Step) -> str:
     """Digest of the source files that compute a step: its own, and the operators'."""
     kernels = _kernels()
-    watches = isinstance(step, (Transfer, Tune)) and step.schedule.validation
+    watches = isinstance(step, (Transfer, Tune)) and (step.schedule.validation or step.schedule.curve)
     patterns = (*_SOURCES[type(step)], *(_EVALUATION if watches else ()))
     files = {f for pattern in patterns for f in PACKAGE.glob(pattern)}
     if not isinstance(step, Switch):

@@ -1,6 +1,5 @@
 """Walks a Plan: the only place with state. Reuses finished steps, evaluates the exported student, writes one Record."""
 
-import ctypes
 import datetime
 import json
 import resource
@@ -16,13 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from . import data, heatmap, hf, layers, lolcats_checkpoint, reads, records, reuse, spool, stages, swap
+from . import data, heatmap, hf, layers, lolcats_checkpoint, memory, reads, records, reuse, spool, stages, swap
 from .evaluate import Evaluator
 from .load import Loaded
 from .naming import default_folder
 from .plan import Plan, Planned, digest, hub_commit, plan, teacher_folder
 from .preflight import preflight
-from .records import Record, Result, Row, StepTime
+from .records import CurveRow, Record, Result, Row, StepTime
 from .reuse import Store, Surroundings
 from .selection import Selector
 from .shipped import SHIPPED
@@ -116,35 +115,6 @@ def _refuse_other_teacher(loaded: Loaded, planned: Plan) -> None:
         )
 
 
-def _tune_allocator() -> None:
-    """Keep large buffers on the heap: glibc otherwise returns and refaults them each step (facts/pocket.md, trap 4)."""
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt parameters of glibc's malloc.h
-    for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
-        libc.mallopt(parameter, value)
-
-
-def _reset_peak(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")  # 5: reset the high-water mark of resident memory
-
-
-def _peak(device: str) -> int | None:
-    """Bytes at the peak since `_reset_peak`: of the GPU's tensors, or resident on a CPU."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
 @dataclass
 class _Walk:
     """One run under way."""
@@ -157,13 +127,14 @@ class _Walk:
     published: lolcats_checkpoint.Published | None
     times: list[StepTime] = field(default_factory=list)
     results: list[tuple[Row, Result]] = field(default_factory=list)
+    curves: list[CurveRow] = field(default_factory=list)
     kernels: dict[str, str] = field(default_factory=dict)
     select: Select | None = None
     kept: tuple[int, ...] | None = None
 
     def go(self) -> Path:
         torch.set_num_threads(reuse.threads())
-        _tune_allocator()
+        memory.tune_allocator()
         logging.disable_progress_bar()  # of loading and saving weights: ours show what takes long
         started = datetime.datetime.now(datetime.UTC)
         clock = time.monotonic()
@@ -224,7 +195,7 @@ class _Walk:
     def _step(self, index: int, planned: Planned) -> None:
         step, key = planned.step, self.keys[index]
         number = f"[{index + 1}/{len(self.plan.steps)}] {step.step}"
-        _reset_peak(self.device)
+        memory.reset_peak(self.device)
         clock = time.monotonic()
         if isinstance(step, (Swap, Switch)):
             if self.model is None:
@@ -249,7 +220,7 @@ class _Walk:
                     step=step.step,
                     key=key,
                     seconds=time.monotonic() - clock,
-                    peak_memory=_peak(self.device),
+                    peak_memory=memory.peak(self.device),
                     reused=False,
                 )
             )
@@ -269,7 +240,7 @@ class _Walk:
                 report = (
                     self._choose(step, working, key) if isinstance(step, Select) else self._train(step, working, key)
                 )
-                report |= {"seconds": time.monotonic() - clock, "peak_memory": _peak(self.device)}
+                report |= {"seconds": time.monotonic() - clock, "peak_memory": memory.peak(self.device)}
                 report |= {"recipe": self.plan.name, "what": planned.what}
                 if not isinstance(step, Select):
                     self._save_weights(step, working / "weights.safetensors")
@@ -277,6 +248,9 @@ class _Walk:
         if isinstance(step, Select):
             self.select, self.kept = step, tuple(report["layers"])
             _say(f"    layers {', '.join(map(str, self.kept))} stay softmax")
+        for point in report.pop("measured", ()):
+            more = {"stage": getattr(step, "stage", step.step), "tokens": point["tokens"]}
+            self.curves += [CurveRow(**row, **more) for row in point["rows"]]
         self.times.append(
             StepTime(
                 step=getattr(step, "stage", step.step),
@@ -364,6 +338,7 @@ class _Walk:
             "key": key,
             "validation_batches": validation,
             "evaluate": lambda *watched: self._evaluator().watched(model, self.tokenizer, *watched),
+            "measure": lambda curve: self._evaluator().measured(model, self.tokenizer, curve),
         }
         if isinstance(step, Transfer):
             return stages.transfer(model, step, batches, **arguments)
@@ -476,6 +451,7 @@ class _Walk:
             margin=loaded.recipe.eval.margin,
             steps=tuple(self.times),
             rows=tuple(row for row, _ in self.results),
+            curves=tuple(self.curves),
         )
         try:
             records.write_items(self.folder / "items.jsonl.gz", [(row, r) for row, r in self.results if r.items])

@@ -1,5 +1,6 @@
 """The schedule of one training stage: how long, with which optimiser, on which batches (no torch)."""
 
+import itertools
 import math
 from typing import Annotated, Literal
 
@@ -7,6 +8,7 @@ from pydantic import Field, model_validator
 
 from .base import Config
 from .sources import Data
+from .states import NAMES
 
 
 class Decay(Config):
@@ -36,7 +38,10 @@ class Optimizer(Config):
     betas: tuple[float, float] = (0.9, 0.999)
     adamw_lr: Annotated[float, Field(gt=0)] = Field(3e-3, description="rate of what Muon leaves to AdamW")
     group_lr: dict[str, float] = Field(
-        {}, description="own rate for a group of parameters: feature_maps, mix, log_scale, lora"
+        {},
+        description="own rate for a group of parameters: feature_maps, mix, log_scale, lora; where all weights train also "
+        "attention (all of every attention module, swapped or not) and attention_norms (the norms before them). "
+        "arXiv 2606.16429, stage 2: {attention: 1e-4, attention_norms: 1e-4}, the rest 7e-6 (its rule is `attn` in the name)",
     )
 
 
@@ -59,6 +64,30 @@ class Validation(Config):
     batches: Annotated[int, Field(ge=1)] = 8
     keep_best: bool = True
     patience: Annotated[int, Field(ge=1)] | None = Field(None, description="checks without improvement before stopping")
+
+
+class Curve(Config):
+    """What is measured of the student while a stage trains: suites in states, once it has read so many training tokens.
+
+    Each after the first optimiser step that reaches the number (0: before the first); the rows stand in the Record with the
+    tokens read by then. The student is measured as it stands, adapters unmerged; nothing is selected by it, so what is
+    measured may be test items. Sample YAML: `{tokens: [0, 100000, 400000], suites: [pocket-claims], states: [hybrid]}`
+    """
+
+    tokens: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    suites: Annotated[tuple[str, ...], Field(min_length=1)]
+    states: Annotated[tuple[str, ...], Field(min_length=1)] = ("hybrid",)
+
+    @model_validator(mode="after")
+    def _rising(self) -> "Curve":
+        if any(b <= a for a, b in itertools.pairwise(self.tokens)):
+            raise ValueError(f"tokens: found {', '.join(map(str, self.tokens))}; expected rising numbers")
+        if wrong := [name for name in self.states if name not in NAMES[1:]]:
+            raise ValueError(f"states: cannot measure {', '.join(wrong)}; there are {', '.join(NAMES[1:])}")
+        for name in ("suites", "states"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name}: one is given twice")
+        return self
 
 
 class Schedule(Config):
@@ -84,6 +113,26 @@ class Schedule(Config):
     log_every: Annotated[int, Field(ge=1)] = 10
     data: Data | None = Field(None, description="this stage's own data; None: the recipe's")
     validation: Validation | None = None
+    curve: Curve | None = Field(None, description="evaluations at numbers of training tokens, for token curves")
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Training tokens that an optimiser step reads."""
+        return self.batch * self.accumulation * self.length
+
+    @property
+    def measured_at(self) -> dict[int, int]:
+        """Optimiser step -> tokens asked for, of `curve`. Raises ValueError where two fall on one step."""
+        found: dict[int, int] = {}
+        for tokens in self.curve.tokens if self.curve else ():
+            step = -(-tokens // self.tokens_a_step)
+            if step in found:
+                raise ValueError(
+                    f"curve.tokens: {found[step]} and {tokens} are both reached by step {step}; a step reads "
+                    f"{self.tokens_a_step} tokens"
+                )
+            found[step] = tokens
+        return found
 
     @model_validator(mode="after")
     def _one_duration(self) -> "Schedule":
@@ -92,6 +141,8 @@ class Schedule(Config):
             raise ValueError(f"give exactly one of steps, tokens, epochs; found {', '.join(given) or 'none'}")
         if self.decay.name == "plateau" and self.validation is None:
             raise ValueError("decay: plateau needs validation: it follows the validation value")
+        if self.measured_at and (total := optimiser_steps(self, None)) is not None and max(self.measured_at) > total:
+            raise ValueError(f"curve.tokens: {max(self.curve.tokens)}; the stage reads {total * self.tokens_a_step}")  # type: ignore[union-attr]
         return self
 
 
@@ -101,7 +152,7 @@ def optimiser_steps(schedule: Schedule, rows: int | None) -> int | None:
         return schedule.steps
     rows_a_step = schedule.batch * schedule.accumulation
     if schedule.tokens is not None:
-        return math.ceil(schedule.tokens / (rows_a_step * schedule.length))
+        return math.ceil(schedule.tokens / schedule.tokens_a_step)
     if rows is None or schedule.epochs is None:
         return None
     return math.ceil(schedule.epochs * rows / rows_a_step)

@@ -51,4 +51,8 @@ def _schedule(schedule: Schedule, steps: int | None) -> str:
     if schedule.accumulation > 1:
         size += f" x {schedule.accumulation} accumulated"
     rate = f"{schedule.optimizer.name} lr {schedule.optimizer.lr:g}, {schedule.decay.name}"
-    return ", ".join(x for x in (given, known, size, rate) if x)
+    curve = ""
+    if schedule.curve:
+        points = ", ".join(count(t) for t in schedule.curve.tokens)
+        curve = f"{', '.join(schedule.curve.suites)} in {', '.join(schedule.curve.states)} at {points} tokens"
+    return ", ".join(x for x in (given, known, size, rate, curve) if x)

@@ -142,7 +142,7 @@ def _data(data: Data) -> Data:
 def _schedule(schedule: Schedule | None) -> Schedule | None:
     if schedule is None:
         return None
-    found: Mapping[str, Any] = schedule.model_dump(exclude={"steps", "tokens", "epochs", "data", "validation"})
+    found: Mapping[str, Any] = schedule.model_dump(exclude={"steps", "tokens", "epochs", "data", "validation", "curve"})
     validation = schedule.validation
     if validation:
         watch = tuple(w.model_copy(update={"suite": None, "metric": "loss"}) for w in validation.watch)

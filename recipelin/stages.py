@@ -15,7 +15,7 @@ from .adapters import adapt, merge
 from .attention.captured import Captured, Drop
 from .branches import BranchSchedule, kept, window_at
 from .data import IGNORED, Batch
-from .loop import BatchSource, Evaluate, Loop, Part, StageError, total_steps
+from .loop import BatchSource, Evaluate, Loop, Measure, Part, StageError, total_steps
 from .losses import hidden_states, token_loss
 from .schedule import Schedule
 from .steps import Calibrate, Transfer, Tune
@@ -34,6 +34,7 @@ def transfer(
     key: str = "",
     validation_batches: BatchSource | None = None,
     evaluate: Evaluate | None = None,
+    measure: Measure | None = None,
 ) -> dict[str, Any]:
     """Layer-local distillation of `step.trains` in place; returns the report.
 
@@ -62,7 +63,7 @@ def transfer(
             grad = torch.enable_grad() if part is not None else nullcontext()
             # Autocast is for the teacher's stream; the losses of a layer keep their own precision.
             with grad, torch.autocast(device.partition(":")[0], enabled=False):
-                parts = form.losses(captured, step.objective)
+                parts = form.losses(captured, step.objective, step.block_loss)
                 loss = sum(weight * parts[name] for name, weight in step.objective.items())
                 if part is not None:
                     (loss * (part.share / len(found))).backward()
@@ -85,6 +86,7 @@ def transfer(
         batches=batches,
         validation_batches=validation_batches,
         evaluate=evaluate,
+        measure=measure,
         device=device,
         folder=folder,
         seed=seed,
@@ -107,6 +109,7 @@ def tune(
     key: str = "",
     validation_batches: BatchSource | None = None,
     evaluate: Evaluate | None = None,
+    measure: Measure | None = None,
     teacher: nn.Module | None = None,
 ) -> dict[str, Any]:
     """End-to-end training in place on `step.loss`; returns the report. `teacher`: needed for its `kl`.
@@ -128,6 +131,10 @@ def tune(
     else:
         apart = {id(p) for p in form_parameters(model).values()}
         own = [p for p in model.parameters() if id(p) not in apart] + [p for ps in groups.values() for p in ps]
+        mine = {id(p) for p in own}
+        for name, part in (("attention_norms", ".input_layernorm."), ("attention", ".self_attn.")):
+            # First, so that a group of the form's own that has a rate comes after them.
+            groups = {name: [p for n, p in model.named_parameters() if part in n and id(p) in mine], **groups}
     schedule = step.schedule
     if schedule.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
@@ -155,6 +162,7 @@ def tune(
         batches=batches,
         validation_batches=validation_batches,
         evaluate=evaluate,
+        measure=measure,
         device=device,
         folder=folder,
         seed=seed,

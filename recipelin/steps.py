@@ -11,7 +11,8 @@ from .sources import Data
 from .states import NamedState, State
 
 Policy = Literal["uniform", "lm_ppl", "single_keep_ppl", "kl_stage2", "explicit"]
-Objective = Literal["weights", "outputs", "hybrid_weights", "hybrid_outputs"]
+Objective = Literal["weights", "outputs", "hybrid_weights", "hybrid_outputs", "block_outputs"]
+BlockLoss = Literal["mse", "l2norm"]
 Trained = Literal["feature_maps", "mix", "log_scale"]
 
 
@@ -69,13 +70,16 @@ class Transfer(Config):
 
     loss = mean over layers of sum over objectives of weight * loss:
     `weights` cross-entropy of pure linear weights, `outputs` MSE of pure linear outputs, `hybrid_weights` and
-    `hybrid_outputs` the same of the hybrid in its current state; outputs are taken before o_proj.
+    `hybrid_outputs` the same of the hybrid in its current state; outputs are taken before o_proj. `block_outputs`: after
+    o_proj, in the current state: `block_loss` mse, or l2norm: mean over tokens of |t - s| / sqrt(hidden_size), the
+    Euclidean norm (stage 1 of arXiv 2606.16429's code).
     """
 
     step: Literal["transfer"] = "transfer"
     stage: str
     objective: dict[Objective, float]
     trains: tuple[Trained, ...]
+    block_loss: BlockLoss = "mse"
     schedule: Schedule
     data: Data
 
@@ -94,6 +98,9 @@ class Lora(Config):
         tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...],
         Field(min_length=1),
     ] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+LOGITS = 2**25  # numbers of one kind (logits, their softmax, ...) that a loss holds at once: 128 MiB in fp32
 
 
 class Loss(Config):
@@ -194,8 +201,8 @@ class Choice(Config):
             raise ValueError(text)
         if missing := [n for n in ("keep", "layers", "tune") if n in mine and not getattr(self, n)]:
             raise ValueError(f"policy {self.policy} needs {', '.join(missing)}")
-        if self.tune and self.tune.validation:
-            raise ValueError("tune of kl_stage2 has no validation: every candidate trains alike")
+        if self.tune and (self.tune.validation or self.tune.curve):
+            raise ValueError("tune of kl_stage2 has neither validation nor curve: every candidate trains alike")
         return self
 
     @property

@@ -10,7 +10,7 @@ from ..compose import hybrid_state, in_layers, joint_transfer, tune
 from ..recipe import Recipe
 from ..schedule import Decay, Optimizer, Schedule
 from ..states import Compat, Join, Shape, check_compat
-from ..steps import ConvertedLayers, Lora, Objective, Step, Swap, Switch, Trained
+from ..steps import BlockLoss, ConvertedLayers, Lora, Objective, Step, Swap, Switch, Trained
 
 
 class Config(Base):
@@ -37,6 +37,7 @@ class Config(Base):
     objective: dict[Objective, Annotated[float, Field(gt=0)]] = Field(
         {"hybrid_outputs": 1000.0}, description="LoLCATs: mse_factor 1000, xent_factor 0"
     )
+    block_loss: BlockLoss = Field("mse", description="of the objective block_outputs")
     calibration_batches: Annotated[int, Field(ge=1)] = Field(8, description="of c_h, for join: absolute")
     lora: Lora = Lora()
     tune_form: tuple[Trained, ...] = Field((), description="LoLCATs' fqkvo config: [feature_maps, mix]")
@@ -75,6 +76,13 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
         method.layers,
         Swap(form="hybrid", config=method.form),
         Switch(state=state),
-        *joint_transfer(recipe, state, method.objective, size=size, calibration_batches=method.calibration_batches),
+        *joint_transfer(
+            recipe,
+            state,
+            method.objective,
+            block_loss=method.block_loss,
+            size=size,
+            calibration_batches=method.calibration_batches,
+        ),
         *tune(recipe, "tune", lora=method.lora, trains=method.tune_form),
     )

@@ -11,7 +11,7 @@ from ..compose import hybrid_state, in_layers, joint_transfer, tune
 from ..recipe import Recipe
 from ..schedule import Optimizer, Schedule
 from ..states import Join
-from ..steps import ConvertedLayers, Lora, Objective, Step, Swap, Switch, Trained
+from ..steps import BlockLoss, ConvertedLayers, Lora, Objective, Step, Swap, Switch, Trained
 
 
 class Dropped(BranchSchedule):
@@ -54,6 +54,7 @@ class Config(Base):
         description="the transfer it starts from; LoLCATs' by default, Hedgehog's: {weights: 1}",
     )
     branches: Dropped = Dropped()
+    block_loss: BlockLoss = Field("mse", description="of the objective block_outputs")
     calibration_batches: Annotated[int, Field(ge=1)] = Field(8, description="of c_h, for join: absolute")
     lora: Lora = Lora()
     tune_form: tuple[Trained, ...] = ()
@@ -78,6 +79,13 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
         method.layers,
         Swap(form="hybrid", config=method.form),
         Switch(state=state),
-        *joint_transfer(recipe, state, method.objective, size=size, calibration_batches=method.calibration_batches),
+        *joint_transfer(
+            recipe,
+            state,
+            method.objective,
+            block_loss=method.block_loss,
+            size=size,
+            calibration_batches=method.calibration_batches,
+        ),
         *tune(recipe, "tune", lora=method.lora, trains=method.tune_form, branches=method.branches),
     )

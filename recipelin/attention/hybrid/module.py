@@ -20,6 +20,7 @@ from ...cache import HybridLayer, hybrid_entry
 from ...families import Architecture, family
 from ...masks import real_tokens, runs, segments_of
 from ...states import State
+from ..block_loss import block_loss
 from ..captured import Captured, Drop
 from .calibration import LogScaleCalibration
 from .config import Config
@@ -234,12 +235,13 @@ class HybridAttention(nn.Module):
         self.recorder(self.layer_index, Captured(q, k, v, y, lse, key_mask, segment_ids))
         return y
 
-    def losses(self, captured: Captured, objective: Mapping[str, float]) -> dict[str, Tensor]:
+    def losses(self, captured: Captured, objective: Mapping[str, float], block: str = "mse") -> dict[str, Tensor]:
         """Unweighted losses of this layer against the teacher, a scalar each.
 
         weights, hybrid_weights: cross-entropy of the teacher's weights, mean over real queries and heads (Hedgehog);
-        outputs, hybrid_outputs: squared error of the output before o_proj, mean over real elements (LoLCATs).
-        `hybrid_*` in `self.state`; the others of the pure linear form over all keys.
+        outputs, hybrid_outputs: squared error of the output before o_proj, mean over real elements (LoLCATs);
+        block_outputs: `block` (mse, l2norm) of the output after o_proj. It and `hybrid_*` are taken in `self.state`; the
+        others of the pure linear form over all keys.
         """
         q, k = captured.q.detach(), captured.k.detach()
         where: dict[str, Any] = {"key_mask": captured.key_mask, "segment_ids": captured.segment_ids}
@@ -272,6 +274,12 @@ class HybridAttention(nn.Module):
                 y = hybrid_attention(
                     q, k, captured.v.detach(), self.feature_map_q(q), self.feature_map_k(k), **options, **where
                 )
+                if name == "block_outputs":
+                    own, taught = (
+                        self.o_proj(x.to(self.o_proj.weight.dtype).transpose(1, 2).flatten(2)) for x in (y, captured.y)
+                    )
+                    found[name] = block_loss(own, taught.detach(), block, captured.key_mask)
+                    continue
                 # Not in bf16: the error of a good student is far below the outputs themselves.
                 exact = torch.promote_types(y.dtype, torch.float32)
                 error = (y.to(exact) - captured.y.detach().to(exact)).square()
