@@ -12,6 +12,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
+from . import budget
+from .budget import Budget, Point
 from .claims import claims_table
 from .claimspec import read_claims
 from .finding import kind_of
@@ -25,6 +27,11 @@ from .strict_yaml import read_yaml
 from .tablespec import EXPECTED, TRUST, Column, Printed, Spec, TableRow, read_spec
 from .verdict import RULE, judge
 
+CURVES = (
+    "tokens to a target: millions of training tokens of the stage until it is first met; between two points the value is "
+    "linear in the tokens (a perplexity in its logarithm). ≤: met at the first point already; >: not met at the last. Of "
+    "several seeds the median (least to most)."
+)
 ABOUT = (("(guessing)", "chance"), ("(exposed %)", "exposed"), ("(items n)", "n"))  # lines below the rows
 
 
@@ -45,17 +52,18 @@ def tabulate(spec: Spec, records: Sequence[Published]) -> Table:
 
     for row in spec.rows:
         source = sources[row.recipes]
-        ours = [_interval(columns, label, row.state, source.measures) for label in columns]
+        ours = [_interval(columns, label, row.state, source) for label in columns]
         trust = f" [{row.trust}]" if row.trust else ""
         if not source.chosen:
             missing.update(dict.fromkeys(row.recipes))
+        absent = "not run" if row.recipes else "no recipe yet"
         if source.chosen or not beside:
             line(row.label, "ours", [_ours(source, column, x) for column, x in zip(spec.columns, ours, strict=True)])
         elif not row.printed:
-            line(row.label, "not run", [Cell(DASH)] * len(spec.columns))
+            line(row.label, absent, [Cell(DASH)] * len(spec.columns))
         if row.printed:
             printed, differences = _beside(row, spec.columns, ours)
-            line(row.label, f"printed{trust}" + ("" if source.chosen else " (not run)"), printed)
+            line(row.label, f"printed{trust}" + ("" if source.chosen else f" ({absent})"), printed)
             if source.chosen:
                 line(row.label, "ours - printed", differences)
     for label, about in ABOUT:
@@ -69,7 +77,7 @@ def tabulate(spec: Spec, records: Sequence[Published]) -> Table:
         lead=tuple(filter(None, dict.fromkeys(scale(p.record) for s in sources.values() for p in s.chosen))),
         blocks=(Block(title, ("row", *(["numbers"] if beside else []), *columns), tuple(rows)),),
         conclusions=_verdicts(sources),
-        notes=(*_notes(spec, sources), *to_run(missing)),
+        notes=(*_notes(spec, sources), *_without_recipe(spec), *to_run(missing)),
     )
 
 
@@ -84,7 +92,11 @@ def _draws(
     column = columns[label]
     if column.recovery_of is not None:
         raise TableError(f"column {label!r} is a recovery: it has no recovery of its own")
-    members = [_find(columns[x], found) for x in column.mean_of] if column.mean_of else [_find(column, found)]
+    if column.tasks:
+        each = [column.model_copy(update={"tasks": None, "task": task}) for task in column.tasks]
+    else:
+        each = [columns[x] for x in column.mean_of] if column.mean_of else [column]
+    members = [_find(x, found) for x in each]
     known = [m for m in members if m is not None]
     if len(known) < len(members):
         return None, None
@@ -99,10 +111,15 @@ class _Ours(NamedTuple):
 
     cell: Cell
     shown: Interval
+    bound: str = ""
 
 
-def _interval(columns: dict[str, Column], label: str, state: str, found: Sequence[Measure]) -> _Ours | None:
-    column = columns[label]
+def _interval(columns: dict[str, Column], label: str, state: str | None, source: Source) -> _Ours | None:
+    column, found = columns[label], source.measures
+    if state is None or not source.chosen:
+        return None
+    if column.of_curve:
+        return _of_curve(column, state, source)
     if column.value:
         measure = _find(column, found)
         interval = brought(measure, column.value) if measure and state == "hybrid" else None
@@ -117,7 +134,7 @@ def _interval(columns: dict[str, Column], label: str, state: str, found: Sequenc
             return None
         first = cell.numbers[0].interval
         return _Ours(cell, _times(first, 1.0 if measure.kind == "log_loss" else 100.0))
-    if column.mean_of:
+    if column.mean_of or column.tasks:
         draws, _ = _draws(columns, label, state, found)
         interval = draws.interval() if draws else None
         quantity = "mean"
@@ -133,6 +150,46 @@ def _interval(columns: dict[str, Column], label: str, state: str, found: Sequenc
         return None
     text = plus_minus(interval, scale=100, digits=1)
     return _Ours(Cell(text, (Number(quantity, interval, "fraction"),)), _times(interval, 100.0))
+
+
+def _of_curve(column: Column, state: str, source: Source) -> _Ours | None:
+    """Tokens to a target in millions, or the value at a budget: the median over seeds, with the least and the most.
+
+    Raises TableError for a column that fits several curves.
+    """
+    found: list[Budget] = []
+    for record in (p.record for p in source.chosen):
+        rows = budget.curve(record, column, state)
+        if len(several := budget.series(rows)) > 1:
+            raise TableError(f"column {column.label!r} fits {', '.join(several)}; say which by suite, metric or stage")
+        if not rows:
+            return None
+        if column.at_tokens is not None:
+            value = budget.reached(rows, column.at_tokens)
+            found += [] if value is None else [Budget(value)]
+            continue
+        wanted = budget.target(record, column, rows)
+        if wanted is None:
+            raise TableError(
+                f"column {column.label!r}: {record.name} has no teacher, whose value the target multiplies"
+            )
+        points = [Point(r.tokens, r.value) for r in rows]
+        reached = budget.tokens_to(points, wanted, larger=rows[0].higher_is_better)
+        found.append(Budget(reached.tokens / 1e6, reached.bound))
+    if len(found) < len(source.chosen):
+        return None
+    middle, ends = budget.median(found), sorted(b.tokens for b in found)
+    text = _bounded(f"{middle.tokens:.4g}", middle.bound)
+    if len(found) > 1:
+        text += f" ({ends[0]:.4g} to {ends[-1]:.4g})"
+    unit = "millions of tokens" if column.tokens_to else "as printed"
+    interval = Interval(middle.tokens, ends[0], ends[-1], len(found))
+    alone = Interval(middle.tokens, float("nan"), float("nan"), 0)
+    return _Ours(Cell(text, (Number(column.label, interval, unit),)), alone, middle.bound)
+
+
+def _bounded(text: str, bound: str | None) -> str:
+    return {"at most": "≤ ", "more than": "> "}.get(bound or "", "") + text
 
 
 def _times(x: Interval, factor: float) -> Interval:
@@ -162,8 +219,10 @@ def _beside(row: TableRow, columns: Sequence[Column], ours: Sequence[_Ours | Non
         mark = f" ({printed.footnote})" if printed.footnote else ""
         theirs = float(printed.value)
         known = Interval(theirs, float("nan"), float("nan"), 0)
-        printed_cells.append(Cell(f"{Decimal(printed.value):f}{tag}{mark}", (Number("printed", known, "as printed"),)))
-        if own is None:
+        text = _bounded(f"{Decimal(printed.value):f}", printed.bound)
+        text += tag if printed.files is None else f" / {Decimal(printed.files):f}"
+        printed_cells.append(Cell(text + mark, (Number("printed", known, "as printed"),)))
+        if own is None or own.bound or printed.bound:  # a bound has no difference
             differences.append(Cell(DASH))
         else:
             x = own.shown
@@ -175,6 +234,8 @@ def _beside(row: TableRow, columns: Sequence[Column], ours: Sequence[_Ours | Non
 
 def _about(column: Column, what: str, sources: Sequence[Source]) -> str:
     """Chance, exposure or number of items of a task column; a range where the recipes differ."""
+    if column.of_curve:
+        return ""
     found = [m for s in sources if (m := _find(column, s.measures))] if column.task or column.recall else []
     if what == "n":
         values = {float(m.n) for m in found}
@@ -194,6 +255,11 @@ def _verdicts(sources: dict[tuple[str, ...], Source]) -> tuple[str, ...]:
     return (*lines, f"Rule: {RULE}") if lines else ()
 
 
+def _without_recipe(spec: Spec) -> tuple[str, ...]:
+    count = sum(not row.recipes for row in spec.rows)
+    return (f"no recipe yet: {count} of {len(spec.rows)} rows, which no run can fill so far.",) if count else ()
+
+
 def _notes(spec: Spec, sources: dict[tuple[str, ...], Source]) -> tuple[str, ...]:
     chosen = [p for s in sources.values() for p in s.chosen]
     lines = []
@@ -209,20 +275,25 @@ def _notes(spec: Spec, sources: dict[tuple[str, ...], Source]) -> tuple[str, ...
         lines.append(
             f"margin of the rule: {', '.join(f'{m:g}' for m in margins)} (of a score in 0..1; nats of log-loss)."
         )
+    if any(c.of_curve for c in spec.columns):
+        lines.append(CURVES)
     if any(s.recall for s in spec.columns):
         lines.append(
             "recall near, far: distance up to, beyond layers x (window - 1) tokens, the reach of a stack of windows."
         )
     lines += [f"{x}: {MEANING[x]}" for x in dict.fromkeys(c.value for c in spec.columns) if x]
     for column in spec.columns:
-        if column.mean_of:
-            lines.append(f"{column.label}: mean of {', '.join(column.mean_of)}.")
+        if members := column.mean_of or column.tasks:
+            lines.append(f"{column.label}: mean of {', '.join(members)}.")
         elif column.recovery_of:
             ratio = "(state - guess)/(teacher - guess)" if column.corrected else "state / teacher"
             lines.append(f"{column.label}: {ratio} of {column.recovery_of}, in %.")
     tags = {r.trust for r in spec.rows} | {
         p.trust for r in spec.rows for p in r.printed.values() if isinstance(p, Printed)
     }
+    if any(isinstance(p, Printed) and p.files is not None for r in spec.rows for p in r.printed.values()):
+        tags.add("F")
+        lines.append("a / b: the paper prints a, the authors' raw result files give b; ours is held against a.")
     if any(r.printed for r in spec.rows):
         paper = spec.paper or "the paper"
         lines.append(f"printed: what {paper} prints" + ("; ours - printed has our interval." if chosen else "."))

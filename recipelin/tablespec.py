@@ -11,12 +11,13 @@ from .base import Config
 from .mistakes import among, located, placed
 from .strict_yaml import Mistake, RecipeError, Where, read_yaml
 
-Trust = Literal["T", "R", "M", "C", "I"]
+Trust = Literal["T", "R", "M", "C", "F", "I"]
 TRUST = {
     "T": "in the paper, through a third party",
     "R": "by a reviewer of the paper",
     "M": "by a machine-made summary",
     "C": "in the baseline's code",
+    "F": "recomputed from the authors' raw result files",
     "I": "inferred",
 }
 
@@ -24,9 +25,15 @@ EXPECTED = "a table spec (name, title, columns, rows; results/README.md)"
 
 
 class Printed(Config):
-    """A number as the paper prints it, with its decimals. Sample YAML: `{value: 92.26, footnote: 1}`"""
+    """A number as the paper prints it, with its decimals. Sample YAML: `{value: 92.26, footnote: 1}`, or, where the authors'
+    raw result files say another, both: `{value: 32.1, files: 31.13}`; `{value: 65.5, bound: at most}`
+    """
 
     value: Decimal | int
+    files: Decimal | int | None = Field(None, description="the same, recomputed from the authors' raw result files")
+    bound: Literal["at most", "more than"] | None = Field(
+        None, description="the number is a bound (tokens to a target)"
+    )
     trust: Trust | None = Field(None, description="how it is known; default: the row's")
     footnote: Annotated[int, Field(ge=1)] | None = None
 
@@ -52,14 +59,32 @@ class Measured(Config):
         return self
 
 
+class Target(Config):
+    """What is to be reached. Sample YAML: `{value: 12.5}` (a perplexity, or a score in percent), `{teacher: 1.1}`"""
+
+    value: Annotated[Decimal, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
+    teacher: Annotated[Decimal, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = Field(
+        None, description="times the teacher's perplexity, or its score"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> "Target":
+        if (self.value is None) == (self.teacher is None):
+            raise ValueError("give exactly one of value and teacher")
+        return self
+
+
 class Column(Measured):
-    """What a column shows: a task, recall near or far, the mean of columns, or the recovery of a column.
+    """What a column shows: a task, recall near or far, the mean of columns, or the recovery of a column; of a task that was
+    measured while a stage trained (schedule: curve) also the training tokens to a target, or what a budget reached.
 
     `value: gap` or `retention` shows what the linear branch brings on that task, on exposed items, in rows of state `hybrid`.
 
     Scores and recoveries are shown in percent, a log-loss as perplexity; printed numbers are in the same unit.
     Sample YAML: `{label: PIQA, task: piqa}`, `{label: passkey far, recall: far, of: passkey@4096}`,
-    `{label: AVG, mean_of: [PIQA, ARC-E]}`, `{label: Rec, recovery_of: AVG}`, `{label: gap, task: perplexity, value: gap}`
+    `{label: AVG, mean_of: [PIQA, ARC-E]}`, `{label: NLU, tasks: [piqa, arc_easy]}`, `{label: Rec, recovery_of: AVG}`,
+    `{label: gap, task: perplexity, value: gap}`, `{label: to 1.1 x, task: perplexity, tokens_to: {teacher: 1.1}}`,
+    `{label: at 66 M, task: perplexity, at_tokens: 66000000}`
     """
 
     label: str
@@ -67,33 +92,58 @@ class Column(Measured):
         None, description="of a task or recall: instead of the state's score"
     )
     mean_of: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None, description="the mean over these tasks, which need no columns of their own"
+    )
     recovery_of: str | None = None
     corrected: bool = Field(False, description="recovery corrected for guessing")
+    tokens_to: Target | None = Field(None, description="millions of training tokens to reach it, first met")
+    at_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="the value once so many tokens were read")
+    stage: str | None = Field(None, description="whose tokens; needed only where two stages have a curve")
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Column":
-        if sum(x is not None for x in (self.task, self.recall, self.mean_of, self.recovery_of)) != 1:
-            raise ValueError("give exactly one of task, recall, mean_of and recovery_of")
+        if sum(x is not None for x in (self.task, self.recall, self.mean_of, self.tasks, self.recovery_of)) != 1:
+            raise ValueError("give exactly one of task, recall, mean_of, tasks and recovery_of")
         if self.value and not (self.task or self.recall):
             raise ValueError(f"{self.value} is of a task or of recall; found a mean or a recovery")
+        curves = [n for n in ("tokens_to", "at_tokens", "value") if getattr(self, n) is not None]
+        if len(curves) > 1 or (self.of_curve and self.task is None):
+            raise ValueError("give one of tokens_to, at_tokens and value, the first two with a task")
+        if self.stage is not None and not self.of_curve:
+            raise ValueError("`stage` says whose tokens; give tokens_to or at_tokens beside it")
         return self
+
+    @property
+    def of_curve(self) -> bool:
+        """Whether it shows what was measured while a stage trained."""
+        return self.tokens_to is not None or self.at_tokens is not None
 
 
 class TableRow(Config):
-    """One row. Several recipes (or one run with several seeds) are pooled as seeds.
+    """One row. Several recipes (or one run with several seeds) are pooled as seeds. Without a recipe the row shows what was
+    printed, and says that there is no recipe yet.
 
     Sample YAML: `{label: SWA only, recipe: untangling/mistral-lolcats, state: window, trust: T, printed: {AVG: 65.56}}`
     """
 
     label: str
-    recipe: str | Annotated[tuple[str, ...], Field(min_length=1)]
-    state: str
+    recipe: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    state: str | None = Field(None, description="of the recipe")
     trust: Trust | None = None
     printed: dict[str, Decimal | int | Printed] = Field({}, description="column: number as printed")
 
     @property
     def recipes(self) -> tuple[str, ...]:
-        return (self.recipe,) if isinstance(self.recipe, str) else self.recipe
+        return (self.recipe,) if isinstance(self.recipe, str) else self.recipe or ()
+
+    @model_validator(mode="after")
+    def _something(self) -> "TableRow":
+        if (self.recipe is None) != (self.state is None):
+            raise ValueError("give recipe and state, or neither")
+        if self.recipe is None and not self.printed:
+            raise ValueError("a row without a recipe shows what is printed; give printed")
+        return self
 
 
 class Spec(Config):
@@ -125,7 +175,8 @@ def read_spec(path: Path) -> Spec:
 def _unfit(spec: Spec) -> Iterator[tuple[Where, str]]:
     """What names a column or a footnote that is not there, and where."""
     labels = [c.label for c in spec.columns]
-    plain = [c.label for c in spec.columns if (c.task or c.recall) and not c.value]
+    plain = [c.label for c in spec.columns if (c.task or c.recall) and not (c.value or c.of_curve)]
+    scores = [c.label for c in spec.columns if not (c.value or c.of_curve)]
     for index, column in enumerate(spec.columns):
         if column.label in labels[:index]:
             yield ("columns", index, "label"), f"two columns are labelled {column.label!r}"
@@ -133,8 +184,8 @@ def _unfit(spec: Spec) -> Iterator[tuple[Where, str]]:
             if label not in plain:
                 text = f"no task column {label!r}{among(label, plain)}"
                 yield ("columns", index, "mean_of", place), f"mean_of of {column.label!r}: {text}"
-        if column.recovery_of is not None and column.recovery_of not in labels:
-            text = f"no column {column.recovery_of!r}{among(column.recovery_of, labels)}"
+        if column.recovery_of is not None and column.recovery_of not in scores:
+            text = f"no column {column.recovery_of!r}{among(column.recovery_of, scores)}"
             yield ("columns", index, "recovery_of"), f"recovery_of of {column.label!r}: {text}"
     for index, row in enumerate(spec.rows):
         for label, printed in row.printed.items():
