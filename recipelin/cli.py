@@ -280,6 +280,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         metavar="RUN",
         help="a run's folder, which `run` names at its end, or a folder of them",
     )
+
+    bench = command(
+        "bench",
+        _bench,
+        "measure the operators' speed and memory against every bar, on one thread of this machine's CPU",
+        "--quick",
+        "--only hybrid/sdpa-forward",
+        "--write",
+    )
+    bench.add_argument("--quick", action="store_true", help="three rounds a bar")
+    bench.add_argument("--only", metavar="NAME", help="one bar, or all that begin with NAME/ (hybrid, decode, ...)")
+    bench.add_argument("--write", action="store_true", help="keep the result as kernels/bench/record.md and .json")
     return parser, commands
 
 
@@ -335,6 +347,12 @@ def _publish(arguments: argparse.Namespace) -> int:
     from .publish import publish_command
 
     return publish_command(arguments)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import bench_command
+
+    return bench_command(arguments)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal
 
-Folder = Literal["methods", "attention", "evals"]
+Folder = Literal["methods", "attention", "evals", "bars"]
 
 # What a name stands for: a module of methods/, the torch-free config of a form or an evaluation, and their torch half.
 _CONFIG = {"methods": "", "attention": ".config", "evals": ".config"}
-_TORCH = {"attention": ".module", "evals": ".run"}
+_TORCH = {"attention": ".module", "evals": ".run", "bars": ""}
 
 
 class LookupFailed(ValueError):
@@ -21,7 +21,7 @@ class LookupFailed(ValueError):
 def names(folder: Folder) -> tuple[str, ...]:
     """All names of a folder, sorted."""
     package = importlib.import_module(f"{__package__}.{folder}")
-    packages = folder != "methods"
+    packages = folder in ("attention", "evals")
     return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg == packages))
 
 
@@ -45,7 +45,7 @@ def lookup(folder: Folder, name: str, *, allow_code: Sequence[str] = ()) -> Modu
 
 
 def implementation(folder: Folder, name: str) -> ModuleType:
-    """The torch half of a form or an evaluation. Raises LookupFailed."""
+    """The torch half of a form or an evaluation, or a file of bars. Raises LookupFailed."""
     _known(folder, name)
     return importlib.import_module(f"{__package__}.{folder}.{name}{_TORCH[folder]}")
 
@@ -55,5 +55,5 @@ def _known(folder: Folder, name: str) -> None:
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        kind = {"methods": "method", "attention": "attention form", "evals": "evaluation"}[folder]
+        kind = {"methods": "method", "attention": "attention form", "evals": "evaluation", "bars": "bars"}[folder]
         raise LookupFailed(f"no {kind} {name!r}{hint} (there are: {', '.join(known)})")

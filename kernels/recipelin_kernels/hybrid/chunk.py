@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rows import EXP_FLOOR, SEPARATE, SIGNED_FLOOR, Options, branch_weights
+from .rows import LOG2E, SEPARATE, SIGNED_FLOOR, Options, branch_weights
 
 HIDDEN = -1e30  # added to scores outside the softmax set
 LOG_TINY = -69.0  # about log(1e-30): no factor of `absolute` is larger than exp(69)
@@ -83,11 +83,11 @@ class Weights:
 def weigh(x: Inputs, state: State | None, masks: Masks, o: Options) -> Weights:
     """The weights of one chunk and the masses of both sides, [B,H,C,1] each."""
     batch, heads, rows, _ = x.q.shape
-    a = dot(x.q * o.scale, x.k)
+    # Base 2: on a CPU exp2 takes a third of the time of exp, also of large negative numbers, whose power is exactly 0.
+    a = dot(x.q * (o.scale * LOG2E), x.k)
     a += masks.bias
     top = a.amax(-1, keepdim=True).clamp_(min=0.1 * HIDDEN)
-    # exp of large negative numbers is slow on a CPU (facts/performance.md §1)
-    a.sub_(top).clamp_(min=EXP_FLOOR).exp_().mul_(masks.soft)
+    a.sub_(top).exp2_()
     a_mass = a.sum(-1, keepdim=True)
 
     b = dot(x.fq, x.fk)
@@ -115,6 +115,7 @@ def weigh(x: Inputs, state: State | None, masks: Masks, o: Options) -> Weights:
     else:
         assert x.log_scale is not None
         c = x.log_scale[:, None, None]
+        top = top / LOG2E
         level = absolute_level(top, a_mass, b_mass, c)
         a_factor, b_factor = (top - level).clamp(max=0.0).exp(), (c - level).clamp(max=-LOG_TINY).exp()
     den = a_factor * a_mass + (b_mass if b_factor is None else b_factor * b_mass)
@@ -160,9 +161,12 @@ def forward(
             b_value = b_value if past is None else b_value + past
         y = w.a_factor * a_value + (b_value if w.b_factor is None else w.b_factor * b_value)
     else:
-        y = torch.bmm(fold(numerator(w, masks, o), key_heads), v).view(shape)
-        if past is not None:
-            y += past if w.b_factor is None else past.mul_(w.b_factor)
+        weights = fold(numerator(w, masks, o, spend=True), key_heads)
+        if past is None:
+            y = torch.bmm(weights, v).view(shape)
+        else:
+            y = past if w.b_factor is None else past.mul_(w.b_factor)
+            y.view(weights.shape[0], -1, shape[-1]).baddbmm_(weights, v)
     y /= w.den
     if masks.real is not None:
         y *= masks.real
@@ -182,9 +186,9 @@ def forward(
     )
 
 
-def numerator(w: Weights, masks: Masks, o: Options) -> Tensor:
-    """[B,H,C,n]: what multiplies v within the columns."""
-    weights = w.a * w.a_factor
+def numerator(w: Weights, masks: Masks, o: Options, *, spend: bool = False) -> Tensor:
+    """[B,H,C,n]: what multiplies v within the columns; `spend` puts it in the place of w.a."""
+    weights = w.a.mul_(w.a_factor) if spend else w.a * w.a_factor
     if masks.shown is not None:
         weights *= masks.shown
     if o.shown("linear") and masks.stop > masks.first:
@@ -253,7 +257,7 @@ def backward(
         ds *= w.a_factor
         if o.join == "shared" and o.max_gradient == "through" and ("q" in wants or "k" in wants):
             # a = 1 where the score is the row's maximum; amax shares its gradient between equal ones.
-            top = (w.a == 1).to(ds.dtype)
+            top = w.a.floor()
             ds.addcmul_(top, ds.sum(-1, keepdim=True) / top.sum(-1, keepdim=True).clamp_(min=1.0), value=-1.0)
 
     ds = fold(ds, key_heads)

@@ -1,0 +1,1 @@
+"""The bars of `recipelin bench`: each file measures one operator, and has them in `BARS` (docs of a bar: bench/measure.py)."""

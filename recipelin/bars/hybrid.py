@@ -1,0 +1,108 @@
+"""Hybrid attention against its quadratic definition and against torch's causal softmax attention."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from recipelin_kernels import hybrid_attention
+
+from ..bench.measure import Bar, Fact
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One call on random inputs. kind: `chunked`, `auto`, `reference`, or `sdpa`; backward: with gradients to all inputs."""
+
+    kind: str
+    length: int
+    backward: bool = False
+    batch: int = 1
+    heads: int = 8
+    key_heads: int = 8
+    width: int = 64
+    features: int = 128
+    window: int = 64
+    components: bool = False
+    steps: int = 1
+
+    def make(self) -> Callable[[], object]:
+        draw = torch.Generator().manual_seed(0)
+
+        def normal(heads: int, width: int) -> torch.Tensor:
+            return torch.randn(self.batch, heads, self.length, width, generator=draw)
+
+        q, k, v = (normal(h, self.width) for h in (self.heads, self.key_heads, self.key_heads))
+        inputs: list[torch.Tensor] = [q, k, v]
+        options: dict[str, Any] = {"is_causal": True, "enable_gqa": self.heads != self.key_heads}
+        attend: Callable[..., Any] = F.scaled_dot_product_attention
+        if self.kind != "sdpa":
+            inputs += [normal(self.heads, self.features).softmax(-1) for _ in range(2)]
+            inputs.append(torch.full((self.heads,), 0.1))
+            options = {"window": self.window, "kernel": self.kind, "components": self.components}
+            attend = hybrid_attention
+        if not self.backward:
+            with torch.no_grad():
+                return lambda: _without_gradient(attend, inputs, options)
+        dy = normal(self.heads, self.width)
+        for x in inputs:
+            x.requires_grad_()
+        return lambda: torch.autograd.grad(attend(*inputs, **options), inputs, dy)
+
+
+@torch.no_grad()
+def _without_gradient(attend: Callable[..., Any], inputs: list[torch.Tensor], options: dict[str, Any]) -> object:
+    return attend(*inputs, **options)
+
+
+def _both(other: str, length: int, backward: bool, kind: str = "chunked", **shape: int) -> dict[str, Attention]:
+    return {
+        other: Attention(other, length, backward, **shape),  # type: ignore[arg-type]
+        "ours": Attention(kind, length, backward, **shape),  # type: ignore[arg-type]
+    }
+
+
+def _growth(backward: bool) -> dict[str, Attention]:
+    return {str(length): Attention("chunked", length, backward) for length in (4096, 8192)}
+
+
+_GROUPED = {"key_heads": 2, "width": 128}
+_SHAPE = "8 heads, d 64, F 128, window 64"
+_FROM = ("reference", "ours")
+_OVER = ("sdpa", "ours")
+
+BARS: list[Bar | Fact] = [
+    Bar("hybrid/quadratic-forward", f"T 2048, {_SHAPE}: times as fast as the quadratic definition, forward",
+        _both("reference", 2048, False), _FROM, 50, slow=True),
+    Bar("hybrid/quadratic-both", "the same, forward and backward",
+        _both("reference", 2048, True), _FROM, 30, slow=True),
+    Bar("hybrid/quadratic-memory", "the same, times less peak memory, forward and backward",
+        _both("reference", 2048, True), _FROM, 25, peak=True),
+    Bar("hybrid/sdpa-forward", f"T 4096, {_SHAPE}: times as fast as SDPA, forward",
+        _both("sdpa", 4096, False), _OVER, 5),
+    Bar("hybrid/sdpa-both", "the same, forward and backward",
+        _both("sdpa", 4096, True), _OVER, 4.5, slow=True),
+    Bar("hybrid/grouped-forward", "T 4096, 8 heads over 2, d 128, F 128, window 64: times as fast as SDPA, forward",
+        _both("sdpa", 4096, False, **_GROUPED), _OVER, 6, slow=True),
+    Bar("hybrid/grouped-both", "the same, forward and backward",
+        _both("sdpa", 4096, True, **_GROUPED), _OVER, 6, slow=True),
+    Bar("hybrid/short-64", "T 64, B 32, window 64: speed beside SDPA, forward",
+        _both("sdpa", 64, False, "auto", batch=32), _OVER, 0.95),
+    Bar("hybrid/short-64-both", "the same, forward and backward",
+        _both("sdpa", 64, True, "auto", batch=32), _OVER, 0.95),
+    Bar("hybrid/short-128", "T 128, B 32: speed beside SDPA, forward",
+        _both("sdpa", 128, False, "auto", batch=32), _OVER, 0.85),
+    Bar("hybrid/short-512", "T 512, B 1: times as fast as SDPA, forward",
+        _both("sdpa", 512, False, "auto"), _OVER, 1.4),
+    Bar("hybrid/growth-forward", "T 8192 over T 4096, time, forward",
+        _growth(False), ("8192", "4096"), 2.1, at_most=True),
+    Bar("hybrid/growth-memory-forward", "T 8192 over T 4096, peak memory, forward",
+        _growth(False), ("8192", "4096"), 2.1, at_most=True, peak=True),
+    Bar("hybrid/growth-memory-both", "the same, forward and backward",
+        _growth(True), ("8192", "4096"), 2.1, at_most=True, peak=True),
+    Bar("hybrid/components", "T 2048: both branches and the share beside the output, over one forward",
+        {"with": Attention("chunked", 2048, components=True), "without": Attention("chunked", 2048)},
+        ("with", "without"), 1.12, at_most=True),
+]  # fmt: skip

@@ -1,0 +1,54 @@
+"""`recipelin bench`: every bar of speed and memory, measured on this machine (no torch until one is measured)."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+from ..finding import CHECKOUT
+from ..mistakes import nearest
+
+RECORD = Path("kernels/bench/record.md")  # of a checkout; the same numbers beside it as JSON
+
+
+def bench_command(arguments: argparse.Namespace) -> int:
+    """Measure the bars, print them, and with `write` keep them as a record. Exit 2 before any work if that cannot be."""
+    target = CHECKOUT.parent / RECORD if CHECKOUT.is_dir() else None
+    if arguments.write and target is None:
+        return _refused(f"--write: the record is {RECORD} of a checkout, and this is an installed copy; leave it out")
+    if arguments.write and (arguments.quick or arguments.only):
+        return _refused("--write: a record holds every bar, measured in full; leave out --quick and --only")
+    if importlib.util.find_spec("torch") is None:
+        return _refused("bench needs torch, which is not installed: pip install 'recipelin[run]'")
+    from .measure import find_bars, measure
+    from .record import Record, as_json, as_markdown, table
+
+    bars = find_bars()
+    if arguments.only:
+        names = [bar.name for bar in bars]
+        bars = [bar for bar in bars if bar.name == arguments.only or bar.name.startswith(f"{arguments.only}/")]
+        if not bars:
+            groups = sorted({name.partition("/")[0] for name in names})
+            return _refused(
+                f"--only: no bar {arguments.only!r}{nearest(arguments.only, names + groups)}; there are {', '.join(names)}"
+            )
+    begun = Record.begin(quick=arguments.quick)
+    found = []
+    for number, bar in enumerate(bars):
+        print(f"\r\x1b[K[{number + 1}/{len(bars)}] {bar.name}", end="", file=sys.stderr, flush=True)
+        found.append(measure(bar, quick=arguments.quick))
+    print("\r\x1b[K", end="", file=sys.stderr)
+    record = begun.end(found)
+    print(table(record))
+    if arguments.write and target:
+        from ..files import write_atomically
+
+        write_atomically(target, as_markdown(record).encode())
+        write_atomically(target.with_suffix(".json"), as_json(record).encode())
+        print(f"\nwritten: {target} and {target.with_suffix('.json').name}")
+    return 0
+
+
+def _refused(reason: str) -> int:
+    print(f"recipelin: {reason}", file=sys.stderr)
+    return 2

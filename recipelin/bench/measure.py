@@ -1,0 +1,160 @@
+"""How a bar is measured: alternating rounds in one process, one thread; peak memory in a process of its own."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from .. import lookup
+
+Unit = Literal["ms", "us", "MiB"]
+SCALE = {"ms": 1e3, "us": 1e6}
+LEAST_SECONDS = 0.02  # a shorter call is repeated until a round takes that long: the process clock ticks in microseconds
+
+
+class Case(Protocol):
+    """A frozen dataclass of numbers and names; `make` draws its inputs and returns the call that is measured.
+
+    A call does `steps` equal steps, and it is a step whose time is shown. `length` is what a peak's warm-up shortens.
+    """
+
+    @property
+    def steps(self) -> int: ...
+
+    def make(self) -> Callable[[], object]: ...
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A ratio of two cases and how far it shall reach.
+
+    ratio: (numerator, denominator), names of `cases`. reach: at least that much, or `at_most`; None: recorded only.
+    bound: what keeps it from more, for the record where it is missed. `peak` compares memory instead of time.
+    """
+
+    name: str
+    about: str
+    cases: Mapping[str, Case]
+    ratio: tuple[str, str]
+    reach: float | None
+    at_most: bool = False
+    peak: bool = False
+    unit: Unit = "ms"
+    bound: str = ""
+    slow: bool = False  # a round takes seconds: fewer of them
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number without a ratio, recorded beside the bars: `find` returns it in words and as numbers."""
+
+    name: str
+    about: str
+    find: Callable[[bool], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found: the median of the rounds' ratios, their quartiles, and the median of each case."""
+
+    name: str
+    about: str
+    reach: float | None = None
+    at_most: bool = False
+    unit: str = ""
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+    rounds: int = 1
+    bound: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        if self.reach is None or self.ratio is None:
+            return None
+        return self.ratio <= self.reach if self.at_most else self.ratio >= self.reach
+
+
+def find_bars() -> list[Bar | Fact]:
+    """Every bar of recipelin/bars, in the order of its files."""
+    return [bar for name in lookup.names("bars") for bar in lookup.implementation("bars", name).BARS]
+
+
+def measure(bar: Bar | Fact, *, quick: bool = False) -> Measured:
+    """One bar. quick: three rounds, where a record takes eleven (five where a round is slow)."""
+    if isinstance(bar, Fact):
+        return Measured(bar.name, bar.about, values=dict(bar.find(quick)))
+    if bar.peak:
+        values = {name: peak(case) for name, case in bar.cases.items()}
+        ratios, rounds = [values[bar.ratio[0]] / values[bar.ratio[1]]], 1
+    else:
+        rounds = 3 if quick else (5 if bar.slow else 11)
+        seconds = times({n: c.make() for n, c in bar.cases.items()}, rounds)
+        seconds = {n: [s / bar.cases[n].steps for s in found] for n, found in seconds.items()}
+        values = {name: statistics.median(found) * SCALE[bar.unit] for name, found in seconds.items()}
+        pairs = zip(*(seconds[name] for name in bar.ratio), strict=True)
+        ratios = sorted(one / other for one, other in pairs)
+    low, ratio, high = (ratios[round((len(ratios) - 1) * q)] for q in (0.25, 0.5, 0.75))
+    return Measured(
+        bar.name, bar.about, bar.reach, bar.at_most, "MiB" if bar.peak else bar.unit, ratio, low, high, values, rounds,
+        bar.bound,
+    )  # fmt: skip
+
+
+def times(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of one call of each case in every round, all of them alternating, after one that is not counted."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        repeats = {}
+        for name, call in calls.items():
+            call()
+            start = time.process_time()
+            call()
+            repeats[name] = max(1, round(LEAST_SECONDS / max(time.process_time() - start, 1e-6)))
+        found: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, call in calls.items():
+                start = time.process_time()
+                for _ in range(repeats[name]):
+                    call()
+                found[name].append((time.process_time() - start) / repeats[name])
+        return found
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def peak(case: Any) -> float:
+    """MiB at the peak of one call beyond its inputs, results included (VmHWM of a fresh process; Linux)."""
+    kind = type(case)
+    given = json.dumps([kind.__module__, kind.__qualname__, asdict(case)])
+    paths = os.pathsep.join(p for p in (*_roots(), os.environ.get("PYTHONPATH", "")) if p)
+    # A fixed threshold: freed blocks go back to the system at once and are not counted for free later.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": paths}
+    command = [sys.executable, "-m", "recipelin.bench.peak", given]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
+def _roots() -> list[str]:
+    """Where recipelin and its operators were found: also in a checkout that is not installed."""
+    import recipelin_kernels
+
+    return [str(Path(file).parents[1]) for file in (__file__.replace("/bench/", "/"), recipelin_kernels.__file__)]
+
+
+def status_kib(name: str) -> int:
+    """A field of the process' status, KiB: VmRSS, or VmHWM, the high-water mark of resident memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(x for x in lines if x.startswith(name)).split()[1])
