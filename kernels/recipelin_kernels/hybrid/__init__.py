@@ -158,7 +158,7 @@ def hybrid_attention(
     own = rows(1 if plain else batch, length, q.device, key_mask, segment_ids)
     if state is None and reach is not None and (length <= reach or int(own.position.max()) < reach):
         options = replace(options, reach=None)  # no key of the call is that far
-    covered = plain and not asked and not learns and options.reach is None and length <= options.span
+    covered = plain and not asked and options.reach is None and length <= options.span
     ran = resolve_kernel(kernel, q.device, covered=covered)
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
     if key_mask is not None:
@@ -186,7 +186,8 @@ def hybrid_attention(
         parts = list(hybrid_attention_reference(*arguments, own))[: 4 if components else 1]
     elif ran == "sdpa":
         gqa = k.shape[1] < q.shape[1]
-        parts = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.scale, enable_gqa=gqa)]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.scale, enable_gqa=gqa)
+        parts = [_Beside.apply(y, phi_q, phi_k, mix, log_scale) if learns else y]
     else:
         parts = hybrid_attention_chunked(
             *arguments, own, k_rows, past=past, plain=plain, components=components, chunk=chunk or CHUNK
@@ -220,6 +221,20 @@ def hybrid_attention_step(
     return hybrid_attention(
         q, k, v, phi_q, phi_k_fn(k), mix, state=state, output_state=True, phi_k_fn=phi_k_fn, **options
     )
+
+
+class _Beside(torch.autograd.Function):
+    """y, which does not depend on the other tensors: their gradients are zeros, whatever they hold."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *others: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*others)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        return dy, *(torch.zeros_like(x) if want else None for x, want in wanted)
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, window: int, sinks: int) -> None:

@@ -20,6 +20,7 @@ from .rows import Options, Rows, softmax_set, visible
 
 CHUNK = 64  # measured best with window 64 (facts/performance.md §2)
 BLOCK = 8 * 64 * 128  # weights of a block's chunk: stays in a core's cache with its inputs (facts/performance.md §1)
+STRIDE = 8  # chunks whose states exist at once in backward
 
 
 @dataclass(frozen=True)
@@ -219,8 +220,10 @@ class Block:
         carried = None if self.plain else ((now == then) & (then >= 0)).to(self.dtype)[..., None]
         return counts.to(self.dtype)[..., None], carried
 
-    def advance(self, state: State | None, whole: Inputs, chunk: Chunk) -> State | None:
-        """The state before the next chunk."""
+    def advance(
+        self, state: State | None, whole: Inputs, chunk: Chunk, *, spend: bool = False
+    ) -> State | None:
+        """The state before the next chunk; `spend`: in the place of this one."""
         if not self.options.sums_up:
             return None
         counts, carried = self.leaving(chunk)
@@ -235,6 +238,9 @@ class Block:
         flat, values = fk.flatten(0, 1).transpose(1, 2), repeat(v, fk.shape[1])
         if state is None:
             return State(torch.bmm(flat, values).view(*mass.shape, -1), mass)
+        if spend:
+            state.value.flatten(0, 1).baddbmm_(flat, values)
+            return State(state.value, mass.add_(state.mass))
         value = torch.baddbmm(state.value.flatten(0, 1), flat, values)
         return State(value.view_as(state.value), state.mass + mass)
 
@@ -277,9 +283,10 @@ def repeat(v: Tensor, heads: int) -> Tensor:
 
 
 def _add(total: State | None, more: State | None) -> State | None:
+    """Their sum, in the place of `more`."""
     if total is None or more is None:
         return total or more
-    return State(total.value + more.value, total.mass + more.mass)
+    return State(more.value.add_(total.value), more.mass.add_(total.mass))
 
 
 @dataclass(frozen=True)
@@ -322,14 +329,17 @@ def _part(x: Inputs, cut: tuple[slice, slice, slice, slice]) -> Inputs:
     )  # fmt: skip
 
 
-def _forward(call: _Call, x: Inputs) -> list[Tensor]:
-    """y, and with components their three parts."""
+def _forward(call: _Call, x: Inputs, kept: list[list[State | None]] | None = None) -> list[Tensor]:
+    """y, and with components their three parts; into `kept` the state before every STRIDE-th chunk of each block."""
     outputs: list[Tensor] = []
     for block, cut in call.blocks(x):
         part = _part(x, cut)
         state = block.first_state(part.fk.shape[1])
-        chunks = block.chunks()
-        for chunk in chunks:
+        chunks, own = block.chunks(), list[State | None]()
+        for number, chunk in enumerate(chunks):
+            fresh = number % STRIDE == 0
+            if fresh:
+                own.append(state)
             sinks = block.sinks(chunk)
             masks = block.masks(chunk, sinks)
             found = forward(block.inputs(part, chunk, sinks, masks), state, masks, block.options, call.components)
@@ -338,7 +348,10 @@ def _forward(call: _Call, x: Inputs) -> list[Tensor]:
             for out, t in zip(outputs, found, strict=True):
                 out[cut[0], cut[1], chunk.q0 : chunk.q1] = t
             if chunk is not chunks[-1]:
-                state = block.advance(state, part, chunk)
+                # What is kept, or the caller's, stays as it is.
+                state = block.advance(state, part, chunk, spend=not fresh)
+        if kept is not None:
+            kept.append(own)
     return outputs
 
 
@@ -346,11 +359,12 @@ NAMES = ("q", "k", "v", "fq", "fk", "mix", "log_scale")
 
 
 class _Hybrid(torch.autograd.Function):
-    """Forward keeps the inputs and y; backward computes states and weights again."""
+    """Forward keeps the inputs, y and a few states; backward computes the other states and the weights again."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Any) -> Any:
-        outputs = _forward(call, Inputs(*tensors))
+        ctx.kept = []
+        outputs = _forward(call, Inputs(*tensors), ctx.kept)
         ctx.call = call
         ctx.save_for_backward(*tensors, outputs[0])
         ctx.mark_non_differentiable(*outputs[1:])
@@ -361,36 +375,48 @@ class _Hybrid(torch.autograd.Function):
         *tensors, y = ctx.saved_tensors
         x = Inputs(*tensors)
         wanted = {n for n, want in zip(NAMES, ctx.needs_input_grad[1:], strict=True) if want}
-        grads = {n: torch.zeros_like(t) for n, t in zip(NAMES, tensors, strict=True) if n in wanted}
+        grads = {
+            n: torch.empty_like(t) if n in ("q", "fq") else torch.zeros_like(t)
+            for n, t in zip(NAMES, tensors, strict=True)
+            if n in wanted
+        }
         wants = frozenset(wanted | ({"state"} if wanted & {"v", "fk"} else set()))
-        for block, cut in ctx.call.blocks(x):
+        for (block, cut), kept in zip(ctx.call.blocks(x), ctx.kept, strict=True):
             own, query, keys, maps = cut
             pick = {"q": query, "fq": query, "k": keys, "v": keys, "fk": maps}
             mine = {n: grad[own, pick[n]] if n in pick else grad[query] for n, grad in grads.items()}
-            _block_backward(block, _part(x, cut), mine, y[own, query], dy[own, query], wants)
+            _block_backward(block, _part(x, cut), kept, mine, y[own, query], dy[own, query], wants)
         return None, *(grads.get(n) for n in NAMES)
 
 
 def _block_backward(
-    block: Block, x: Inputs, grads: dict[str, Tensor], y: Tensor, dy: Tensor, wants: frozenset[str]
+    block: Block,
+    x: Inputs,
+    kept: list[State | None],
+    grads: dict[str, Tensor],
+    y: Tensor,
+    dy: Tensor,
+    wants: frozenset[str],
 ) -> None:
     """Adds the gradients of one block to `grads`, views of the whole ones."""
     chunks = block.chunks()
-    states = [block.first_state(x.fk.shape[1])]
-    for chunk in chunks[:-1]:
-        states.append(block.advance(states[-1], x, chunk))
     d_state: State | None = None
-    for number in range(len(chunks) - 1, -1, -1):
-        chunk, state = chunks[number], states.pop()
-        if d_state is not None:
-            d_state = block.retreat(d_state, x, grads, chunk, wants)
-        sinks = block.sinks(chunk)
-        masks = block.masks(chunk, sinks)
-        inputs = block.inputs(x, chunk, sinks, masks)
-        part = slice(chunk.q0, chunk.q1)
-        found = backward(inputs, state, masks, block.options, y[:, :, part], dy[:, :, part], wants)
-        _collect(found, grads, chunk, masks, sinks, inputs.k.shape[2])
-        d_state = _add(d_state, found.state)
+    for number in range(len(kept) - 1, -1, -1):
+        few = chunks[number * STRIDE : (number + 1) * STRIDE]
+        states = [kept[number]]
+        for chunk in few[:-1]:
+            states.append(block.advance(states[-1], x, chunk))
+        for chunk in reversed(few):
+            state = states.pop()
+            if d_state is not None:
+                d_state = block.retreat(d_state, x, grads, chunk, wants)
+            sinks = block.sinks(chunk)
+            masks = block.masks(chunk, sinks)
+            inputs = block.inputs(x, chunk, sinks, masks)
+            part = slice(chunk.q0, chunk.q1)
+            found = backward(inputs, state, masks, block.options, y[:, :, part], dy[:, :, part], wants)
+            _collect(found, grads, chunk, masks, sinks, inputs.k.shape[2])
+            d_state = _add(d_state, found.state)
 
 
 def _collect(
@@ -409,7 +435,7 @@ def _collect(
             target += grad
             continue
         if name in ("q", "fq"):
-            target[:, :, chunk.q0 : chunk.q1] += grad
+            target[:, :, chunk.q0 : chunk.q1] = grad  # each query is in one chunk
             continue
         first, stop = (masks.first, masks.stop) if name == "fk" else (0, columns)
         grad = grad.view(*target.shape[:2], stop - first, target.shape[3])
