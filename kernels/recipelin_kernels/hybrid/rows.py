@@ -19,7 +19,6 @@ ABLATIONS = ("mass", "output")
 
 SIGNED_FLOOR = 1e-6  # |denominator| of signed features is at least this (DESIGN §5, activation `none`)
 LOG2E = 1.4426950408889634  # exp(x) = 2^(x log2 e)
-EXP_FLOOR = -85.0  # exp of less is below 1.2e-37, and subnormal inputs make exp six times slower on a CPU
 
 
 def one_of(name: str, value: object, valid: tuple[str, ...]) -> None:

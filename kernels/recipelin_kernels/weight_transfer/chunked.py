@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hybrid.rows import EXP_FLOOR, SEPARATE, SIGNED_FLOOR, Options, Rows, divisor, softmax_set, visible
+from ..hybrid.rows import LOG2E, SEPARATE, SIGNED_FLOOR, Options, Rows, divisor, softmax_set, visible
 from .reference import LEAST
 
 BLOCK = 128  # 64 to 192 measured within 5 % of each other
@@ -71,13 +71,13 @@ class _Soft:
     """The softmax part of the rows of a tile: e = exp(s - top) over its few columns, 0 elsewhere."""
 
     def __init__(self, above: Tensor, parts: list[Part]) -> None:
-        """above [n,G,C,K]: scores minus the teacher's log-sum-exp; parts: columns and mask of the window and the sinks."""
+        """above [n,G,C,K]: scores minus the teacher's log-sum-exp, times log2 e; parts: columns and mask of the window and the sinks."""
         self.parts = parts
         tops = [above[..., s].masked_fill(~m, -torch.inf).amax(-1, keepdim=True) for s, m in parts]
         top = torch.stack(tops).amax(0) if tops else torch.full_like(above[..., :1], -torch.inf)
         self.present = ~torch.isinf(top)
         self.top = torch.where(self.present, top, 0.0)
-        self.e = [(above[..., s] - self.top).clamp_(EXP_FLOOR, 0.0).exp_().masked_fill_(~m, 0.0) for s, m in parts]
+        self.e = [(above[..., s] - self.top).clamp_(max=0.0).exp2_().masked_fill_(~m, 0.0) for s, m in parts]
         self.mass = self.over(self.e, None)
 
     def over(self, values: list[Tensor], other: Tensor | None) -> Tensor:
@@ -126,8 +126,9 @@ def student(
         mass = x.sum(-1, keepdim=True)
         unit = log_scale - lse
         linear = torch.where(mass > 0, unit + mass.clamp(min=torch.finfo(x.dtype).tiny).log(), -torch.inf)
-        most = torch.maximum(torch.where(soft.present, soft.top, -torch.inf), linear)
-        weight = torch.where(soft.present, (soft.top - most).exp(), 0.0)
+        top = soft.top / LOG2E
+        most = torch.maximum(torch.where(soft.present, top, -torch.inf), linear)
+        weight = torch.where(soft.present, (top - most).exp(), 0.0)
         scale = torch.where(mass > 0, (unit - most).exp(), 0.0)
         x.mul_(scale)
     for (s, _), e in zip(soft.parts, soft.e, strict=True):
@@ -136,6 +137,12 @@ def student(
         mass = x.sum(-1, keepdim=True)
         total = divisor(mass, options.signed)
     return weight, scale, total, mass
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Sums over the last two dimensions of x y, both [n,G,C,K] and without gaps: one pass."""
+    pairs = zip(x.flatten(0, 1).flatten(1), y.flatten(0, 1).flatten(1), strict=True)
+    return torch.stack([torch.dot(one, other) for one, other in pairs]).view(x.shape[:2])
 
 
 class _Loss(torch.autograd.Function):
@@ -194,7 +201,9 @@ class _Loss(torch.autograd.Function):
                 fq = phi_q[tile, :, start:stop].reshape(here * each, group // each * (stop - start), -1)
                 fk = phi_k[wide, :stop]
                 lse_tile = lse[tile, :, start:stop]
-                p = torch.baddbmm(-lse_tile.reshape(here, -1, 1), q_tile, k[tile, :stop].mT, alpha=options.scale)
+                # Base 2: exp2 and log2 take less time on a CPU than exp and log, whatever they meet.
+                above = lse_tile.reshape(here, -1, 1) * -LOG2E
+                p = torch.baddbmm(above, q_tile, k[tile, :stop].mT, alpha=options.scale * LOG2E)
                 p = p.view(shape)
                 a = torch.bmm(fq, fk.mT).view(shape)
                 a[..., shut].masked_fill_(closed, 0.0)
@@ -206,14 +215,15 @@ class _Loss(torch.autograd.Function):
                 else:
                     mass = a.sum(-1, keepdim=True)
                     n = divisor(mass, options.signed)
-                p.clamp_(min=EXP_FLOOR).exp_()
+                p.exp2_()
                 p[..., far].masked_fill_(no_p, 0.0)
                 inverse = torch.where(n != 0, 1.0 / n, 0.0)
                 a.mul_(inverse)
                 a[..., far].masked_fill_(no_p, 1.0)
                 clamped = a < LEAST if bool(a.amin() < LEAST) else None
-                a.clamp_(min=LEAST)
-                total[tile] -= a.log().mul_(p).sum((-2, -1))
+                if clamped is not None:
+                    a.clamp_(min=LEAST)
+                total[tile] -= _products(p, a.log2()) / LOG2E
                 if not grads:
                     continue
                 if clamped is not None:
@@ -222,7 +232,7 @@ class _Loss(torch.autograd.Function):
                 held = mass.abs() < SIGNED_FLOOR if options.signed else None  # where N does not follow its sum
                 if held is not None:
                     kept.masked_fill_(held, 0.0)
-                g = torch.div(p, a, out=a).neg_().add_(kept)  # dloss / dJ times N
+                g = torch.addcdiv(kept, p, a, value=-1.0, out=a)  # dloss / dJ times N
                 if target == "hybrid":
                     pull = soft.over(soft.e, g)
                     if "mix" in grads:
