@@ -88,10 +88,11 @@ def long_rows(quick: bool) -> Mapping[str, float]:
         found = {}
         for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
             x = [t.to(dtype) for t in (q, k, v, phi(q), phi(k), mix)]
-            y = hybrid_attention(*x, window=window, kernel="chunked")  # type: ignore[misc]
+            y = hybrid_attention(*x, window=window, kernel="chunked")
             found[f"output, {name}"] = _error(y, exact)
         coarse = [t.bfloat16() for t in (q, k, v, phi(q), phi(k))]
-        kept = hybrid_attention(*coarse, mix.float(), window=window, output_state=True)[1].sums  # type: ignore[misc]
+        _, state = hybrid_attention(*coarse, mix.float(), window=window, output_state=True)
+        kept = state.sums
         gone = length - window + 1
         values = torch.cat((coarse[2], torch.ones_like(coarse[2][..., :1])), -1)[:, :, :gone]
         want = coarse[4][:, :, :gone].double().mT @ values.double()

@@ -57,18 +57,15 @@ def _without_gradient(attend: Callable[..., Any], inputs: list[torch.Tensor], op
     return attend(*inputs, **options)
 
 
-def _both(other: str, length: int, backward: bool, kind: str = "chunked", **shape: int) -> dict[str, Attention]:
-    return {
-        other: Attention(other, length, backward, **shape),  # type: ignore[arg-type]
-        "ours": Attention(kind, length, backward, **shape),  # type: ignore[arg-type]
-    }
+def _both(other: str, length: int, backward: bool, kind: str = "chunked", **shape: Any) -> dict[str, Attention]:
+    return {name: Attention(k, length, backward, **shape) for name, k in ((other, other), ("ours", kind))}
 
 
 def _growth(backward: bool) -> dict[str, Attention]:
     return {str(length): Attention("chunked", length, backward) for length in (4096, 8192)}
 
 
-_GROUPED = {"key_heads": 2, "width": 128}
+_GROUPED: dict[str, Any] = {"key_heads": 2, "width": 128}
 _SHAPE = "8 heads, d 64, F 128, window 64"
 _FROM = ("reference", "ours")
 _OVER = ("sdpa", "ours")

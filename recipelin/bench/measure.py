@@ -15,7 +15,9 @@ from .. import lookup
 
 Unit = Literal["ms", "us", "MiB"]
 SCALE = {"ms": 1e3, "us": 1e6}
-LEAST_SECONDS = 0.02  # a shorter call is repeated until a round takes that long: the process clock ticks in microseconds
+LEAST_SECONDS = (
+    0.02  # a shorter call is repeated until a round takes that long: the process clock ticks in microseconds
+)
 
 
 class Case(Protocol):

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from recipelin_kernels import HybridState, empty_state, hybrid_attention, hybrid_attention_step
+from recipelin_kernels.hybrid import state as states
+from recipelin_kernels.hybrid.state import settled
 from tests.kernels.hybrid_inputs import COVERS, DIM, EXACT, FEATURES, JOINS, Inputs, attend
 
 # states
@@ -57,6 +59,7 @@ def test_prefill_in_parts_and_steps_equal_the_parallel_form(options):
             parts.append(y)
         assert (torch.cat(parts, 2) - expected).abs().max() < EXACT
         _, whole = hybrid_attention(*x.cut(0, 29), x.mix, output_state=True, **options)
+        state = settled(state)
         for field in dataclasses.fields(HybridState):
             one, other = getattr(state, field.name), getattr(whole, field.name)
             assert one.shape == other.shape and (one - other).abs().max() < EXACT if one.numel() else True, field.name
@@ -165,5 +168,28 @@ def test_one_token_at_once_equals_the_chunked_form(options):
             )
             assert (y - slow).abs().max() < EXACT
         assert state.positions.tolist() == [7, 22]
-        for a, b in zip(vars(state).values(), vars(other).values(), strict=True):
+        for a, b in zip(vars(settled(state)).values(), vars(other).values(), strict=True):
             assert a.shape == b.shape and torch.allclose(a, b, atol=EXACT, rtol=0)
+
+
+@pytest.mark.parametrize("per_key_head", [False, True])
+@pytest.mark.parametrize("join", JOINS)
+def test_late_keys_count_before_they_are_in_the_sums(join, per_key_head, monkeypatch):
+    """Decoding over several times as many tokens as may be late, and what goes on in between: steps, parts, a beam."""
+    monkeypatch.setattr(states, "LATE_SHARE", 1)
+    x = Inputs(length=75, per_key_head=per_key_head)
+    options = dict(window=4, join=join, log_scale=x.log_scale)
+    whole = hybrid_attention(*x.cut(0, 75), x.mix, **options)
+    state = hybrid_attention(*x.cut(0, 3), x.mix, output_state=True, **options)[1]
+    plain, held = state.bytes, set()
+    for t in range(3, 60):
+        q, k, v, phi_q, _ = x.cut(t, t + 1)
+        y, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
+        assert (y - whole[:, :, t : t + 1]).abs().max() < EXACT
+        held.add(state.late_phi.shape[2])
+        assert plain <= state.bytes < plain + DIM * 8 * 2 * (6 * FEATURES + 2 * DIM)
+        if t % 19 == 0:
+            rest = dict(options, phi_k_fn=x.features, state=state.select(torch.tensor([1, 0])))
+            part = hybrid_attention(*(c.flip(0) for c in x.cut(t + 1, 75)), x.mix, **rest)
+            assert (part.flip(0) - whole[:, :, t + 1 :]).abs().max() < EXACT
+    assert held == (set(range(DIM)) if join != "replace" else {0})

@@ -12,8 +12,8 @@ from .chunked import CHUNK, hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
 from .reference import hybrid_attention_reference
 from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, one_of, rows
-from .state import HybridState, check_state, continued, empty_state, filled, next_state
-from .step import one_token
+from .state import HybridState, check_lead, check_state, continued, empty_state, filled, next_state, settled
+from .step import is_plain, one_token, plain_token
 
 KERNELS = ("auto", "reference", "chunked", "gpu")
 
@@ -51,7 +51,7 @@ def hybrid_attention(
     k: Tensor,
     v: Tensor,
     phi_q: Tensor,
-    phi_k: Tensor,
+    phi_k: Tensor | None,
     mix: Tensor | None,
     *,
     window: int,
@@ -103,7 +103,7 @@ def hybrid_attention(
     whether L then covers all keys. A row that sees nothing gives exactly 0, and so do padded queries. signed: features
     may be negative (activation `none`): |denominator| >= 1e-6. max_gradient: whether the row maximum, which `shared`
     does not cancel, carries gradient. state: goes on from there (no gradient into it); needs `phi_k_fn`, keys
-    [B,Hkv,n,D] -> features, for the ring's keys.
+    [B,Hkv,n,D] -> features, for the ring's keys; phi_k may then be None, and is computed where it is needed.
 
     reach: the teacher's own window; W but for the sinks, and L, then hold only keys less than `reach` positions back.
     Where no key of the call is that far, it costs nothing; else, and from a state, time is O(T reach), as the teacher's,
@@ -122,6 +122,8 @@ def hybrid_attention(
     for branch, how in (ablate or {}).items():
         one_of("ablate", branch, BRANCHES)
         one_of(f"ablate[{branch!r}]", how, ABLATIONS)
+    if phi_k is None and (state is None or phi_k_fn is None):
+        raise ValueError("phi_k=None: only a call that goes on from a state computes it, by phi_k_fn")
     _check_shapes(q, k, v, phi_q, phi_k, window, sinks)
     if reach is not None and (isinstance(reach, bool) or not isinstance(reach, int) or reach < 1):
         raise ValueError(f"reach={reach!r}: expected an integer of at least 1, or None")
@@ -151,9 +153,17 @@ def hybrid_attention(
         held = decoding(options)
         options = held if state is not None else whole_rows(options, length)
     plain = key_mask is None and segment_ids is None and state is None
+    if state is not None and phi_k_fn is not None and length == 1 and kernel == "auto":
+        one = output_state and not components and key_mask is None and segment_ids is None
+        if one and is_plain(held, window_keep) and not _learning(q, k, v, phi_q, phi_k, mix, log_scale):
+            check_lead(state, held)
+            return plain_token(q, k, v, phi_q, mix, log_scale, phi_k_fn, held, state)
+    if phi_k is None:
+        assert phi_k_fn is not None
+        phi_k = phi_k_fn(k)
     # Every earlier key is in the window: mix, row maximum and mass cancel (facts/performance.md §2). What learns keeps
-    # its gradients, zeros, which SDPA would not give it.
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (phi_q, phi_k, mix, log_scale))
+    # its gradients, zeros.
+    learns = _learning(phi_q, phi_k, mix, log_scale)
     asked = options.cover == "all" or ablate or window_keep is not None or signed or components
     own = rows(1 if plain else batch, length, q.device, key_mask, segment_ids)
     if state is None and reach is not None and (length <= reach or int(own.position.max()) < reach):
@@ -174,9 +184,10 @@ def hybrid_attention(
             raise ValueError("state: needs phi_k_fn, the keys' feature map, for the keys of the ring")
         check_state(state, own, options)
         tensors = (q, k, v, phi_q, phi_k, mix, log_scale)
-        learns = learns or (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+        learns = learns or _learning(q, k, v)
         if kernel == "auto" and length == 1 and output_state and not components and not learns:
             return one_token(*tensors, phi_k_fn, window_keep, options, state, own)
+        state = settled(state)
         ring = state if reach is None else filled(state)
         own, k_rows, k, v, phi_k, past = continued(ring, own, k, v, phi_k, phi_k_fn)
     arguments = (q, k, v, phi_q, phi_k, mix, log_scale, window_keep, options)
@@ -186,7 +197,11 @@ def hybrid_attention(
         parts = list(hybrid_attention_reference(*arguments, own))[: 4 if components else 1]
     elif ran == "sdpa":
         gqa = k.shape[1] < q.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=options.scale, enable_gqa=gqa)
+        learns = learns or _learning(q, k, v)
+        exact = torch.promote_types(q.dtype, torch.float32) if learns else q.dtype  # SDPA would learn in bf16
+        y = F.scaled_dot_product_attention(
+            q.to(exact), k.to(exact), v.to(exact), is_causal=True, scale=options.scale, enable_gqa=gqa
+        ).to(q.dtype)
         parts = [_Beside.apply(y, phi_q, phi_k, mix, log_scale) if learns else y]
     else:
         parts = hybrid_attention_chunked(
@@ -218,9 +233,7 @@ def hybrid_attention_step(
         raise ValueError(
             f"hybrid_attention_step takes one token a row, found {q.shape[2]}; use hybrid_attention with a state"
         )
-    return hybrid_attention(
-        q, k, v, phi_q, phi_k_fn(k), mix, state=state, output_state=True, phi_k_fn=phi_k_fn, **options
-    )
+    return hybrid_attention(q, k, v, phi_q, None, mix, state=state, output_state=True, phi_k_fn=phi_k_fn, **options)
 
 
 class _Beside(torch.autograd.Function):
@@ -237,7 +250,13 @@ class _Beside(torch.autograd.Function):
         return dy, *(torch.zeros_like(x) if want else None for x, want in wanted)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, window: int, sinks: int) -> None:
+def _learning(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor | None, window: int, sinks: int
+) -> None:
     batch, heads, length, width = q.shape
     key_heads = k.shape[1]
     if isinstance(window, bool) or not isinstance(window, int) or window < 0 or sinks < 0:
@@ -248,11 +267,11 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor,
         ("k", k, (batch, key_heads, length, width)),
         ("v", v, (batch, key_heads, length, width)),
         ("phi_q", phi_q, (batch, heads, length, phi_q.shape[-1])),
-        ("phi_k", phi_k, (batch, phi_k.shape[1], length, phi_q.shape[-1])),
+        *([] if phi_k is None else [("phi_k", phi_k, (batch, phi_k.shape[1], length, phi_q.shape[-1]))]),
     ):
         if tuple(x.shape) != expected:
             raise ValueError(f"{name} {tuple(x.shape)}: expected {expected} beside q {tuple(q.shape)}")
-    if phi_k.shape[1] not in (heads, key_heads):
+    if phi_k is not None and phi_k.shape[1] not in (heads, key_heads):
         raise ValueError(f"phi_k has {phi_k.shape[1]} heads: expected {heads} (query heads) or {key_heads} (key heads)")
 
 

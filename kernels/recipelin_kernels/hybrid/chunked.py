@@ -220,9 +220,7 @@ class Block:
         carried = None if self.plain else ((now == then) & (then >= 0)).to(self.dtype)[..., None]
         return counts.to(self.dtype)[..., None], carried
 
-    def advance(
-        self, state: State | None, whole: Inputs, chunk: Chunk, *, spend: bool = False
-    ) -> State | None:
+    def advance(self, state: State | None, whole: Inputs, chunk: Chunk, *, spend: bool = False) -> State | None:
         """The state before the next chunk; `spend`: in the place of this one."""
         if not self.options.sums_up:
             return None

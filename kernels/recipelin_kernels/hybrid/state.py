@@ -9,15 +9,24 @@ from torch import Tensor
 from .chunked import Past, repeat
 from .rows import Options, Rows, span_of
 
+LATE_SHARE = 16
+
+
+def late_most(width: int) -> int:
+    """How many late keys go into the sums at once: their features are then an eighth of the sums or less."""
+    return max(1, width // LATE_SHARE)
+
 
 @dataclass(frozen=True)
 class HybridState:
-    """What decoding needs of the past; its bytes do not grow.
+    """What decoding needs of the past; its bytes do not grow but for the few `late` keys.
 
     sums [B,H,F,D+1]: sum of phi(k) [v, 1] over the keys that have left the ring (fp32; fp64 for fp64 inputs); zeros
     under `reach`. ring_k, ring_v [B,Hkv,n,D]: the last keys and values after RoPE, the newest last; unused places are
     zeros. n is window - 1, terraced 2 window - 1, with `reach` and a linear branch reach - 1.
     sink_k, sink_v [B,Hkv,sinks,D]: the first keys of the row. positions [B]: real tokens seen.
+    late_phi [B,H or Hkv,m,F], late_v [B,Hkv,m,D]: features and values of keys that have left the ring and are not yet in
+    the sums, m < D / 16: the sums are most of the bytes, and so are mostly read; late keys add an eighth of them at most.
     """
 
     sums: Tensor
@@ -26,6 +35,8 @@ class HybridState:
     sink_k: Tensor
     sink_v: Tensor
     positions: Tensor
+    late_phi: Tensor
+    late_v: Tensor
 
     @property
     def bytes(self) -> int:
@@ -63,11 +74,13 @@ def empty_state(
         sink_k=like.new_zeros(batch, key_heads, sinks, width),
         sink_v=like.new_zeros(batch, key_heads, sinks, width),
         positions=torch.zeros(batch, dtype=torch.long, device=like.device),
+        late_phi=like.new_zeros(batch, heads, 0, features, dtype=exact),
+        late_v=like.new_zeros(batch, key_heads, 0, width, dtype=exact),
     )
 
 
-def check_state(state: HybridState, own: Rows, options: Options) -> None:
-    """Raises ValueError for a state of other options, and for padding on the left of a row that has begun."""
+def check_lead(state: HybridState, options: Options) -> None:
+    """Raises ValueError for a state of other options."""
     lead, needed = state.ring_k.shape[2], max(options.span - 1, 0)
     if lead != needed or state.sink_k.shape[2] != options.sinks:
         reach = "" if options.reach is None else f", reach {options.reach}"
@@ -75,9 +88,27 @@ def check_state(state: HybridState, own: Rows, options: Options) -> None:
             f"state: holds the last {lead} keys and {state.sink_k.shape[2]} sinks; the {options.shape} window "
             f"{options.window}{reach} needs {needed} and {options.sinks}: it was made with other options"
         )
+
+
+def check_state(state: HybridState, own: Rows, options: Options) -> None:
+    """`check_lead`, and the same for padding on the left of a row that has begun."""
+    check_lead(state, options)
     padded_front = (own.segment[:, 0] < 0) & (own.segment >= 0).any(1)
     if bool((padded_front & (state.positions > 0)).any()):
         raise ValueError("state: a row that has begun cannot be padded on its left")
+
+
+def settled(state: HybridState) -> HybridState:
+    """The state with its late keys in the sums."""
+    if not state.late_phi.shape[2]:
+        return state
+    (batch, heads), values = state.sums.shape[:2], state.late_v
+    values = torch.cat((values, torch.ones_like(values[..., :1])), -1)
+    features = state.late_phi.repeat_interleave(heads // state.late_phi.shape[1], 1).flatten(0, 1)
+    sums = torch.baddbmm(state.sums.flatten(0, 1), features.mT, repeat(values, heads)).view(
+        batch, heads, *state.sums.shape[2:]
+    )
+    return replace(state, sums=sums, late_phi=state.late_phi[:, :, :0], late_v=state.late_v[:, :, :0])
 
 
 def filled(state: HybridState) -> HybridState:
@@ -204,4 +235,6 @@ def next_state(
         sink_k=sink_k,
         sink_v=sink_v,
         positions=positions,
+        late_phi=sums.new_zeros(batch, heads, 0, phi_k.shape[-1]),
+        late_v=sums.new_zeros(batch, key_heads, 0, width),
     )

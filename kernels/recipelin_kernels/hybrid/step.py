@@ -1,14 +1,101 @@
-"""One more token of every row: the sinks, the ring and the new key as the columns of one small chunk. No gradient."""
+"""One more token of every row, without gradient.
+
+In general the sinks, the ring and the new key are the columns of one small chunk; rows without padding and a sliding
+window without sinks take a path of few operations.
+"""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .chunk import Inputs, forward
+from .chunk import HIDDEN, Inputs, absolute_level, dot, floored, fold, forward
 from .chunked import Block, Chunk, Past, repeat
-from .rows import Options, Rows
-from .state import HybridState, filled, state_rows
+from .rows import LOG2E, SEPARATE, Options, Rows, branch_weights
+from .state import HybridState, filled, late_most, settled, state_rows
+
+
+def is_plain(options: Options, keep: Tensor | None) -> bool:
+    """Whether `plain_token` computes this; of rows without padding."""
+    o = options
+    simple = o.shape == "sliding" and o.cover == "outside" and o.join != "replace" and not o.ablate
+    return simple and o.window > 0 and o.sinks == 0 and o.reach is None and keep is None
+
+
+@torch.no_grad()
+def plain_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    mix: Tensor | None,
+    log_scale: Tensor | None,
+    phi_k_fn: Callable[[Tensor], Tensor],
+    options: Options,
+    state: HybridState,
+) -> tuple[Tensor, HybridState]:
+    """`one_token` where `is_plain`: features are computed for the key that leaves the window alone."""
+    dtype, (batch, heads, _, width) = state.sums.dtype, q.shape
+    ring_k, ring_v = torch.cat((state.ring_k, k.to(state.ring_k)), 2), torch.cat((state.ring_v, v.to(state.ring_v)), 2)
+    places = torch.arange(1 - options.window, 1, device=q.device)
+    empty = (places + state.positions[:, None] < 0)[:, None, None]  # of the window, where the row is still short
+    a = dot(q.to(dtype) * (options.scale * LOG2E), ring_k.to(dtype)).masked_fill_(empty, HIDDEN)
+    top = a.amax(-1, keepdim=True)
+    a.sub_(top).exp2_()
+    a_mass = a.sum(-1, keepdim=True)
+    a_value = torch.bmm(fold(a, k.shape[1]), ring_v.flatten(0, 1).to(dtype)).view(batch, heads, 1, width)
+
+    fq = phi_q.to(dtype)
+    both = torch.bmm(fq.flatten(0, 1), state.sums.flatten(0, 1)).view(batch, heads, 1, width + 1)
+    b_value, b_mass = both[..., :-1], both[..., -1:]
+    if state.late_phi.shape[2]:
+        b = dot(fq, state.late_phi)
+        b_mass = b_mass + b.sum(-1, keepdim=True)
+        b_value = b_value + torch.bmm(fold(b, k.shape[1]), state.late_v.flatten(0, 1)).view_as(b_value)
+    y = _joined(options, mix, log_scale, top / LOG2E, a_value, a_mass, b_value, b_mass).to(q.dtype)
+
+    features = phi_k_fn(ring_k[:, :, :1].to(k.dtype)).to(dtype)
+    features = features * (state.positions >= options.window - 1)[:, None, None, None]
+    late = features if not state.late_phi.shape[2] else torch.cat((state.late_phi, features), 2)
+    late_v = torch.cat((state.late_v, ring_v[:, :, :1].to(dtype)), 2)
+    moved = replace(
+        state,
+        ring_k=ring_k[:, :, 1:],
+        ring_v=ring_v[:, :, 1:],
+        positions=state.positions + 1,
+        late_phi=late,
+        late_v=late_v,
+    )
+    return y, settled(moved) if late.shape[2] >= late_most(width) else moved
+
+
+def _joined(
+    o: Options,
+    mix: Tensor | None,
+    log_scale: Tensor | None,
+    top: Tensor,
+    a_value: Tensor,
+    a_mass: Tensor,
+    b_value: Tensor,
+    b_mass: Tensor,
+) -> Tensor:
+    """y from both branches' unnormalised values [B,H,1,D] and masses [B,H,1,1]; every row has its own key in its window."""
+    if o.join in SEPARATE:
+        a_weight, b_weight = branch_weights(o.join, a_mass, b_mass)
+        size = floored(b_mass)[0] if o.signed else b_mass
+        return a_weight / a_mass * a_value + b_weight / size.masked_fill(b_weight == 0, torch.inf) * b_value
+    if o.join == "absolute":
+        assert log_scale is not None
+        c = log_scale.to(a_mass.dtype)[:, None, None]
+        level = absolute_level(top, a_mass, b_mass, c)
+        a_factor, b_factor = (top - level).clamp(max=0.0).exp(), (c - level).clamp(max=69.0).exp()
+        numerator, den = a_factor * a_value + b_factor * b_value, a_factor * a_mass + b_factor * b_mass
+    else:
+        assert mix is not None
+        g = mix.to(a_mass.dtype)[:, None, None]
+        numerator, den = g * a_value + b_value, g * a_mass + b_mass
+    return numerator / (floored(den)[0] if o.signed else den)
 
 
 @torch.no_grad()
@@ -32,7 +119,7 @@ def one_token(
     `outside`: none of a sliding window, half of a terraced ring; else all) and for the key that leaves the ring.
     """
     dtype = state.sums.dtype
-    whole = state
+    whole = state = settled(state)
     if options.reach is not None:
         state = filled(state)
     own, k_rows, sink_rows = state_rows(state, own)
@@ -68,7 +155,8 @@ def one_token(
     )
     here = (torch.arange(sinks, device=k.device) == state.positions[:, None])[:, None, :, None] & goes_on
     sink_k, sink_v = (torch.where(here, new.to(old.dtype), old) for old, new in ((state.sink_k, k), (state.sink_v, v)))
-    return y, HybridState(sums, ring_k, ring_v, sink_k, sink_v, state.positions + real[:, 0])
+    moved = {"sums": sums, "ring_k": ring_k, "ring_v": ring_v, "sink_k": sink_k, "sink_v": sink_v}
+    return y, replace(whole, **moved, positions=state.positions + real[:, 0])
 
 
 def _add(sums: Tensor, features: Tensor, v: Tensor) -> Tensor:

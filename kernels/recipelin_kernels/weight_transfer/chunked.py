@@ -71,7 +71,7 @@ class _Soft:
     """The softmax part of the rows of a tile: e = exp(s - top) over its few columns, 0 elsewhere."""
 
     def __init__(self, above: Tensor, parts: list[Part]) -> None:
-        """above [n,G,C,K]: scores minus the teacher's log-sum-exp, times log2 e; parts: columns and mask of the window and the sinks."""
+        """above [n,G,C,K]: scores minus the teacher's log-sum-exp, times log2 e; parts: columns and mask of each set."""
         self.parts = parts
         tops = [above[..., s].masked_fill(~m, -torch.inf).amax(-1, keepdim=True) for s, m in parts]
         top = torch.stack(tops).amax(0) if tops else torch.full_like(above[..., :1], -torch.inf)
