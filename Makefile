@@ -47,9 +47,8 @@ catalogue: .venv/.run  ## makes recipes/README.md anew
 wheel:  ## builds the wheel, installs it in an empty environment and runs a recipe from another folder (four minutes)
 	$(PYTHON) .ci/wheel.py
 
-bench: .venv/.dev  ## speed and memory of the operators against their references
-	$(BIN)/python kernels/bench/hybrid.py
-	$(BIN)/python kernels/bench/weight_transfer.py
+bench: .venv/.dev  ## measures every bar of speed and memory into kernels/bench/record.md
+	$(BIN)/recipelin bench --write
 
 clean:  ## removes .venv, dist and runs
 	rm -rf .venv dist runs

@@ -90,8 +90,8 @@ def long_rows(quick: bool) -> Mapping[str, float]:
             x = [t.to(dtype) for t in (q, k, v, phi(q), phi(k), mix)]
             y = hybrid_attention(*x, window=window, kernel="chunked")
             found[f"output, {name}"] = _error(y, exact)
-        coarse = [t.bfloat16() for t in (q, k, v, phi(q), phi(k))]
-        _, state = hybrid_attention(*coarse, mix.float(), window=window, output_state=True)
+        coarse = [t.bfloat16() for t in (q, k, v, phi(q), phi(k), mix)]
+        _, state = hybrid_attention(*coarse, window=window, output_state=True)
         kept = state.sums
         gone = length - window + 1
         values = torch.cat((coarse[2], torch.ones_like(coarse[2][..., :1])), -1)[:, :, :gone]
