@@ -30,7 +30,7 @@ FRONT = (
     "statistics", "verdict", "measures", "render", "runtable", "tables", "tablespec", "publish", "commands", "schema",
     "exposure", "files", "strict_yaml", "mistakes", "finding", "show", "catalogue", "new",
     "templates", "hub", "documents", "reads", "cli",
-    "claims", "claimspec", "claimcheck", "published", "points", "naming",
+    "claims", "claimspec", "claimcheck", "published", "points", "naming", "bench", "bench.record",
 )  # fmt: skip
 
 
