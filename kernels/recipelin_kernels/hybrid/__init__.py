@@ -247,7 +247,7 @@ class _Beside(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
-        return dy, *(torch.zeros_like(x) if want else None for x, want in wanted)
+        return dy, *(x.new_zeros(()).expand(x.shape) if want else None for x, want in wanted)  # one zero in memory
 
 
 def _learning(*tensors: Tensor | None) -> bool:
