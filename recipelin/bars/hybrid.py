@@ -83,7 +83,9 @@ _SHORT = (
 )
 
 _CHECKS = "the call is SDPA itself; what is left is the check of shapes and options, 0.1 ms."
-_ZEROS = "the call is SDPA itself and returns zeros that take no memory; what is left is the check of shapes and options."
+_ZEROS = (
+    "the call is SDPA itself and returns zeros that take no memory; what is left is the check of shapes and options."
+)
 _PARTS = "each branch's own product with v adds half a product to five, 1.10 before any small operation."
 _RESULTS = (
     "output (4 MiB) and gradients (28 MiB) are results and count: 32 of at most 39 MiB; states of eight chunks and a chunk's "
