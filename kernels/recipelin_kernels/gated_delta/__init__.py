@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..hybrid.rows import one_of
-from .chunked import CHUNK, gated_delta_chunked
+from .chunked import gated_delta_chunked
 from .reference import gated_delta_reference
 from .step import one_token
 
@@ -86,10 +86,10 @@ def gated_delta_rule(
             none = torch.zeros(batch, length, dtype=torch.bool, device=v.device)
             o, last = gated_delta_reference(q, k, v, g, beta, scale, none if begins is None else begins, state)
         elif kernel == "auto" and length == 1:
-            o, last = one_token(*(x[:, :, 0] for x in (q, k, v, g, beta)), scale, state)
+            o, last = one_token(q[:, :, 0], k[:, :, 0], v[:, :, 0], g[:, :, 0], beta[:, :, 0], scale, state)
             o = o[:, :, None]
         else:
-            o, last = gated_delta_chunked(q, k, v, g, beta, scale, begins, state, chunk or CHUNK)
+            o, last = gated_delta_chunked(q, k, v, g, beta, scale, begins, state, chunk)
     if key_mask is not None:
         o = torch.where(key_mask[:, None, :, None], o, 0)
     o = o.to(dtype)

@@ -21,8 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from ..hybrid.rows import EXP_FLOOR
 
-CHUNK = 64  # tokens; measured best on a CPU beside 32 and 128 (kernels/bench/numbers-gated-delta.md)
-SPAN = {"cpu": 64, "cuda": 16384}  # chunks x heads at once: on a CPU a matrix of each is 1 MiB in fp32
+# Tokens of a chunk: on a CPU 16 and 64 were slower for heads of 64 and 128; on a GPU fla's, not measured here.
+CHUNK = {"cpu": 32, "cuda": 64}
+# Chunks x heads at once: on a CPU their states of 64 x 64 are 1 MiB in fp32; on a GPU few launches matter, not measured.
+SPAN = {"cpu": 64, "cuda": 16384}
 
 
 class _Span(NamedTuple):
@@ -49,11 +51,11 @@ def gated_delta_chunked(
     scale: float,
     begins: Tensor | None,
     state: Tensor,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `gated_delta_reference`, all tensors of one dtype, fp32 or fp64; begins None: no segment begins in the call."""
     batch, heads, length, _ = q.shape
-    chunk = min(chunk, 1 << max(length - 1, 1).bit_length())
+    chunk = min(chunk or CHUNK[_place(q)], length)
     short = -length % chunk
     pad = torch.nn.functional.pad
     # Tokens that change nothing: g = beta = 0.
@@ -69,9 +71,13 @@ def gated_delta_chunked(
     return o.flatten(1, 2)[:, :length].unflatten(0, (batch, heads)), last.unflatten(0, (batch, heads))
 
 
+def _place(x: Tensor) -> str:
+    return "cpu" if x.device.type == "cpu" else "cuda"
+
+
 def _spans(q: Tensor) -> list[slice]:
     """Spans of chunks that are computed at once."""
-    size = max(1, SPAN["cpu" if q.device.type == "cpu" else "cuda"] // q.shape[0])
+    size = max(1, SPAN[_place(q)] // q.shape[0])
     return [slice(at, at + size) for at in range(0, q.shape[1], size)]
 
 
@@ -133,8 +139,9 @@ class _Chunked(torch.autograd.Function):
         q, k, v, g, beta, before, begins = ctx.saved_tensors
         grads = tuple(torch.empty_like(x) for x in (q, k, v, g, beta))
         for at, state in reversed(list(zip(_spans(q), before, strict=True))):
-            cut = tuple(x[:, at] for x in (q, k, v, g, beta))
-            *found, d_state = _backward(*cut, state, _cut(begins, at), d_o[:, at], d_state)
+            *found, d_state = _backward(
+                q[:, at], k[:, at], v[:, at], g[:, at], beta[:, at], state, _cut(begins, at), d_o[:, at], d_state
+            )
             for whole, part in zip(grads, found, strict=True):
                 whole[:, at] = part
         return *grads, d_state, None
