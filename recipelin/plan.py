@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import SerializeAsAny, ValidationError
 
 from . import families, layers, lookup, reads
+from .attention.form import Form
 from .attention.hybrid.config import Config as Hybrid
 from .base import Config
 from .cost import Cost, Counting, suites_of
@@ -53,7 +54,7 @@ class Plan(Config):
     def reach(self) -> int | None:
         """The farthest that a linear branch may look, the query included: the teacher's own window; None: no limit."""
         swap = next((p.step for p in self.steps if isinstance(p.step, Swap)), None)
-        if swap is None or not isinstance(swap.config, Hybrid):
+        if swap is None or not isinstance(swap.config, Form):
             return None
         select = next((p.step for p in self.steps if isinstance(p.step, Select)), None)
         found = [swap.config.reach(self.architecture, i) for i in layers.converted(swap.layers, select, self.layers)]
@@ -186,10 +187,11 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     _refuse_watching_the_test(loaded, found)
     hybrid = next((s.state for s in reversed(found) if isinstance(s, Switch)), None)
     _refuse_branches_of_a_plain_model(loaded, hybrid, found)
+    _refuse_states(loaded, arch, found)
     found.append(
         Evaluate(
             suites=recipe.eval.suites,
-            states=_states(loaded, hybrid),
+            states=_states(loaded, arch, hybrid, _form(found)),
             hybrid=hybrid,
             seeds=recipe.eval.seeds,
             margin=recipe.eval.margin,
@@ -252,6 +254,29 @@ def _refuse_layers(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) ->
                 layers.ahead(step, count)
             except ValueError as error:
                 raise refusal(loaded, ("method", "layers"), f"method.layers: {error}") from error
+
+
+def _form(steps: Sequence[Step]) -> Form | None:
+    return next((s.config for s in steps if isinstance(s, Swap) and isinstance(s.config, Form)), None)
+
+
+def _refuse_states(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:
+    """States that the form does not have: those a method switches to, and those a stage watches. Raises PlanError."""
+    form = _form(steps)
+    if form is None:
+        return
+    state: State | None = None
+    for step in steps:
+        if isinstance(step, Switch):
+            state = step.state
+            if why := form.refuses("", state, arch):
+                raise refusal(loaded, ("method",), f"method: {why}")
+        elif isinstance(step, (Transfer, Tune)) and step.schedule.validation and state is not None:
+            for index, watch in enumerate(step.schedule.validation.watch):
+                named = resolve(watch.state, state).state if watch.state in NAMES else None
+                if named is not None and (why := form.refuses(watch.state, named, arch)):
+                    where: Where = ("schedule", step.stage, "validation", "watch", index, "state")
+                    raise refusal(loaded, where, f"schedule.{step.stage}.validation: {watch.state!r}: {why}")
 
 
 def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
@@ -387,6 +412,8 @@ def _refuse_signed_scale(loaded: Loaded, steps: Sequence[Step]) -> None:
 
 def _refuse_empty_calibration(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:
     """c_h is calibrated on the keys outside the window: PlanError where the rows of a swapped layer have none."""
+    if not isinstance(_form(steps), Hybrid):
+        return
     state, swapped = State(), tuple(range(arch.num_hidden_layers))
     select = next((s for s in steps if isinstance(s, Select)), None)
     for step in steps:
@@ -429,8 +456,12 @@ def _refuse_padding(loaded: Loaded, steps: Sequence[Step]) -> None:
                     raise refusal(loaded, ("eval", "suites"), text)
 
 
-def _states(loaded: Loaded, hybrid: State | None) -> tuple[NamedState, ...]:
-    """The states to evaluate, resolved; the subsets that Shapley values need are added at the end."""
+def _states(loaded: Loaded, arch: Architecture, hybrid: State | None, form: Form | None) -> tuple[NamedState, ...]:
+    """The states to evaluate, resolved; the subsets that Shapley values need are added at the end.
+
+    Of the states that nobody asked for, those that the form does not have are left out.
+    """
+    asked = "states" in loaded.recipe.eval.model_fields_set
     found: list[NamedState] = []
     for index, entry in enumerate(loaded.recipe.eval.states):
         where: Where = ("eval", "states", index)
@@ -460,6 +491,10 @@ def _states(loaded: Loaded, hybrid: State | None) -> tuple[NamedState, ...]:
                 wrong = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
                 raise refusal(loaded, where, f"eval.states: {entry.name!r}: {wrong}") from error
             state = NamedState(name=entry.name, weights="student", state=changed)
+        if form and state.state and (why := form.refuses(state.name, state.state, arch)):
+            if not asked:
+                continue
+            raise refusal(loaded, where, f"eval.states: {state.name!r}: {why}")
         found.append(state)
     names = [s.name for s in found]
     if twice := sorted({n for n in names if names.count(n) > 1}):

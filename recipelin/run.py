@@ -205,7 +205,8 @@ class _Walk:
                 swap.swap(self.model, step.model_copy(update={"layers": where}), seed=self.plan.seed)
                 if self.published:
                     lolcats_checkpoint.lay(self.model, self.published)
-                self.kernels["hybrid_attention"] = swap.forms(self.model)[0].kernel
+                form = swap.forms(self.model)[0]
+                self.kernels[form.OPERATOR] = form.kernel
             else:
                 swap.switch(self.model, step.state)
             self.times.append(

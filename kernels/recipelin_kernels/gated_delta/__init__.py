@@ -82,14 +82,15 @@ def gated_delta_rule(
         o, last = _fla(q, k, v, g, beta, scale, begins, state)
     else:
         q, k, v, g, beta, state = (x.to(exact) for x in (q, k, v, g, beta, state))
-        if ran == "reference":
-            none = torch.zeros(batch, length, dtype=torch.bool, device=v.device)
-            o, last = gated_delta_reference(q, k, v, g, beta, scale, none if begins is None else begins, state)
-        elif kernel == "auto" and length == 1:
-            o, last = one_token(q[:, :, 0], k[:, :, 0], v[:, :, 0], g[:, :, 0], beta[:, :, 0], scale, state)
-            o = o[:, :, None]
-        else:
-            o, last = gated_delta_chunked(q, k, v, g, beta, scale, begins, state, chunk)
+        with torch.autocast(v.device.type, enabled=False):  # it would take the products in half precision
+            if ran == "reference":
+                none = torch.zeros(batch, length, dtype=torch.bool, device=v.device)
+                o, last = gated_delta_reference(q, k, v, g, beta, scale, none if begins is None else begins, state)
+            elif kernel == "auto" and length == 1:
+                o, last = one_token(q[:, :, 0], k[:, :, 0], v[:, :, 0], g[:, :, 0], beta[:, :, 0], scale, state)
+                o = o[:, :, None]
+            else:
+                o, last = gated_delta_chunked(q, k, v, g, beta, scale, begins, state, chunk)
     if key_mask is not None:
         o = torch.where(key_mask[:, None, :, None], o, 0)
     o = o.to(dtype)

@@ -139,9 +139,10 @@ class _Chunked(torch.autograd.Function):
         q, k, v, g, beta, before, begins = ctx.saved_tensors
         grads = tuple(torch.empty_like(x) for x in (q, k, v, g, beta))
         for at, state in reversed(list(zip(_spans(q), before, strict=True))):
-            *found, d_state = _backward(
-                q[:, at], k[:, at], v[:, at], g[:, at], beta[:, at], state, _cut(begins, at), d_o[:, at], d_state
-            )
+            with torch.autocast(q.device.type, enabled=False):  # as in the forward pass
+                *found, d_state = _backward(
+                    q[:, at], k[:, at], v[:, at], g[:, at], beta[:, at], state, _cut(begins, at), d_o[:, at], d_state
+                )
             for whole, part in zip(grads, found, strict=True):
                 whole[:, at] = part
         return *grads, d_state, None
