@@ -50,6 +50,7 @@ wheel:  ## builds the wheel, installs it in an empty environment and runs a reci
 bench: .venv/.dev  ## speed and memory of the operators against their references
 	$(BIN)/python kernels/bench/hybrid.py
 	$(BIN)/python kernels/bench/weight_transfer.py
+	$(BIN)/python kernels/bench/gated_delta.py
 
 clean:  ## removes .venv, dist and runs
 	rm -rf .venv dist runs
