@@ -187,6 +187,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     _refuse_watching_the_test(loaded, found)
     hybrid = next((s.state for s in reversed(found) if isinstance(s, Switch)), None)
     _refuse_branches_of_a_plain_model(loaded, hybrid, found)
+    _refuse_teacher(loaded, arch, found)
     _refuse_states(loaded, arch, found)
     found.append(
         Evaluate(
@@ -258,6 +259,15 @@ def _refuse_layers(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) ->
 
 def _form(steps: Sequence[Step]) -> Form | None:
     return next((s.config for s in steps if isinstance(s, Swap) and isinstance(s.config, Form)), None)
+
+
+def _refuse_teacher(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:
+    """A teacher, or layers, that the form cannot convert. Raises PlanError."""
+    for step in steps:
+        if isinstance(step, Swap) and isinstance(step.config, Form):
+            kept = 0 if step.layers == "all" else arch.num_hidden_layers - len(step.layers)
+            if why := step.config.refuses_teacher(arch, kept):
+                raise refusal(loaded, ("method",), f"method: {why}")
 
 
 def _refuse_states(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:

@@ -15,6 +15,7 @@ from recipelin.attention.gated_delta.config import STATE, Decay, WriteGate
 from recipelin.attention.gated_delta.config import Config as GatedDelta
 from recipelin.attention.hybrid.config import Config as Hybrid
 from recipelin.attention.hybrid.config import FeatureMap
+from recipelin.attention.native.config import Config as Native
 from recipelin.cache import StateLayer, cache_bytes, state_bytes
 from recipelin.data import train_tokenizer
 from recipelin.states import NAMES, State, resolve
@@ -48,6 +49,7 @@ CASES: dict[str, tuple[str, Form, State]] = {
     "gated_delta-other": ("gated_delta", GatedDelta(**LIVELY, **OTHER), STATE),
     "gated_delta-folded": ("gated_delta", GatedDelta(**LIVELY, **FOLDED), STATE),
     "gated_delta-legacy": ("gated_delta", GatedDelta(**LIVELY, kv_expand="row_interleave_legacy"), STATE),
+    "native": ("native", Native(**LIVELY), STATE),  # of any teacher: what it is for is in test_stock.py
 }
 DELTA = [c for c in CASES if c.startswith("gated_delta")]
 LAYERS = ["all", (1,)]

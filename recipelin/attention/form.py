@@ -14,6 +14,9 @@ class Form(Base):
     PROJECTIONS: ClassVar[tuple[str, ...]] = ()
     """Groups of `parameters` that are the layer's plain projections: they train wherever all weights do."""
 
+    STOCK: ClassVar[str] = ""
+    """model_type of transformers as which a run exports the student too, loadable without recipelin; empty: none."""
+
     def parameters(self, architecture: Architecture) -> dict[str, int]:
         """Parameters of one layer by the groups that `trains` can name: held against the built module by a test."""
         raise NotImplementedError
@@ -37,6 +40,10 @@ class Form(Base):
     def reach(self, architecture: Architecture, layer: int) -> int | None:
         """How far a layer may look, the query included; None: no limit."""
         return None
+
+    def refuses_teacher(self, architecture: Architecture, kept: int) -> str:
+        """Why the form cannot convert this teacher with `kept` layers left as softmax; empty where it can."""
+        return ""
 
     def refuses(self, name: str, state: State, architecture: Architecture) -> str:
         """Why the form has no such state, without the end of a sentence; empty where it has it. `name`: as it is asked for."""

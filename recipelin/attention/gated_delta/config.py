@@ -62,6 +62,7 @@ class Config(Form):
     Sample YAML: `{activation: silu, rope: none, qk_norm: drop, output_gate: silu, short_convolution: null}`
     """
 
+    NAME: ClassVar[str] = "gated_delta"
     PROJECTIONS: ClassVar[tuple[str, ...]] = ("projections", "output_projection")
 
     activation: Literal["silu", "none"] = Field(
@@ -158,11 +159,11 @@ class Config(Form):
         """A state with a window, sinks or a limited linear branch; `softmax` where the weights no longer allow it."""
         have = f"its states are {', '.join(STATES)}"
         if name == "linear":
-            return f"gated_delta is a linear branch over all keys and nothing else, so `linear` is `hybrid`; {have}"
+            return f"{self.NAME} is a linear branch over all keys and nothing else, so `linear` is `hybrid`; {have}"
         softmax = state.branches == ("window",) and state.window == "full"
         whole = state.branches == ("linear",) and state.window == "full" and state.cover == "all"
         if (name in NAMES and name not in STATES) or not (softmax or whole or not state.branches):
-            return f"gated_delta has no window, no sinks, and no keys that its linear branch leaves out; {have}"
+            return f"{self.NAME} has no window, no sinks, and no keys that its linear branch leaves out; {have}"
         return self.no_softmax(architecture) if softmax else ""
 
     def no_softmax(self, architecture: Architecture) -> str:

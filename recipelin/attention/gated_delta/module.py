@@ -272,7 +272,7 @@ class GatedDeltaAttention(nn.Module):
             elif name == "block_outputs":
                 made, target = self.o_proj(y.to(hidden.dtype).transpose(1, 2).flatten(2)), captured.output
             else:
-                raise ValueError(f"gated_delta has no objective {name!r}; it has outputs, block_outputs")
+                raise ValueError(f"{self.NAME} has no objective {name!r}; it has outputs, block_outputs")
             exact = torch.promote_types(made.dtype, torch.float32)
             error = (made.to(exact) - target.detach().to(exact)).square()
             found[name] = error.mean() if captured.key_mask is None else error[captured.key_mask].mean()
@@ -280,7 +280,7 @@ class GatedDeltaAttention(nn.Module):
 
     def calibration(self, what: str) -> Any:
         """A calibration by name. Raises ValueError: the form has none."""
-        raise ValueError(f"the gated_delta form has no calibration {what!r}")
+        raise ValueError(f"the {self.NAME} form has no calibration {what!r}")
 
 
 def unit(x: Tensor) -> Tensor:
