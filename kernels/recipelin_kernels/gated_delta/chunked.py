@@ -57,17 +57,19 @@ def gated_delta_chunked(
     batch, heads, length, _ = q.shape
     chunk = min(chunk or CHUNK[_place(q)], length)
     short = -length % chunk
-    pad = torch.nn.functional.pad
-    # Tokens that change nothing: g = beta = 0.
-    q, k, v = (pad(x, (0, 0, 0, short)).flatten(0, 1).unflatten(1, (-1, chunk)) for x in (q, k, v))
-    g, beta = (pad(x, (0, short)).flatten(0, 1).unflatten(1, (-1, chunk)) for x in (g, beta))
+    if short:  # tokens that change nothing: g = beta = 0
+        pad = torch.nn.functional.pad
+        q, k, v = (pad(x, (0, 0, 0, short)) for x in (q, k, v))
+        g, beta = (pad(x, (0, short)) for x in (g, beta))
+        begins = None if begins is None else pad(begins, (0, short))
+    q, k, v, g, beta = (x.flatten(0, 1).unflatten(1, (-1, chunk)) for x in (q, k, v, g, beta))
     if begins is not None:
-        begins = pad(begins, (0, short)).repeat_interleave(heads, 0).unflatten(1, (-1, chunk))
-    arguments = (q * scale, k, v, g, beta, state.flatten(0, 1))
+        begins = begins.repeat_interleave(heads, 0).unflatten(1, (-1, chunk))
+    arguments = (q, k, v, g, beta, state.flatten(0, 1))
     if torch.is_grad_enabled() and any(x.requires_grad for x in arguments):
-        o, last = _Chunked.apply(*arguments, begins)
+        o, last = _Chunked.apply(*arguments, begins, scale)
     else:
-        o, last, _ = _forward(*arguments, begins)
+        o, last, _ = _forward(*arguments, begins, scale)
     return o.flatten(1, 2)[:, :length].unflatten(0, (batch, heads)), last.unflatten(0, (batch, heads))
 
 
@@ -82,14 +84,15 @@ def _spans(q: Tensor) -> list[slice]:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, begins: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, begins: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """o [N,n,C,E], the last state [N,D,E], and the state before each span."""
     o, before = torch.empty_like(v), []
     for at in _spans(q):
         before.append(state)
-        x, state = _span(q[:, at], k[:, at], v[:, at], g[:, at], beta[:, at], state, _cut(begins, at))
-        o[:, at] = (q[:, at] * x.head[..., None]) @ x.states + (x.pairs * x.decay) @ x.writes
+        scaled = q[:, at] * scale
+        x, state = _span(scaled, k[:, at], v[:, at], g[:, at], beta[:, at], state, _cut(begins, at))
+        o[:, at] = (scaled * x.head[..., None]) @ x.states + (x.pairs * x.decay) @ x.writes
     return o, state, before
 
 
@@ -128,9 +131,20 @@ def _span(
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, begins: Any) -> Any:
-        o, last, before = _forward(q, k, v, g, beta, state, begins)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        begins: Tensor | None,
+        scale: float,
+    ) -> Any:
+        o, last, before = _forward(q, k, v, g, beta, state, begins, scale)
         ctx.save_for_backward(q, k, v, g, beta, torch.stack(before), begins)
+        ctx.scale = scale
         return o, last
 
     @staticmethod
@@ -140,12 +154,14 @@ class _Chunked(torch.autograd.Function):
         grads = tuple(torch.empty_like(x) for x in (q, k, v, g, beta))
         for at, state in reversed(list(zip(_spans(q), before, strict=True))):
             with torch.autocast(q.device.type, enabled=False):  # as in the forward pass
-                *found, d_state = _backward(
-                    q[:, at], k[:, at], v[:, at], g[:, at], beta[:, at], state, _cut(begins, at), d_o[:, at], d_state
+                scaled, cut = q[:, at] * ctx.scale, _cut(begins, at)
+                d_q, *found, d_state = _backward(
+                    scaled, k[:, at], v[:, at], g[:, at], beta[:, at], state, cut, d_o[:, at], d_state
                 )
+                found = [d_q.mul_(ctx.scale), *found]
             for whole, part in zip(grads, found, strict=True):
                 whole[:, at] = part
-        return *grads, d_state, None
+        return *grads, d_state, None, None
 
 
 def _backward(
