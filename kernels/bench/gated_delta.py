@@ -7,6 +7,8 @@ beyond the inputs, in a process of its own (Linux). B = 1, 8 heads, d = 64, floa
 
 import argparse
 import datetime
+import functools
+import importlib.metadata
 import inspect
 import os
 import platform
@@ -19,16 +21,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
-from transformers.models.qwen3_5 import modeling_qwen3_5
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also from a checkout that is not installed
 from recipelin_kernels import gated_delta_rule
 
 HEADS, DIM = 8, 64
 VARIANTS = ("chunked", "transformers", "sdpa")
-# With fla installed the public name is fla's Triton kernel, on CPU tensors too: the torch code is below its wrapper.
-TORCH_FORM = inspect.unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule)
+
+
+@functools.cache
+def torch_form() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    """Qwen3.5's torch code: with fla installed, the public name is fla's Triton kernel, on CPU tensors too."""
+    from transformers.models.qwen3_5 import modeling_qwen3_5  # slow to import, and only this variant needs it
+
+    form: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = inspect.unwrap(
+        modeling_qwen3_5.torch_chunk_gated_delta_rule
+    )
+    return form
 
 
 def make(variant: str, length: int, backward: bool) -> Callable[[], torch.Tensor]:
@@ -47,7 +56,7 @@ def make(variant: str, length: int, backward: bool) -> Callable[[], torch.Tensor
             if variant == "sdpa":
                 o = F.scaled_dot_product_attention(*leaves, is_causal=True)
             elif variant == "transformers":
-                o = TORCH_FORM(*leaves)[0]
+                o = torch_form()(*leaves)[0]
             else:
                 o = gated_delta_rule(*leaves, kernel=variant)
         if backward:
@@ -120,7 +129,7 @@ def report(lengths: list[int], rounds: int) -> str:
     )
     setting = (
         f"{datetime.date.today()}, commit {commit.stdout.strip() or 'unknown'}, {cpu_name()}, one thread,",
-        f"torch {torch.__version__}, transformers {transformers.__version__}, load {os.getloadavg()[0]:.1f} at the start.",
+        f"torch {torch.__version__}, transformers {importlib.metadata.version('transformers')}, load {os.getloadavg()[0]:.1f} at the start.",
         f"B = 1, {HEADS} heads, d = {DIM}, float32. transformers: the torch form of Qwen3.5's gated delta rule, unwrapped.",
         f"Times: process CPU ms, median of {rounds} alternating rounds; ratios: median of the rounds' ratios,",
         "above 1 = chunked is faster. Memory: MiB, peak during one call beyond its inputs, results included (VmHWM).",
