@@ -129,7 +129,8 @@ def report(lengths: list[int], rounds: int) -> str:
     )
     setting = (
         f"{datetime.date.today()}, commit {commit.stdout.strip() or 'unknown'}, {cpu_name()}, one thread,",
-        f"torch {torch.__version__}, transformers {importlib.metadata.version('transformers')}, load {os.getloadavg()[0]:.1f} at the start.",
+        f"torch {torch.__version__}, transformers {importlib.metadata.version('transformers')},",
+        f"load {os.getloadavg()[0]:.1f} at the start.",
         f"B = 1, {HEADS} heads, d = {DIM}, float32. transformers: the torch form of Qwen3.5's gated delta rule, unwrapped.",
         f"Times: process CPU ms, median of {rounds} alternating rounds; ratios: median of the rounds' ratios,",
         "above 1 = chunked is faster. Memory: MiB, peak during one call beyond its inputs, results included (VmHWM).",
