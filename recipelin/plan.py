@@ -15,6 +15,7 @@ from .attention.hybrid.config import Config as Hybrid
 from .base import Config
 from .cost import Cost, Counting, suites_of
 from .families import Architecture
+from .formcheck import form_of, unfit
 from .load import Loaded, load_suite
 from .mistakes import PlanError, among, listed, placed
 from .recipe import StateOf, Suite
@@ -187,12 +188,12 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     _refuse_watching_the_test(loaded, found)
     hybrid = next((s.state for s in reversed(found) if isinstance(s, Switch)), None)
     _refuse_branches_of_a_plain_model(loaded, hybrid, found)
-    _refuse_teacher(loaded, arch, found)
-    _refuse_states(loaded, arch, found)
+    for where, text in unfit(arch, found):
+        raise refusal(loaded, where, text)
     found.append(
         Evaluate(
             suites=recipe.eval.suites,
-            states=_states(loaded, arch, hybrid, _form(found)),
+            states=_states(loaded, arch, hybrid, form_of(found)),
             hybrid=hybrid,
             seeds=recipe.eval.seeds,
             margin=recipe.eval.margin,
@@ -255,38 +256,6 @@ def _refuse_layers(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) ->
                 layers.ahead(step, count)
             except ValueError as error:
                 raise refusal(loaded, ("method", "layers"), f"method.layers: {error}") from error
-
-
-def _form(steps: Sequence[Step]) -> Form | None:
-    return next((s.config for s in steps if isinstance(s, Swap) and isinstance(s.config, Form)), None)
-
-
-def _refuse_teacher(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:
-    """A teacher, or layers, that the form cannot convert. Raises PlanError."""
-    for step in steps:
-        if isinstance(step, Swap) and isinstance(step.config, Form):
-            kept = 0 if step.layers == "all" else arch.num_hidden_layers - len(step.layers)
-            if why := step.config.refuses_teacher(arch, kept):
-                raise refusal(loaded, ("method",), f"method: {why}")
-
-
-def _refuse_states(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:
-    """States that the form does not have: those a method switches to, and those a stage watches. Raises PlanError."""
-    form = _form(steps)
-    if form is None:
-        return
-    state: State | None = None
-    for step in steps:
-        if isinstance(step, Switch):
-            state = step.state
-            if why := form.refuses("", state, arch):
-                raise refusal(loaded, ("method",), f"method: {why}")
-        elif isinstance(step, (Transfer, Tune)) and step.schedule.validation and state is not None:
-            for index, watch in enumerate(step.schedule.validation.watch):
-                named = resolve(watch.state, state).state if watch.state in NAMES else None
-                if named is not None and (why := form.refuses(watch.state, named, arch)):
-                    where: Where = ("schedule", step.stage, "validation", "watch", index, "state")
-                    raise refusal(loaded, where, f"schedule.{step.stage}.validation: {watch.state!r}: {why}")
 
 
 def _refuse_idle_rates(loaded: Loaded, steps: Sequence[Step]) -> None:
@@ -422,7 +391,7 @@ def _refuse_signed_scale(loaded: Loaded, steps: Sequence[Step]) -> None:
 
 def _refuse_empty_calibration(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:
     """c_h is calibrated on the keys outside the window: PlanError where the rows of a swapped layer have none."""
-    if not isinstance(_form(steps), Hybrid):
+    if not isinstance(form_of(steps), Hybrid):
         return
     state, swapped = State(), tuple(range(arch.num_hidden_layers))
     select = next((s for s in steps if isinstance(s, Select)), None)

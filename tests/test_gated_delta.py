@@ -239,6 +239,9 @@ def test_losses_are_against_the_teachers_own_output(tiny, padded):
         "outputs": (flat - before)[real].square().mean(),
         "block_outputs": (flat @ form.o_proj.weight.T - after)[real].square().mean(),
     }
+    far = form.losses(captured, {"block_outputs": 1.0}, "l2norm")["block_outputs"]
+    apart = (flat @ form.o_proj.weight.T - after)[real].norm(dim=-1) / 48**0.5
+    assert abs(float(far.detach()) - float(apart.mean().detach())) < 1e-10
     found = form.losses(captured, dict.fromkeys(expected, 1.0))
     assert all(abs(float(found[n].detach()) - float(x.detach())) < 1e-10 for n, x in expected.items())
     found["block_outputs"].backward()
@@ -307,6 +310,42 @@ def test_a_plan_refuses_states_with_file_and_line(tmp_path, pocket_student):
     arch = Architecture.model_validate(planned.architecture.model_dump())
     added = Config().added(arch) * len(student["recipelin"]["layers"])
     assert f"{added:,} new parameters" in planned.steps[0].what and "linear over all keys" in planned.steps[1].what
+
+
+def test_what_a_stage_asks_of_the_wrong_form_is_refused(tmp_path, pocket_student):
+    from recipelin.formcheck import unfit
+    from recipelin.schedule import Curve, Schedule, Validation
+    from recipelin.sources import Data
+    from recipelin.steps import Switch, Transfer
+
+    arch = plan(recipe(tmp_path, pocket_student)).architecture
+    schedule = Schedule(
+        steps=4,
+        batch=2,
+        length=32,
+        validation=Validation(every=2, watch=(Validation.Watch(state="hybrid"), Validation.Watch(state="window"))),
+        curve=Curve(tokens=(128,), suites=("pocket",), states=("hybrid", "linear")),
+    )
+    objective = {"block_outputs": 1.0, "weights": 1.0}
+    trains = ("decay", "feature_maps")
+    stage = Transfer(stage="align", objective=objective, trains=trains, schedule=schedule, data=Data())
+    steps = (Swap(form="gated_delta", config=Config(), layers=(1,)), Switch(state=STATE), stage)
+    found = list(unfit(arch, steps))
+    assert [where for where, _ in found] == [
+        ("method",),
+        ("method",),
+        ("schedule", "align", "validation", "watch", 1, "state"),
+        ("schedule", "align", "curve", "states", 1),
+    ]
+    for (_, text), words in zip(
+        found,
+        ("no parameters 'feature_maps'", "no objective 'weights'", "'window': gated_delta has no window", "'linear'"),
+        strict=True,
+    ):
+        assert words in text
+    fitting = stage.model_copy(update={"objective": {"block_outputs": 1.0}, "trains": ("decay",), "schedule": None})
+    plain = Schedule(steps=4, batch=2, length=32)
+    assert not list(unfit(arch, (*steps[:2], fitting.model_copy(update={"schedule": plain}))))
 
 
 def test_a_student_with_a_retained_layer_is_evaluated_in_its_states(tmp_path, home, pocket_student):

@@ -14,6 +14,9 @@ class Form(Base):
     PROJECTIONS: ClassVar[tuple[str, ...]] = ()
     """Groups of `parameters` that are the layer's plain projections: they train wherever all weights do."""
 
+    OBJECTIVES: ClassVar[tuple[str, ...]] = ()
+    """Objectives of a layer-local stage that the module's `losses` computes."""
+
     STOCK: ClassVar[str] = ""
     """model_type of transformers as which a run exports the student too, loadable without recipelin; empty: none."""
 

@@ -64,6 +64,7 @@ class Config(Form):
 
     NAME: ClassVar[str] = "gated_delta"
     PROJECTIONS: ClassVar[tuple[str, ...]] = ("projections", "output_projection")
+    OBJECTIVES: ClassVar[tuple[str, ...]] = ("outputs", "block_outputs")
 
     activation: Literal["silu", "none"] = Field(
         "silu", description="on q and k (fla: silu, where there is no short convolution, and after it)"

@@ -12,6 +12,7 @@ from recipelin_kernels import gated_delta_rule, resolve_gated_delta_kernel, teac
 from ...cache import StateLayer, state_entry
 from ...families import Architecture, family
 from ...masks import rows_of, runs
+from ..block_loss import block_loss
 from ..captured import Captured, Drop
 from ..softmax import causal_softmax, project, rotation
 from .config import STATE, Config
@@ -253,11 +254,12 @@ class GatedDeltaAttention(nn.Module):
         self.recorder(self.layer_index, seen)
         return output
 
-    def losses(self, captured: Captured, objective: Mapping[str, float]) -> dict[str, Tensor]:
+    def losses(self, captured: Captured, objective: Mapping[str, float], block: str = "mse") -> dict[str, Tensor]:
         """Unweighted losses of this layer, fed the teacher's stream, against the teacher: a scalar each.
 
         outputs: squared error before o_proj (of the gated norm against the teacher's attention), mean over real elements;
-        block_outputs: squared error after o_proj (arXiv 2606.16429, phase 2). Raises ValueError for another name.
+        block_outputs: `block` (mse, l2norm) of the output after o_proj (arXiv 2606.16429, phase 2). Raises ValueError for
+        another name.
         """
         if captured.hidden_states is None or captured.position_embeddings is None or captured.output is None:
             raise ValueError("losses: need the layer's input, which only a recorder gets")
@@ -269,13 +271,12 @@ class GatedDeltaAttention(nn.Module):
         for name in objective:
             if name == "outputs":
                 made, target = (x.transpose(1, 2).flatten(2) for x in (y, captured.y))
+                found[name] = block_loss(made, target.detach(), "mse", captured.key_mask)
             elif name == "block_outputs":
-                made, target = self.o_proj(y.to(hidden.dtype).transpose(1, 2).flatten(2)), captured.output
+                made = self.o_proj(y.to(hidden.dtype).transpose(1, 2).flatten(2))
+                found[name] = block_loss(made, captured.output.detach(), block, captured.key_mask)
             else:
-                raise ValueError(f"{self.NAME} has no objective {name!r}; it has outputs, block_outputs")
-            exact = torch.promote_types(made.dtype, torch.float32)
-            error = (made.to(exact) - target.detach().to(exact)).square()
-            found[name] = error.mean() if captured.key_mask is None else error[captured.key_mask].mean()
+                raise ValueError(f"{self.NAME} has no objective {name!r}; it has {', '.join(self.config.OBJECTIVES)}")
         return found
 
     def calibration(self, what: str) -> Any:

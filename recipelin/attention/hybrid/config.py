@@ -1,6 +1,6 @@
 """Structure of the `hybrid` form (no torch): feature maps and their parameter counts."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -78,6 +78,14 @@ class Config(Form):
 
     Sample YAML: `{feature_map: {width: 2}, mix: 0.1}`
     """
+
+    OBJECTIVES: ClassVar[tuple[str, ...]] = (
+        "weights",
+        "outputs",
+        "hybrid_weights",
+        "hybrid_outputs",
+        "block_outputs",
+    )
 
     feature_map: FeatureMap = FeatureMap()
     mix: Annotated[float, Field(gt=0, lt=1)] = Field(
