@@ -1,24 +1,34 @@
 """The cache of a student: stock layers where softmax was kept, a state of constant size where it was swapped."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from recipelin_kernels import HybridState
+
+class LayerState(Protocol):
+    """What a form keeps of the past between calls, a batch of rows: HybridState, or a form's own."""
+
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    def select(self, index: Tensor) -> "LayerState":
+        """The rows that `index` names (beam search)."""
+        ...
 
 
-class HybridLayer(CacheLayerMixin):
-    """Holds a HybridState. Its bytes do not grow once the window is full; it is made by the layer's first call."""
+class StateLayer(CacheLayerMixin):
+    """Holds the state of a swapped layer. Its bytes do not grow once a window is full; the layer's first call makes it."""
 
     is_compileable = False
     is_sliding = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: HybridState | None = None
+        self.state: Any = None  # a LayerState
         self.seen = 0
 
     def advance(self, tokens: int) -> None:
@@ -30,7 +40,7 @@ class HybridLayer(CacheLayerMixin):
         """Nothing to prepare: the operator makes the state."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise ValueError("this cache entry belongs to a hybrid attention; a softmax layer cannot append keys to it")
+        raise ValueError("this cache entry belongs to a swapped layer; a softmax layer cannot append keys to it")
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -50,29 +60,28 @@ class HybridLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.state is not None:
-            self.state = self.state.select(beam_idx.to(self.state.sums.device))
+            self.state = self.state.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
-            index = torch.arange(self.state.sums.shape[0], device=self.state.sums.device)
-            self.state = self.state.select(index.repeat_interleave(repeats))
+            self.state = self.state.select(torch.arange(self.state.batch).repeat_interleave(repeats))
 
     def crop(self, max_length: int) -> None:
         raise ValueError(
-            "a hybrid layer's state cannot be cropped: assisted decoding and rollback need a softmax cache"
+            "a swapped layer's state cannot be cropped: assisted decoding and rollback need a softmax cache"
         )
 
     def offload(self) -> None:
-        raise ValueError("a hybrid layer's state is small and constant: it is not offloaded")
+        raise ValueError("a swapped layer's state is small and constant: it is not offloaded")
 
     def prefetch(self) -> None:
         """Never offloaded, so always there."""
 
 
-def hybrid_entry(cache: Any, index: int) -> HybridLayer:
+def state_entry(cache: Any, index: int) -> StateLayer:
     """The entry of a swapped layer; takes the place of a stock one that grows, as long as that holds nothing.
 
     Raises ValueError for an entry of another kind (static, quantised, begun in state `softmax`).
@@ -81,10 +90,10 @@ def hybrid_entry(cache: Any, index: int) -> HybridLayer:
         cache.layers.append(DynamicLayer())
     entry = cache.layers[index]
     if type(entry) in (DynamicLayer, DynamicSlidingWindowLayer) and not entry.is_initialized:
-        entry = cache.layers[index] = HybridLayer()
-    if not isinstance(entry, HybridLayer):
+        entry = cache.layers[index] = StateLayer()
+    if not isinstance(entry, StateLayer):
         raise ValueError(
-            f"layer {index} is a hybrid attention, and the cache holds a {type(entry).__name__} for it: "
+            f"layer {index} is swapped, and the cache holds a {type(entry).__name__} for it: "
             "pass a new DynamicCache, or none at all"
         )
     return entry
@@ -100,12 +109,12 @@ def check_cache(cache: Any) -> None:
 
 
 def state_bytes(cache: DynamicCache) -> int:
-    """Bytes that the hybrid entries of a cache hold."""
-    return sum(x.state.bytes for x in cache.layers if isinstance(x, HybridLayer) and x.state is not None)
+    """Bytes that the states of swapped layers in a cache hold."""
+    return sum(x.state.bytes for x in cache.layers if isinstance(x, StateLayer) and x.state is not None)
 
 
 def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes that a cache holds for the past: the states of hybrid entries, keys and values of stock ones.
+    """Bytes that a cache holds for the past: the states of swapped layers, keys and values of stock ones.
 
     Raises ValueError for an entry of another kind, whose bytes are not known.
     """
@@ -113,6 +122,6 @@ def cache_bytes(cache: DynamicCache) -> int:
     for entry in cache.layers:
         if isinstance(entry, DynamicLayer):
             total += sum(x.nbytes for x in (entry.keys, entry.values) if x is not None)
-        elif not isinstance(entry, HybridLayer):
+        elif not isinstance(entry, StateLayer):
             raise ValueError(f"the bytes of a {type(entry).__name__} are not known")
     return total

@@ -1,12 +1,13 @@
 """What a step reads, trains and costs, in words and estimates (no torch, no network)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
 
 from . import families, layers
+from .attention.form import Form
 from .base import Config
 from .branches import RandomWidth
 from .families import Architecture
@@ -48,8 +49,7 @@ class Counting:
         if isinstance(step, Select):
             return self._selection(step)
         if isinstance(step, Swap):
-            new = self._new(step)
-            what = f"{step.form} into {self._layers(step)} layers, {sum(new.values()):,} new parameters"
+            what = f"{step.form} into {self._layers(step)} layers, {self._added():,} new parameters"
             if isinstance(step.published, Converted):
                 what += f", published weights ({step.published.format})"
                 return {"what": what, "reads": ", ".join(self._published(step.published))}
@@ -67,14 +67,16 @@ class Counting:
             return self._training(step, self._groups(step.trains), factor=1.0, what=_objective(step))
         if isinstance(step, Tune):
             trained = self._groups(step.trains)
-            total = families.parameters(self.arch)["total"]
             teacher = 1.0 if step.loss.kl else 0.0  # a forward pass of the teacher beside the student's
             what = describe_loss(step)
             if step.lora:
                 what += f", LoRA rank {step.lora.rank} on {', '.join(step.lora.targets)}"
+                swap = self._swap()
                 more = lora_parameters(step.lora, self.arch)
+                if swap:
+                    more = lora_parameters(step.lora, self.arch, self._form(swap), self._layers(swap))
                 return self._training(step, trained + more, factor=2.0 + teacher, what=what)
-            return self._training(step, trained + total, factor=3.0 + teacher, what=f"{what}, all weights")
+            return self._training(step, self._all(step.trains), factor=3.0 + teacher, what=f"{what}, all weights")
         return self._evaluation(step)
 
     def _published(self, converted: Converted) -> list[str]:
@@ -96,8 +98,24 @@ class Counting:
         return len(layers.converted(step.layers, select, count))
 
     def _new(self, step: Swap) -> dict[str, int]:
-        counts: dict[str, int] = step.config.parameters(self.arch)  # type: ignore[attr-defined]
+        counts = self._form(step).parameters(self.arch)
         return {group: n * self._layers(step) for group, n in counts.items()}
+
+    def _form(self, step: Swap) -> Form:
+        assert isinstance(step.config, Form), "every attention/<name>/config.py has a Form"
+        return step.config
+
+    def _added(self) -> int:
+        """Parameters of the swapped model beyond the plain one's."""
+        swap = self._swap()
+        return self._form(swap).added(self.arch) * self._layers(swap) if swap else 0
+
+    def _all(self, trains: Sequence[str]) -> int:
+        """What trains where all weights do: everything but the form's own groups that are not named."""
+        swap = self._swap()
+        apart = {n: c for n, c in self._new(swap).items() if n not in self._form(swap).PROJECTIONS} if swap else {}
+        left_out = sum(c for n, c in apart.items() if n not in trains)
+        return families.parameters(self.arch)["total"] + self._added() - left_out
 
     def _groups(self, names: Sequence[str]) -> int:
         swap = self._swap()
@@ -114,9 +132,7 @@ class Counting:
         swap = self._swap()
         if swap is None:
             return 0.0
-        features = swap.config.features(self.arch)  # type: ignore[attr-defined]
-        head = 8 * window * self.arch.head_dim + 2 * window * features + 6 * features * self.arch.head_dim
-        return float(head * self.arch.num_attention_heads * self._layers(swap))
+        return self._form(swap).flops(self.arch, window) * self._layers(swap)
 
     def _rows(self, data: Data, length: int) -> int | None:
         """Rows of one epoch by what is said or seen of the sources' size; None where neither is there."""
@@ -182,8 +198,7 @@ class Counting:
         per_token = factor * self._forward(schedule.length) + 3.0 * operator
         if isinstance(step, Tune) and schedule.gradient_checkpointing:
             per_token += self._forward(schedule.length)
-        swap = self._swap()
-        total = families.parameters(self.arch)["total"] + (sum(self._new(swap).values()) if swap else 0)
+        total = families.parameters(self.arch)["total"] + self._added()
         return {
             "what": what,
             "reads": describe_data(step.data),
@@ -211,12 +226,10 @@ class Counting:
         else:
             tokens = max((e.batch * getattr(e, "length", 512) for s in suites_of(step) for e in s.evals), default=0)  # type: ignore[attr-defined]
         swap = self._swap()
-        features = swap.config.features(arch) if swap else 0  # type: ignore[attr-defined]
+        saved = self._form(swap).saved(arch) if swap else 0
         heads = arch.num_attention_heads
-        # Saved for backward in one layer: inputs of the projections, q k v, features of queries and keys, three of the MLP.
-        layer = tokens * (
-            4 * arch.hidden_size + 4 * heads * arch.head_dim + 2 * heads * features + 3 * arch.intermediate_size
-        )
+        # Saved for backward in one layer: inputs of the projections, q k v, what the form adds, three of the MLP.
+        layer = tokens * (4 * arch.hidden_size + 4 * heads * arch.head_dim + saved + 3 * arch.intermediate_size)
         if isinstance(step, Tune):
             checkpointed = step.schedule.gradient_checkpointing
             kept = (
@@ -261,10 +274,14 @@ def suites_of(step: Evaluate) -> tuple[Suite, ...]:
     return tuple(s for s in step.suites if isinstance(s, Suite))
 
 
-def lora_parameters(lora: Lora, arch: Architecture) -> int:
-    """Adapter weights: rank x (in + out) for each named projection of each layer."""
-    shapes = families.shapes(arch)
-    return arch.num_hidden_layers * sum(lora.rank * sum(shapes[t]) for t in lora.targets)
+def lora_parameters(lora: Lora, arch: Architecture, form: Form | None = None, swapped: int = 0) -> int:
+    """Adapter weights: rank x (in + out) for each named projection of each layer; `swapped` layers have the form's shapes."""
+
+    def layer(shapes: Mapping[str, tuple[int, int]]) -> int:
+        return sum(lora.rank * sum(shapes[t]) for t in lora.targets)
+
+    kept = (arch.num_hidden_layers - swapped) * layer(families.shapes(arch))
+    return kept + (swapped * layer(form.shapes(arch)) if form else 0)
 
 
 def describe_loss(step: Tune) -> str:

@@ -13,12 +13,14 @@ from typing import Any
 
 import yaml
 
+from .attention.form import Form
 from .files import write_atomically
 from .load import load_suite, read_student
 from .mistakes import nearest
 from .records import SHRUNK
 from .reuse import digest_folder, home
 from .shipped import POCKET, SHIPPED
+from .states import resolve
 
 STATES = ("softmax", "hybrid", "window", "linear", "linear_outside", "sinks", "none")
 
@@ -103,7 +105,7 @@ def _diagnosis(
 
 def _of_student(path: Path, *, teacher: str | None, suites: Sequence[str], dtype: str | None) -> dict[str, Any]:
     try:
-        student, _ = read_student(path)
+        student, architecture = read_student(path)
     except ValueError as error:
         raise DiagnoseError(str(error)) from error
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -112,6 +114,9 @@ def _of_student(path: Path, *, teacher: str | None, suites: Sequence[str], dtype
     model |= _teacher(teacher) if teacher else _its_own_teacher(origin.get("teacher"), path)
     model["dtype"] = dtype or ("bfloat16" if "bfloat16" in str(config.get("dtype")) else "float32")
     kept = [s for s in STATES if s != "sinks" or "sinks" in student.state.branches]
+    if isinstance(form := student.config, Form):
+        resolved = ((s, resolve(s, student.state).state) for s in kept)
+        kept = [s for s, state in resolved if state is None or not form.refuses(s, state, architecture)]
     return {
         "name": (SHRUNK if str(origin.get("recipe")).startswith(SHRUNK) else "") + _name(_folder(path)),
         "about": {"claim": f"what each branch of {_folder(path)} does"},

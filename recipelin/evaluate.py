@@ -195,7 +195,7 @@ class Evaluator:
             else:
                 model, words = held.get(named.weights)
                 if found_forms := swap.forms(model):
-                    kernels["hybrid_attention"] = found_forms[0].kernel
+                    kernels[found_forms[0].OPERATOR] = found_forms[0].kernel
                 more = references[config.model_dump_json(), seed]
                 results = self.one(config, model, words, named, seed=seed, **more)
                 write_atomically(path, json.dumps([r.model_dump_json() for r in results]).encode())

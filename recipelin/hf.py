@@ -23,7 +23,7 @@ from .families import Architecture, Family
 from .masks import segments_of
 from .states import State
 from .steps import Swap
-from .swap import forms, mark_merged, swap, switch
+from .swap import forget_teacher, forms, swap, switch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -82,7 +82,7 @@ class _StudentForCausalLM(_Student):
     """A converted model with its language-model head; loads with AutoModelForCausalLM after `import recipelin.hf`."""
 
     _inner: type
-    _keep_in_fp32_modules_strict = ["feature_map_q", "feature_map_k", "mix", "log_scale"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["feature_map_q", "feature_map_k", "mix", "log_scale", "A_log", "dt_bias"]  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:
         layout = config.recipelin
@@ -100,7 +100,7 @@ class _StudentForCausalLM(_Student):
         structure = form.Config.model_validate_json(json.dumps(layout["config"]))
         swap(self, Swap(form=layout["form"], config=structure, layers=tuple(layout["layers"])), seed=0)
         switch(self, State.model_validate_json(json.dumps(layout["state"])))
-        mark_merged(self)  # what is loaded are the student's projections: there is no teacher to restore
+        forget_teacher(self)  # what is loaded are the student's projections: there is no teacher to restore
         self.post_init()  # type: ignore[attr-defined]
 
     def _prepare_cache_for_generation(

@@ -60,7 +60,7 @@ def real_tokens(attention_mask: Any) -> Tensor | None:
         return attention_mask.bool()
     found = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
     raise ValueError(
-        f"a hybrid layer got the mask {found}, in which padding cannot be told from causality; "
+        f"a swapped layer got the mask {found}, in which padding cannot be told from causality; "
         f"set the model's attention implementation to {ATTENTION!r} (recipelin.swap and recipelin.hf do)"
     )
 
@@ -75,6 +75,22 @@ def segments_of(position_ids: Tensor | None, key_mask: Tensor | None) -> Tensor 
     if not bool(begins.any()):
         return None
     return _numbered(begins)
+
+
+def rows_of(
+    attention_mask: Any, position_ids: Tensor | None, segment_ids: Tensor | None, length: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(real tokens so far [B, seen], of this call [B, length], segments [B, length]) of a swapped layer's call.
+
+    None: all are real; no document ends. Segments are those given, or where positions begin anew.
+    """
+    real = real_tokens(attention_mask)
+    key_mask = None if real is None else real[:, -length:]
+    if key_mask is not None and bool(key_mask.all()):
+        key_mask = None
+    if segment_ids is None:
+        segment_ids = segments_of(position_ids, key_mask)
+    return real, key_mask, segment_ids
 
 
 def runs(segment_ids: Tensor) -> Tensor:

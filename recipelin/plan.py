@@ -10,10 +10,12 @@ from typing import Any
 from pydantic import SerializeAsAny, ValidationError
 
 from . import families, layers, lookup, reads
+from .attention.form import Form
 from .attention.hybrid.config import Config as Hybrid
 from .base import Config
 from .cost import Cost, Counting, suites_of
 from .families import Architecture
+from .formcheck import form_of, unfit
 from .load import Loaded, load_suite
 from .mistakes import PlanError, among, listed, placed
 from .recipe import StateOf, Suite
@@ -53,7 +55,7 @@ class Plan(Config):
     def reach(self) -> int | None:
         """The farthest that a linear branch may look, the query included: the teacher's own window; None: no limit."""
         swap = next((p.step for p in self.steps if isinstance(p.step, Swap)), None)
-        if swap is None or not isinstance(swap.config, Hybrid):
+        if swap is None or not isinstance(swap.config, Form):
             return None
         select = next((p.step for p in self.steps if isinstance(p.step, Select)), None)
         found = [swap.config.reach(self.architecture, i) for i in layers.converted(swap.layers, select, self.layers)]
@@ -186,10 +188,12 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     _refuse_watching_the_test(loaded, found)
     hybrid = next((s.state for s in reversed(found) if isinstance(s, Switch)), None)
     _refuse_branches_of_a_plain_model(loaded, hybrid, found)
+    for where, text in unfit(arch, found):
+        raise refusal(loaded, where, text)
     found.append(
         Evaluate(
             suites=recipe.eval.suites,
-            states=_states(loaded, hybrid),
+            states=_states(loaded, arch, hybrid, form_of(found)),
             hybrid=hybrid,
             seeds=recipe.eval.seeds,
             margin=recipe.eval.margin,
@@ -387,6 +391,8 @@ def _refuse_signed_scale(loaded: Loaded, steps: Sequence[Step]) -> None:
 
 def _refuse_empty_calibration(loaded: Loaded, arch: Architecture, steps: Sequence[Step]) -> None:
     """c_h is calibrated on the keys outside the window: PlanError where the rows of a swapped layer have none."""
+    if not isinstance(form_of(steps), Hybrid):
+        return
     state, swapped = State(), tuple(range(arch.num_hidden_layers))
     select = next((s for s in steps if isinstance(s, Select)), None)
     for step in steps:
@@ -429,8 +435,12 @@ def _refuse_padding(loaded: Loaded, steps: Sequence[Step]) -> None:
                     raise refusal(loaded, ("eval", "suites"), text)
 
 
-def _states(loaded: Loaded, hybrid: State | None) -> tuple[NamedState, ...]:
-    """The states to evaluate, resolved; the subsets that Shapley values need are added at the end."""
+def _states(loaded: Loaded, arch: Architecture, hybrid: State | None, form: Form | None) -> tuple[NamedState, ...]:
+    """The states to evaluate, resolved; the subsets that Shapley values need are added at the end.
+
+    Of the states that nobody asked for, those that the form does not have are left out.
+    """
+    asked = "states" in loaded.recipe.eval.model_fields_set
     found: list[NamedState] = []
     for index, entry in enumerate(loaded.recipe.eval.states):
         where: Where = ("eval", "states", index)
@@ -460,6 +470,10 @@ def _states(loaded: Loaded, hybrid: State | None) -> tuple[NamedState, ...]:
                 wrong = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
                 raise refusal(loaded, where, f"eval.states: {entry.name!r}: {wrong}") from error
             state = NamedState(name=entry.name, weights="student", state=changed)
+        if form and state.state and (why := form.refuses(state.name, state.state, arch)):
+            if not asked:
+                continue
+            raise refusal(loaded, where, f"eval.states: {state.name!r}: {why}")
         found.append(state)
     names = [s.name for s in found]
     if twice := sorted({n for n in names if names.count(n) > 1}):

@@ -182,7 +182,8 @@ class Evaluation(Config):
     suites: Annotated[tuple[Suite, ...], Field(min_length=1)] = Field(description="in YAML: names of recipes/suites")
     states: Annotated[tuple[str | StateOf, ...], Field(min_length=1)] = Field(
         ("teacher", "softmax", "hybrid", "window", "linear", "linear_outside", "none"),
-        description="DESIGN §6; the subsets that the Shapley values need are added",
+        description="DESIGN §6; the subsets that the Shapley values need are added, and of this default those are left out that "
+        "the form does not have (gated_delta has no window)",
     )
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = Field(
         (0,), description="draws of generated items (recall, next line)"

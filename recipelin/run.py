@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from . import data, heatmap, hf, layers, lolcats_checkpoint, memory, reads, records, reuse, spool, stages, swap
+from . import data, heatmap, hf, layers, lolcats_checkpoint, memory, reads, records, reuse, spool, stages, stock, swap
 from .evaluate import Evaluator
 from .load import Loaded
 from .naming import default_folder
@@ -43,9 +43,10 @@ def run(
 ) -> Path:
     """Carry out one recipe (a point of its grid) and return its folder.
 
-    The folder holds record.json, items.jsonl.gz, table.md, model/, tasks/ and logs/; with the evaluation `usage` also
-    usage.json.gz and its heat maps, usage.png. Finished steps of earlier runs are reused; an interrupted step goes on from
-    its last checkpoint. Raises RunError, stages.StageError, PlanError, SourceError, lolcats_checkpoint.PublishedError.
+    The folder holds record.json, items.jsonl.gz, table.md, model/, tasks/ and logs/; of form `native` also stock/; with the
+    evaluation `usage` also usage.json.gz and its heat maps, usage.png. Finished steps of earlier runs are reused; an
+    interrupted step goes on from its last checkpoint. Raises RunError, stages.StageError, PlanError, SourceError,
+    lolcats_checkpoint.PublishedError.
     """
     planned = plan(loaded, allow_code=allow_code)
     place = choose_device(device)
@@ -205,7 +206,8 @@ class _Walk:
                 swap.swap(self.model, step.model_copy(update={"layers": where}), seed=self.plan.seed)
                 if self.published:
                     lolcats_checkpoint.lay(self.model, self.published)
-                self.kernels["hybrid_attention"] = swap.forms(self.model)[0].kernel
+                form = swap.forms(self.model)[0]
+                self.kernels[form.OPERATOR] = form.kernel
             else:
                 swap.switch(self.model, step.state)
             self.times.append(
@@ -390,10 +392,12 @@ class _Walk:
         exported = student or self.folder / "model"
         if student is None:
             hf.export(self.model, self.tokenizer, exported, hybrid=step.hybrid, origin=self._origin())
+            if (found := swap.forms(self.model)) and found[0].config.STOCK:
+                stock.export(self.model, self.tokenizer, self.folder / "stock")
         del self.model
-        found = self._evaluator().all(step, exported, self.tokenizer)
-        self.results += found.results
-        self.kernels |= found.kernels
+        measured = self._evaluator().all(step, exported, self.tokenizer)
+        self.results += measured.results
+        self.kernels |= measured.kernels
 
     def _evaluator(self) -> Evaluator:
         return Evaluator(

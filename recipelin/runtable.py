@@ -14,7 +14,7 @@ from .records import SHRUNK, Items, Record, bands_path, picture_path
 from .render import DASH, WIDTH, Block, Cell, Number, Table, plus_minus
 from .states import State, subsets
 from .statistics import Draws, Interval, compare, gap, interval_of, ratio, recovery, retention, shapley
-from .verdict import RULE, judge, verdict
+from .verdict import RULE, comparable, judge, verdict
 
 MEANING = {
     "gap": "(window - hybrid)/(window - teacher) in log-loss, alike in scores: what of the window's loss comes back; negative: "
@@ -34,7 +34,7 @@ def run_table(record: Record, items: Items, *, place: Path | None = None) -> Tab
     states = tuple(dict.fromkeys(row.state for row in record.rows))
     judged = verdict(record, items)
     blocks = [*_narrow(_scores(found, states)), *_narrow(_recovered(found, states))]
-    if "linear" in record.branches:
+    if comparable(record):
         blocks.append(_branches(record, found))
     blocks += _distances(by_distance(record, items), states)
     blocks += [narrow for block in cost_blocks(record) for narrow in _narrow(block)]
@@ -333,7 +333,7 @@ def _legend(record: Record, found: Sequence[Measure], items: Items) -> tuple[str
             f"recall near, far: distance up to, beyond {limit} tokens = {record.layers} layers x "
             f"(window {record.window} - 1), the farthest that a stack of windows can see."
         )
-    if "linear" in record.branches:
+    if comparable(record):
         margin = f"{record.margin:g} ({record.margin * 100:g} points of a score, {record.margin:g} nats)"
         lines += [
             "exposed items: at least half of their scored tokens are exposed. Differences: larger is better (a "

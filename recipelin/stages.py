@@ -129,7 +129,7 @@ def tune(
         groups["lora"] = [p for n, p in model.named_parameters() if ".lora_" in n]
         own = [p for ps in groups.values() for p in ps]
     else:
-        apart = {id(p) for p in form_parameters(model).values()}
+        apart = {id(p) for p in form_parameters(model, projections=False).values()}
         own = [p for p in model.parameters() if id(p) not in apart] + [p for ps in groups.values() for p in ps]
         mine = {id(p) for p in own}
         for name, part in (("attention_norms", ".input_layernorm."), ("attention", ".self_attn.")):

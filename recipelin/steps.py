@@ -13,7 +13,18 @@ from .states import NamedState, State
 Policy = Literal["uniform", "lm_ppl", "single_keep_ppl", "kl_stage2", "explicit"]
 Objective = Literal["weights", "outputs", "hybrid_weights", "hybrid_outputs", "block_outputs"]
 BlockLoss = Literal["mse", "l2norm"]
-Trained = Literal["feature_maps", "mix", "log_scale"]
+Trained = Literal[
+    "feature_maps",
+    "mix",
+    "log_scale",
+    "projections",
+    "output_projection",
+    "decay",
+    "write_gate",
+    "output_gate",
+    "output_norm",
+    "short_convolution",
+]  # groups of parameters of the forms: the first three of hybrid, the others of gated_delta and native
 
 
 class StepsError(ValueError):

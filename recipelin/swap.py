@@ -19,7 +19,7 @@ _MERGED = "_recipelin_merged"
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What a swap did: layers, and the new parameters that it brought."""
+    """What a swap did: layers, and by how many parameters the model grew."""
 
     layers: tuple[int, ...]
     new_parameters: int
@@ -32,7 +32,7 @@ def architecture_of(model: Any) -> Architecture:
 
 
 def swap(model: Any, step: Swap, *, seed: int) -> SwapReport:
-    """Put the form of `step` into its layers; the projections stay the same parameters.
+    """Put the form of `step` into its layers; it shares the teacher's projections, or copies them (the form's choice).
 
     Raises ValueError for an unsupported family, a layer that is not there, or one that is swapped already.
     """
@@ -53,8 +53,8 @@ def swap(model: Any, step: Swap, *, seed: int) -> SwapReport:
         made = form.from_softmax(
             layer.self_attn, config=step.config, architecture=architecture, layer_index=index, seed=seed
         )
-        new += sum(p.numel() for group in made.groups().values() for p in group)
-        # Past nn.Module's own bookkeeping: the kept module shares its projections and must not be saved twice.
+        new += sum(p.numel() for p in made.parameters()) - sum(p.numel() for p in layer.self_attn.parameters())
+        # Past nn.Module's own bookkeeping: the kept module may share its projections and must not be saved twice.
         object.__setattr__(layer, _KEPT, layer.self_attn)
         made.train(layer.self_attn.training)
         layer.self_attn = made
@@ -88,6 +88,16 @@ def softmax_in(model: Any, layer: int) -> Iterator[None]:
         at.self_attn = form
 
 
+def forget_teacher(model: Any) -> None:
+    """Let go of the softmax modules that swapped layers took the place of: those of a loaded student were never loaded."""
+    for layer in model.model.layers:
+        if hasattr(layer, _KEPT):
+            object.__delattr__(layer, _KEPT)
+        if hasattr(layer.self_attn, "teacher"):
+            object.__setattr__(layer.self_attn, "teacher", None)
+    mark_merged(model)
+
+
 def mark_merged(model: Any) -> None:
     """Say that the projections are no longer the teacher's."""
     object.__setattr__(model, _MERGED, True)
@@ -117,9 +127,15 @@ def state_of(model: Any) -> State | None:
     return found[0].state if found else None
 
 
-def form_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """The forms' own parameters by their names in the model."""
-    own = {id(p) for form in forms(model) for group in form.groups().values() for p in group}
+def form_parameters(model: Any, *, projections: bool = True) -> dict[str, nn.Parameter]:
+    """The forms' own parameters by their names in the model; without `projections`, those that only `trains` names."""
+    own = {
+        id(p)
+        for form in forms(model)
+        for name, group in form.groups().items()
+        if projections or name not in form.config.PROJECTIONS
+        for p in group
+    }
     return {name: p for name, p in model.named_parameters() if id(p) in own}
 
 

@@ -25,7 +25,7 @@ from .runtable import MEANING, brought, mean_of, run_table, scale, score_cell
 from .statistics import Draws, Interval, interval_of, recovery
 from .strict_yaml import read_yaml
 from .tablespec import EXPECTED, TRUST, Column, Printed, Spec, TableRow, read_spec
-from .verdict import RULE, judge
+from .verdict import RULE, comparable, judge
 
 CURVES = (
     "tokens to a target: millions of training tokens of the stage until it is first met; between two points the value is "
@@ -249,7 +249,7 @@ def _verdicts(sources: dict[tuple[str, ...], Source]) -> tuple[str, ...]:
     """One line a recipe that has a linear branch, and the rule."""
     lines = []
     for names, source in sources.items():
-        if source.chosen and "linear" in source.chosen[0].record.branches:
+        if source.chosen and comparable(source.chosen[0].record):
             found = judge(source.measures, source.chosen[0].record.margin)
             lines.append(f"**{', '.join(names)}**: verdict {found.sentence}")
     return (*lines, f"Rule: {RULE}") if lines else ()

@@ -42,12 +42,20 @@ class Verdict(Config):
     per_metric: tuple[OfMetric, ...] = ()
 
 
+def comparable(record: Record) -> bool:
+    """Whether the student has a linear branch beside a window that it can be judged against; gated_delta has no window."""
+    return "linear" in record.branches and not (record.branches == ("linear",) and record.window is None)
+
+
 def verdict(record: Record, items: Items) -> Verdict:
     """The verdict of one Record from the items of its states `teacher`, `window` and `hybrid`. See `RULE`."""
     if "linear" not in record.branches:
         return Verdict(
             word="not testable", metric=None, sentence="not testable: this model has no linear branch to judge."
         )
+    if not comparable(record):
+        text = "its linear layers have no window beside them to be judged against; compare `hybrid` with `none` and `teacher`"
+        return Verdict(word="not testable", metric=None, sentence=f"not testable: {text}.")
     return judge(measures([record], [items]), record.margin)
 
 

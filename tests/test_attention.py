@@ -1,4 +1,4 @@
-"""The laws of DESIGN §5, for every form of recipelin/attention, and what belongs to the hybrid alone."""
+"""The laws of DESIGN §5 that belong to the hybrid: windows, joins, sinks, feature maps. What holds for all: test_forms.py."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import recipelin.hf as hf
-from recipelin import families, lookup
+from recipelin import families
 from recipelin.attention.hybrid.config import Config, FeatureMap
 from recipelin.cache import state_bytes
 from recipelin.states import NAMES, State, resolve, subsets
@@ -15,13 +15,8 @@ from recipelin.steps import Swap
 from recipelin.swap import architecture_of, forms, mark_merged, observing, recording, restore, swap, switch
 from recipelin_kernels import weight_transfer_loss
 
-FORMS = lookup.names("attention")
 JOINS = ("shared", "absolute", "replace", "average", "sum")
 GROUPS = ((2, 2), (6, 2), (4, 1))
-
-
-def test_the_folder_is_covered():
-    assert FORMS == ("hybrid",), "a new form: extend these laws to it"
 
 
 def swapped(model, state: State, *, seed: int = 0, **config):

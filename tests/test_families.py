@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import recipelin.hf as hf
 from recipelin import families
 from recipelin.attention.hybrid.config import Config, FeatureMap
-from recipelin.cache import HybridLayer, state_bytes
+from recipelin.cache import StateLayer, state_bytes
 from recipelin.data import Batch
 from recipelin.families import architecture, config_json
 from recipelin.losses import hidden_states, token_loss
@@ -267,7 +267,7 @@ def test_prefill_in_parts_is_one_prefill_and_the_cache_stays_constant(student, l
         found.append(part)
         sizes.add(state_bytes(cache))
     assert (torch.cat(found, 1) - whole)[mask.bool()].abs().max() < 1e-5
-    assert [isinstance(x, HybridLayer) for x in cache.layers] == [layers == "all", True]
+    assert [isinstance(x, StateLayer) for x in cache.layers] == [layers == "all", True]
     assert len(sizes) == 1
 
 

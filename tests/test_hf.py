@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, S
 
 import recipelin.hf as hf
 from recipelin.attention.hybrid.config import Config, FeatureMap
-from recipelin.cache import HybridLayer, state_bytes
+from recipelin.cache import StateLayer, state_bytes
 from recipelin.data import train_tokenizer
 from recipelin.states import State, resolve
 from recipelin.steps import Swap
@@ -197,7 +197,7 @@ def test_a_plain_call_makes_the_cache_itself(student):
     assert (found.logits - logits(model, ids)).abs().max() < 1e-5
     assert len(found.hidden_states) == 3 and torch.isfinite(found.loss)
     cache = found.past_key_values
-    assert all(isinstance(layer, HybridLayer) for layer in cache.layers)
+    assert all(isinstance(layer, StateLayer) for layer in cache.layers)
     assert cache.get_seq_length() == 23 and cache.get_mask_sizes(4, 0) == (27, 0)
     cache.reset()
     assert cache.get_seq_length() == 0 and state_bytes(cache) == 0
@@ -215,7 +215,7 @@ def test_prefill_in_parts_with_padding(student, state, layers):
         found.append(part)
     real = mask.bool()
     assert (torch.cat(found, 1) - whole)[real].abs().max() < 1e-5
-    assert [isinstance(x, HybridLayer) for x in cache.layers] == [layers == "all", True]
+    assert [isinstance(x, StateLayer) for x in cache.layers] == [layers == "all", True]
 
 
 @pytest.mark.parametrize("layers", ["all", (1,)], ids=["all", "mixed"])
@@ -273,7 +273,7 @@ def test_caches_that_cannot_work_are_refused(student):
         model(ids[:, :1], past_key_values=begun)
     hybrid = model(ids).past_key_values
     switch(model, resolve("softmax", HYBRID).state)
-    with pytest.raises(ValueError, match="belongs to a hybrid"):
+    with pytest.raises(ValueError, match="belongs to a swapped layer"):
         model(ids[:, :1], past_key_values=hybrid)
     with pytest.raises(ValueError, match="take no cache"), recording(model, lambda *_: None):
         model(ids, use_cache=True)

@@ -74,7 +74,7 @@ def test_a_swapped_instance_of_a_stock_class_makes_and_takes_stock_caches(tiny):
         found = model(ids[:, :13])
         rest = model(ids[:, 13:], past_key_values=found.past_key_values)
     assert (torch.cat((found.logits, rest.logits), 1) - logits(model, ids)).abs().max() < 1e-5
-    assert [type(x).__name__ for x in rest.past_key_values.layers] == ["HybridLayer", "DynamicLayer", "HybridLayer"]
+    assert [type(x).__name__ for x in rest.past_key_values.layers] == ["StateLayer", "DynamicLayer", "StateLayer"]
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -11,15 +11,7 @@ from ..swap import forms
 
 def cannot_generate(model: Any) -> str:
     """Why the model keeps no cache in its state; empty where it does."""
-    for form in forms(model):
-        softmax = (
-            form.state.window == "full" and "window" in form.state.branches and "linear" not in form.state.branches
-        )
-        if form.state.window == "full" and not softmax:
-            return "window `full` beside a linear branch keeps no cache"
-        if form.config.kernel == "reference" and form.state.branches and not softmax:
-            return "kernel `reference` keeps no cache"
-    return ""
+    return next((why for form in forms(model) if (why := form.no_cache)), "")
 
 
 @torch.no_grad()

@@ -42,8 +42,13 @@ class HybridState:
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in vars(self).values())
 
+    @property
+    def batch(self) -> int:
+        return self.sums.shape[0]
+
     def select(self, index: Tensor) -> "HybridState":
         """The rows of a batch that `index` names (beam search)."""
+        index = index.to(self.sums.device)
         return HybridState(**{n: x.index_select(0, index) for n, x in vars(self).items()})
 
 

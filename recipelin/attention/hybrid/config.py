@@ -1,11 +1,12 @@
 """Structure of the `hybrid` form (no torch): feature maps and their parameter counts."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from ...base import Config as Base
 from ...families import Architecture
+from ..form import Form
 
 
 class FeatureMap(Base):
@@ -72,11 +73,19 @@ class FeatureMap(Base):
         return found + (head_dim if self.token_scale else 0)
 
 
-class Config(Base):
+class Config(Form):
     """Softmax over a window joined with linear attention over the rest (DESIGN §5).
 
     Sample YAML: `{feature_map: {width: 2}, mix: 0.1}`
     """
+
+    OBJECTIVES: ClassVar[tuple[str, ...]] = (
+        "weights",
+        "outputs",
+        "hybrid_weights",
+        "hybrid_outputs",
+        "block_outputs",
+    )
 
     feature_map: FeatureMap = FeatureMap()
     mix: Annotated[float, Field(gt=0, lt=1)] = Field(
@@ -110,3 +119,12 @@ class Config(Base):
             "mix": architecture.num_attention_heads,
             "log_scale": architecture.num_attention_heads,
         }
+
+    def flops(self, architecture: Architecture, keys: int) -> float:
+        """8 w d + 2 w F + 6 F d a head, w = `keys`, in chunks as long (facts/performance.md §2)."""
+        d, features = architecture.head_dim, self.features(architecture)
+        return float(architecture.num_attention_heads * (8 * keys * d + 2 * keys * features + 6 * features * d))
+
+    def saved(self, architecture: Architecture) -> int:
+        """Features of queries and keys."""
+        return 2 * architecture.num_attention_heads * self.features(architecture)

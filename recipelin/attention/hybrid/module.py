@@ -1,7 +1,6 @@
 """The `hybrid` form: the module that takes the place of a layer's softmax attention."""
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,12 +15,13 @@ from recipelin_kernels import (
     weight_transfer_loss,
 )
 
-from ...cache import HybridLayer, hybrid_entry
+from ...cache import StateLayer, state_entry
 from ...families import Architecture, family
-from ...masks import real_tokens, runs, segments_of
+from ...masks import rows_of
 from ...states import State
 from ..block_loss import block_loss
 from ..captured import Captured, Drop
+from ..softmax import causal_softmax, project, rotation
 from .calibration import LogScaleCalibration
 from .config import Config
 from .feature_map import HeadFeatureMap
@@ -38,6 +38,7 @@ class HybridAttention(nn.Module):
     """
 
     NAME = "hybrid"
+    OPERATOR = "hybrid_attention"
 
     def __init__(
         self, attention: Any, *, config: Config, architecture: Architecture, layer_index: int, seed: int
@@ -53,8 +54,7 @@ class HybridAttention(nn.Module):
         self.q_norm: nn.Module | None = attention.q_norm if row.qk_norm else None
         self.k_norm: nn.Module | None = attention.k_norm if row.qk_norm else None
         self.own_window = architecture.own_window(layer_index)
-        modeling = import_module(row.modeling)
-        self._rotate: Callable[..., tuple[Tensor, Tensor]] = modeling.apply_rotary_pos_emb
+        self._rotate = rotation(architecture)
         key_heads = (
             architecture.num_attention_heads
             if config.feature_map.key_heads == "query"
@@ -94,6 +94,22 @@ class HybridAttention(nn.Module):
         """The implementation of hybrid_attention that runs."""
         return resolve_kernel(self.config.kernel, self.q_proj.weight.device)
 
+    @property
+    def is_softmax(self) -> bool:
+        """Whether its state is causal softmax over all keys."""
+        return self.state.window == "full" and "window" in self.state.branches and "linear" not in self.state.branches
+
+    @property
+    def no_cache(self) -> str:
+        """Why it keeps no cache in its state; empty where it does."""
+        if self.is_softmax:
+            return ""
+        if self.state.window == "full":
+            return "window `full` beside a linear branch keeps no cache"
+        if self.config.kernel == "reference" and self.state.branches:
+            return "kernel `reference` keeps no cache"
+        return ""
+
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def forward(
@@ -109,24 +125,20 @@ class HybridAttention(nn.Module):
         if position_embeddings is None:
             raise ValueError("HybridAttention needs position_embeddings (cos, sin)")
         q, k, v = self.project(hidden_states, position_embeddings)
-        real = real_tokens(attention_mask)
-        key_mask = None if real is None else real[:, -q.shape[2] :]
-        if key_mask is not None and bool(key_mask.all()):
-            key_mask = None
-        if segment_ids is None:
-            segment_ids = segments_of(position_ids, key_mask)
+        real, key_mask, segment_ids = rows_of(attention_mask, position_ids, segment_ids, q.shape[2])
         if past_key_values is not None and (segment_ids is not None or self.recorder is not None):
             raise ValueError("packed rows and recording take no cache: pass use_cache=False")
         if self.recorder is not None:
             y = self._record(q, k, v, key_mask, segment_ids)
-        elif self.state.window == "full" and "window" in self.state.branches and "linear" not in self.state.branches:
+        elif self.is_softmax:
             if past_key_values is not None:
                 k, v = past_key_values.update(k, v, self.layer_index)
-            y = self._softmax(q, k, v, real, segment_ids)
+            own = self.own_window
+            y = causal_softmax(q, k, v, scale=self.scaling, window=own, real=real, segment_ids=segment_ids)
         else:
             if self.state.window == "full" and past_key_values is not None:
-                raise ValueError("window `full` beside a linear branch keeps no cache: pass use_cache=False")
-            layer = None if past_key_values is None else hybrid_entry(past_key_values, self.layer_index)
+                raise ValueError(f"{self.no_cache}: pass use_cache=False")
+            layer = None if past_key_values is None else state_entry(past_key_values, self.layer_index)
             y = self.attend(q, k, v, key_mask=key_mask, segment_ids=segment_ids, layer=layer)
         if self.observer is not None:
             self.observer(self.layer_index, Captured(q, k, v, y, None, key_mask, segment_ids))
@@ -137,15 +149,7 @@ class HybridAttention(nn.Module):
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q [B,H,T,d] and k, v [B,Hkv,T,d] after the family's q/k norm and RoPE."""
-        q, k, v = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        q, k = self._rotate(q, k, *position_embeddings)
-        return q, k, v
+        return project(self, hidden_states, position_embeddings, head_dim=self.head_dim, rotate=self._rotate)
 
     def attend(
         self,
@@ -155,7 +159,7 @@ class HybridAttention(nn.Module):
         *,
         key_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        layer: HybridLayer | None = None,
+        layer: StateLayer | None = None,
     ) -> Tensor:
         """y [B,H,T,d] before o_proj in `self.state`; goes on from a cache layer, and leaves the next state there."""
         if not self.state.branches:
@@ -207,24 +211,6 @@ class HybridAttention(nn.Module):
             "kernel": self.config.kernel,
             "signed": self.config.feature_map.activation == "none",
         }
-
-    def _softmax(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, segment_ids: Tensor | None) -> Tensor:
-        """Causal softmax over all keys: the teacher's attention with the student's projections. real [B, keys]."""
-        queries, keys, own = q.shape[2], k.shape[2], self.own_window
-        mask = None
-        if real is not None or segment_ids is not None or own or queries != keys:
-            at = torch.arange(keys, device=q.device)
-            behind = at[keys - queries :, None] - at
-            mask = (behind >= 0 if own is None else (behind >= 0) & (behind < own))[None, None]
-            if segment_ids is not None:
-                own_run = runs(segment_ids)
-                mask = mask & (own_run[:, None, :, None] == own_run[:, None, None, :])
-            if real is not None:
-                mask = mask & real[:, None, None, -keys:]  # a windowed cache has forgotten the keys before
-        y = nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return y if real is None else torch.where(real[:, None, -queries:, None], y, 0)
 
     # --- learning from the teacher ------------------------------------------------------------------------------------
 
