@@ -60,7 +60,9 @@ class HeadFeatureMap(nn.Module):
                 u = x[:, :, None].expand(-1, -1, group, -1, -1).reshape(batch, self.heads, length, width)
             else:
                 weight = self.weight.to(exact).view(h, group, width, -1)
-                u = torch.einsum("bhtd,hgdf->bhgtf", x, weight).reshape(batch, self.heads, length, -1)
+                # einsum copies the weights, which for one token is most of the time
+                u = x[:, :, None] @ weight if batch * length == 1 else torch.einsum("bhtd,hgdf->bhgtf", x, weight)
+                u = u.reshape(batch, self.heads, length, -1)
                 if self.config.bias != "none":
                     u = u + self.bias.to(exact)[:, None]
             phi = self._activate(u)

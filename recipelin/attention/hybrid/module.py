@@ -175,7 +175,7 @@ class HybridAttention(nn.Module):
             k,
             v,
             self.feature_map_q(q),
-            self.feature_map_k(k),
+            self.feature_map_k(k) if previous is None else None,  # from a state: only of keys that leave the window
             **options,
             key_mask=key_mask,
             segment_ids=segment_ids,
