@@ -205,7 +205,7 @@ def test_check_knows_recipes_suites_and_table_specs(capsys):
 
 
 def test_dynamic_imports_are_in_lookup_alone():
-    """One exception: the hybrid form takes the rotary function from the family's own module of transformers."""
+    """One exception: the forms take the rotary function from the family's own module of transformers."""
     found = set()
     for path in [*(ROOT / "recipelin").rglob("*.py"), *(ROOT / "kernels" / "recipelin_kernels").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -213,7 +213,7 @@ def test_dynamic_imports_are_in_lookup_alone():
                 called = ast.unparse(node.func).rpartition(".")[2]
                 if called in ("import_module", "__import__", "exec_module", "run_module", "run_path"):
                     found.add(path.relative_to(ROOT).as_posix())
-    assert found <= {"recipelin/lookup.py", "recipelin/attention/hybrid/module.py"} and "recipelin/lookup.py" in found
+    assert found <= {"recipelin/lookup.py", "recipelin/attention/softmax.py"} and "recipelin/lookup.py" in found
 
 
 # --- a new recipe -----------------------------------------------------------------------------------------------------
