@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import yaml
@@ -97,13 +98,19 @@ def _text(name: str, base: Loaded, folder: Path) -> str:
         kept = {k: v for k, v in own.items() if k not in ("name", "extends", "about")}
         copied = rebased(kept, base.path.parent, folder)
     parts = [HEAD.format(name=name, extends=_extends(source, folder))]
+    fields = rebased(usual(base), base.path.parent, folder)
     if copied:
         parts.append(f"\n# What {base.recipe.name} changes; `extends:` has one level, so it stands here again.\n")
-        parts.append(_yaml(copied))
+        for key, value in copied.items():
+            rest = (
+                {k: v for k, v in fields.get(key, {}).items() if k not in value} if isinstance(value, Mapping) else {}
+            )
+            parts.append(f"{key}:\n{indent(_yaml(value), '  ')}" if rest else _yaml({key: value}))
+            parts.append(indent(_yaml(rest), "#   ") if rest else "")
     parts.append(FIELDS.format(parent=base.recipe.name))
-    for key, value in rebased(usual(base), base.path.parent, folder).items():
+    for key, value in fields.items():
         if key not in copied:
-            parts.append("".join(f"# {line}\n" for line in _yaml({key: value}).splitlines()))
+            parts.append(indent(_yaml({key: value}), "# "))
     if not base.recipe.grid:
         parts.append(GRID)
     return "".join(parts)

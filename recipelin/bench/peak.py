@@ -2,11 +2,11 @@
 
 import dataclasses
 import gc
-import importlib
 import json
 import sys
 from pathlib import Path
 
+from .. import lookup
 from .measure import status_kib
 
 
@@ -15,7 +15,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     module, name, fields = json.loads(sys.argv[1])
-    case = getattr(importlib.import_module(module), name)(**fields)
+    case = getattr(lookup.implementation("bars", module.rpartition(".")[2]), name)(**fields)
     dataclasses.replace(case, length=64).make()()  # libraries and thread pools
     call = case.make()
     gc.collect()
