@@ -205,7 +205,7 @@ def claims_table(spec: Claims, records: Sequence[Published]) -> Table:
     chosen = [p for s in used.values() for p in s.chosen]
     return Table(
         title=spec.title,
-        lead=tuple(filter(None, (*dict.fromkeys(scale(p.record) for p in chosen), spec.about, _summary(judged)))),
+        lead=tuple(filter(None, (*scale([p.record for p in chosen]), spec.about, _summary(judged)))),
         blocks=tuple(Block(g, COLUMNS, tuple(_row(j) for j in members)) for g, members in groups.items()),
         conclusions=tuple(_sentence(j) for j in judged),
         notes=(

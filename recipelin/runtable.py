@@ -40,7 +40,7 @@ def run_table(record: Record, items: Items, *, place: Path | None = None) -> Tab
     blocks += [narrow for block in cost_blocks(record) for narrow in _narrow(block)]
     return Table(
         title=f"{record.name}: what each state of the model can do",
-        lead=tuple(filter(None, (scale(record), _unfinished(record)))),
+        lead=tuple(filter(None, (*scale([record]), _unfinished(record)))),
         blocks=tuple(b for b in blocks if b.rows and len(b.columns) > 1),
         conclusions=(f"**Verdict: {judged.word}.** {_after_colon(judged.sentence)}", f"Rule: {RULE}"),
         notes=(
@@ -58,14 +58,19 @@ def _after_colon(sentence: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def scale(record: Record) -> str:
-    if record.name.startswith(SHRUNK):
-        return "**Shrunk**: a tiny random model that trained three steps a stage. These numbers mean nothing but that it runs."
-    parameters = record.plan.get("parameters")
-    if isinstance(parameters, int) and parameters < POCKET_PARAMETERS:
-        size = f"{parameters / 1e6:.2f} M parameters"
-        return f"**Pocket scale**: the teacher has {size}. Nothing here is a result about a large model."
-    return ""
+def scale(records: Sequence[Record]) -> tuple[str, ...]:
+    """What a reader must know of the size of the models before any number of theirs."""
+    found = []
+    if any(r.name.startswith(SHRUNK) for r in records):
+        text = "a tiny random model that trained three steps a stage. These numbers mean nothing but that it runs."
+        found.append(f"**Shrunk**: {text}")
+    whole = [r.plan.get("parameters") for r in records if not r.name.startswith(SHRUNK)]
+    small = sorted({n for n in whole if isinstance(n, int) and n < POCKET_PARAMETERS})
+    if small:
+        of = "the teacher has" if len(small) == 1 else f"{len(small)} teachers have"
+        size = " to ".join(f"{n / 1e6:.2f}" for n in dict.fromkeys((small[0], small[-1])))
+        found.append(f"**Pocket scale**: {of} {size} M parameters. Nothing here is a result about a large model.")
+    return tuple(found)
 
 
 def _unfinished(record: Record) -> str:

@@ -74,7 +74,7 @@ def tabulate(spec: Spec, records: Sequence[Published]) -> Table:
     title = "Ours, ± the 95 % interval" if ran or not beside else "As printed: nothing of it was run here"
     return Table(
         title=spec.title,
-        lead=tuple(filter(None, dict.fromkeys(scale(p.record) for s in sources.values() for p in s.chosen))),
+        lead=scale([p.record for s in sources.values() for p in s.chosen]),
         blocks=(Block(title, ("row", *(["numbers"] if beside else []), *columns), tuple(rows)),),
         conclusions=_verdicts(sources),
         notes=(*_notes(spec, sources), *_without_recipe(spec), *to_run(missing)),
