@@ -338,3 +338,13 @@ def test_columns_of_gap_and_retention(make: Any, tmp_path: Path) -> None:
     path.write_text(text.replace("VALUE", "{label: r, recovery_of: loss, value: gap}"))
     with pytest.raises(RecipeError, match="gap is of a task or of recall"):
         read_spec(path)
+
+
+@pytest.mark.parametrize("name", ["pocket-joins", "pocket-beyond"])
+@pytest.mark.parametrize("page", ["README.md", "results/absolute-join.md"])
+def test_pages_show_the_tables_as_they_are(name: str, page: str) -> None:
+    root = Path(__file__).parents[2]
+    made = (root / "results" / "tables" / f"{name}.md").read_text().splitlines()
+    rows = [line for line in made if line.startswith("|") and not line.startswith("| (")]
+    shown = (root / page).read_text().splitlines()
+    assert len(rows) > 10 and not [row for row in rows if row not in shown]
