@@ -106,7 +106,7 @@ def start(folder: Path, slow: str = "") -> subprocess.Popen[str]:
 
 
 def finish(folder: Path) -> str:
-    said, wrong = (process := start(folder)).communicate(timeout=60)
+    said, wrong = (process := start(folder)).communicate(timeout=240)
     assert process.returncode == 0, wrong
     return said
 
@@ -119,7 +119,7 @@ def test_sigkill_in_a_step_and_in_a_write_ends_bit_equal(tmp_path):
         process = start(folder, where)
         assert process.stdout is not None and process.stdout.readline().strip() in ("step", "writing")
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
         assert process.returncode == -signal.SIGKILL
         known = read_checkpoint(folder / "work", "k")
         assert known is not None and known.step == left

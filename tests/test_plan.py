@@ -277,7 +277,7 @@ def run_front(code: str) -> tuple[str, float]:
         [sys.executable, "-c", guard + code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         cwd=ROOT,
     )
