@@ -26,11 +26,12 @@ from .steps import (
 )
 
 
-def in_layers(recipe: Recipe, layers: ConvertedLayers, *steps: Step) -> tuple[Step, ...]:
+def in_layers(recipe: Recipe, layers: ConvertedLayers, *steps: Step, untrained: int | None = None) -> tuple[Step, ...]:
     """A method's `steps` for all layers, made to convert those that its field `layers` says.
 
     A Choice that measures tries each candidate in the student as the steps before the first `Tune` leave it. For
     `kl_stage2` a `Tune` of all weights on KL(teacher || student) follows, whose `trains` are what those steps trained.
+    `untrained`: how many of `steps` make the student in which `single_keep_ppl` tries; None: those before the first `Tune`.
     """
     if layers == "all":
         return steps
@@ -41,6 +42,7 @@ def in_layers(recipe: Recipe, layers: ConvertedLayers, *steps: Step) -> tuple[St
     probe: list[Any] = []
     if layers.policy in ("single_keep_ppl", "kl_stage2"):
         first = next((i for i, s in enumerate(steps) if isinstance(s, Tune)), len(steps))
+        first = first if untrained is None or layers.policy == "kl_stage2" else untrained
         probe += [_uncurved(s) for s in steps[:first]]
     if layers.tune:
         trains = tuple(dict.fromkeys(name for s in probe if isinstance(s, Transfer) for name in s.trains))
@@ -53,7 +55,9 @@ def in_layers(recipe: Recipe, layers: ConvertedLayers, *steps: Step) -> tuple[St
 
 
 def _uncurved(step: Step) -> Step:
-    """A step of a probe: nothing is measured while it trains."""
+    """A step of a probe: nothing is measured while it trains, or beside what it sets."""
+    if isinstance(step, Calibrate):
+        return step.model_copy(update={"held_out": 0})
     if not isinstance(step, Transfer):
         return step
     return step.model_copy(update={"schedule": step.schedule.model_copy(update={"curve": None})})

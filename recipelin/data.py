@@ -39,6 +39,7 @@ class Batches:
     Row g = (step * accumulation + micro) * batch + row takes a source at random by weight, and that source's row g of a
     seeded permutation made anew for each epoch: one source alone is read completely before any row comes twice. Documents
     are concatenated and cut at `length`; the remainder is dropped, and so are rows in which no token with loss is predicted.
+    `first_rows`: only so many rows of the draw, again and again.
     (LoLCATs keeps a row whose only label is its first token, which is never predicted, and drops the last row where the
     tokens are a multiple of the length: facts/peers.md §A.5, its packing.py.)
     """
@@ -55,9 +56,11 @@ class Batches:
         folder: Path,
         cache: Path | None = None,
         accumulation: int = 1,
+        first_rows: int | None = None,
     ) -> None:
         self.data, self.tokenizer, self.part = data, tokenizer, part
         self.length, self.size, self.accumulation, self.seed = length, batch, accumulation, seed
+        self.first_rows = first_rows
         self._streams = [
             stream(s.text if isinstance(s, Recall) else s, tokenizer, part=part, folder=folder, cache=cache)
             for s in data.mix
@@ -93,7 +96,7 @@ class Batches:
         read = [
             rows for rows, source in zip(self._scored, self.data.mix, strict=True) if not isinstance(source, Recall)
         ]
-        return max(len(rows) for rows in read or self._scored)
+        return self.first_rows or max(len(rows) for rows in read or self._scored)
 
     def batch(self, step: int, micro: int = 0) -> Batch:
         """The rows of one micro-batch of one optimiser step."""
@@ -108,6 +111,7 @@ class Batches:
         )
 
     def _row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        index = index % self.first_rows if self.first_rows else index
         draw = np.random.default_rng([self.seed, index])
         which = int(draw.choice(len(self._weights), p=self._weights))
         source, found = self.data.mix[which], self._streams[which]

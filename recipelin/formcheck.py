@@ -7,7 +7,7 @@ from .attention.form import Form
 from .families import Architecture
 from .mistakes import among
 from .states import NAMES, State, resolve
-from .steps import FromSelect, Select, Step, Swap, Switch, Transfer, Tune
+from .steps import Calibrate, FromSelect, Select, Step, Swap, Switch, Transfer, Tune
 from .strict_yaml import Where
 
 
@@ -35,6 +35,9 @@ def unfit(arch: Architecture, steps: Sequence[Step]) -> Iterator[tuple[Where, st
         elif isinstance(step, Switch):
             state = step.state
             if why := form.refuses("", state, arch):
+                yield ("method",), f"method: {why}"
+        elif isinstance(step, Calibrate):
+            if why := form.refuses_calibration(step.what, step.rule):
                 yield ("method",), f"method: {why}"
         elif isinstance(step, (Transfer, Tune)):
             yield from _unfit_stage(form, arch, step, state)

@@ -65,7 +65,15 @@ class Plan(Config):
 # What cannot change a result stays out of the hash.
 _UNHASHED = {"checkpoint_every", "log_every", "expected_tokens"}
 # A field that came later: at this value it says what was always done, so hashes of published Records hold.
-_UNHASHED_AT_DEFAULT: Mapping[str, object] = {"slot": "marked", "block_loss": "mse", "curve": None}
+_UNHASHED_AT_DEFAULT: Mapping[str, object] = {
+    "slot": "marked",
+    "block_loss": "mse",
+    "curve": None,
+    "rule": None,
+    "held_out": 0,
+    "only_part": None,
+    "first_rows": None,
+}
 _UNHASHED_OF_MODEL = {"architecture", "beyond_context", "converted"}  # the Swap has the last
 
 
@@ -351,7 +359,8 @@ def _refuse_long_rows(loaded: Loaded, arch: Architecture, steps: Sequence[Step])
                 raise refusal(loaded, at, f"method.layers: rows of {longest} tokens; {advice}")
         if isinstance(step, (Calibrate, Transfer, Tune)):
             length = step.length if isinstance(step, Calibrate) else step.schedule.length
-            stage = "transfer" if isinstance(step, Calibrate) else step.stage  # whose rows a calibration has
+            # whose rows a calibration has: those of the stage that goes on from it
+            stage = ("align" if step.rule else "transfer") if isinstance(step, Calibrate) else step.stage
             where: Where = ("schedule", stage, "length")
             if length > context:
                 default = "" if where in loaded.places else ", the default"

@@ -267,14 +267,16 @@ class _Walk:
     def _batches(
         self, source: Data, *, part: Part, length: int, batch: int, stage: str, accumulation: int = 1
     ) -> data.Batches:
-        seed = int(digest({"seed": self.plan.seed, "stage": stage, "part": part})[:8], 16)
+        first_rows = source.first_rows if part == "training" else None
+        drawn_for = {"seed": self.plan.seed, "stage": "any" if first_rows else stage, "part": part}
         found = data.Batches(
             source,
             self.tokenizer,
-            part=part,
+            part=source.only_part or part,
             length=length,
             batch=batch,
-            seed=seed,
+            seed=int(digest(drawn_for)[:8], 16),
+            first_rows=first_rows,
             accumulation=accumulation,
             folder=self.loaded.path.parent,
             cache=reuse.home() / "tokens",
@@ -324,10 +326,10 @@ class _Walk:
         """One training step of `model` (None: the run's); `teacher`, where one is loaded already, for a divergence."""
         model = self.model if model is None else model
         if isinstance(step, Calibrate):
-            batches = self._batches(
-                step.data, part="training", length=step.length, batch=step.batch, stage=f"calibrate {step.what}"
-            )
-            return stages.calibrate(model, step, batches, device=self.device)
+            rows: dict[str, Any] = {"length": step.length, "batch": step.batch, "stage": f"calibrate {step.what}"}
+            batches = self._batches(step.data, part="training", **rows)
+            held_out = self._batches(step.data, part="selection", **rows) if step.held_out else None
+            return stages.calibrate(model, step, batches, device=self.device, held_out=held_out)
         schedule = step.schedule
         sizes: dict[str, Any] = {"length": schedule.length, "batch": schedule.batch, "stage": step.stage}
         batches = self._batches(step.data, part="training", accumulation=schedule.accumulation, **sizes)

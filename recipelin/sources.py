@@ -280,6 +280,16 @@ class Data(Config):
     positions: Literal["run_on", "restart"] = Field(
         "run_on", description="positions across packed documents (LoLCATs: run_on)"
     )
+    only_part: Part | None = Field(
+        None,
+        description="everything that asks this block reads this part, held-out rows too; `test` does what a paper does that "
+        "calibrates on what it reports. null: each its own",
+    )
+    first_rows: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="training on so many rows alone, again and again; stages with the same seed, length and number have the "
+        "same rows (arXiv 2606.16429: 4 of 256 tokens)",
+    )
 
 
 # Packages of the standard library that are not code of its own kind: tests, character tables, games, bundled installers.

@@ -1,7 +1,7 @@
 """The training stages: Transfer (layer-local), Tune (end to end) and Calibrate; one loop serves both trainings."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -188,18 +188,35 @@ def tune(
     return report
 
 
-def calibrate(model: nn.Module, step: Calibrate, batches: BatchSource, *, device: str) -> dict[str, Any]:
-    """Set parameters of the forms from the teacher's activations, without gradients; returns what was set, by layer."""
+def calibrate(
+    model: nn.Module, step: Calibrate, batches: BatchSource, *, device: str, held_out: BatchSource | None = None
+) -> dict[str, Any]:
+    """Set parameters of the forms from the teacher's activations, without gradients; returns what was set, by layer.
+
+    With `step.held_out`, also how near each layer is to the teacher's `before` and `after`, on that many batches of `held_out`.
+    """
     found = forms(model)
     if not found:
         raise StageError("calibrate: no layer of the model is swapped")
-    made = {form.layer_index: form.calibration(step.what) for form in found}
+    made = {form.layer_index: form.calibration(step.what, step.rule) for form in found}
     model.eval()
-    bar = tqdm(range(step.batches), desc=f"calibrate {step.what}", unit="batch", file=sys.stderr, disable=None)
-    for number in bar:
-        with torch.no_grad(), recording(model, lambda index, captured: made[index].add(captured)):
-            hidden_states(model, batches.batch(number).to(device))
-    return {"layers": {str(index): calibration.finish() for index, calibration in made.items()}}
+
+    def show(to: Mapping[int, Any], source: BatchSource, count: int, what: str) -> dict[int, Any]:
+        """What each layer's `to` makes of the teacher's stream."""
+        for number in tqdm(range(count), desc=what, unit="batch", file=sys.stderr, disable=None):
+            with torch.no_grad(), recording(model, lambda index, captured: to[index].add(captured)):
+                hidden_states(model, source.batch(number).to(device))
+        return {index: each.finish() for index, each in to.items()}
+
+    def fits(when: str) -> dict[int, Any]:
+        assert held_out is not None, "a step with held-out batches gets them"
+        return show({f.layer_index: f.fit() for f in found}, held_out, step.held_out, f"held out, {when} {step.what}")
+
+    before = fits("before") if step.held_out else {}
+    done = show(made, batches, step.batches, f"calibrate {step.what}")
+    after = fits("after") if step.held_out else {}
+    shown = {i: {"before": before[i], "after": after[i]} if step.held_out else {} for i in done}
+    return {"layers": {str(index): {**report, **shown[index]} for index, report in done.items()}}
 
 
 # --- what the stages need ---------------------------------------------------------------------------------------------

@@ -65,7 +65,9 @@ class Switch(Config):
 class Calibrate(Config):
     """Set parameters of the form from the teacher's activations, without gradients.
 
-    `what` names a calibration of the form; hybrid has `log_scale` (closed form of c_h).
+    `what` names a calibration of the form; hybrid has `log_scale` (closed form of c_h), gated_delta those of its rules.py,
+    whose settings are `rule`. `held_out`: batches of the selection part on which the report says how near each layer is to
+    the teacher's, before and after.
     """
 
     step: Literal["calibrate"] = "calibrate"
@@ -74,6 +76,8 @@ class Calibrate(Config):
     batches: Annotated[int, Field(ge=1)] = 8
     batch: Annotated[int, Field(ge=1)] = 4
     length: Annotated[int, Field(ge=2)] = 1024
+    rule: SerializeAsAny[Config] | None = None
+    held_out: Annotated[int, Field(ge=0)] = 0
 
 
 class Transfer(Config):

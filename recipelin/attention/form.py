@@ -20,6 +20,10 @@ class Form(Base):
     STOCK: ClassVar[str] = ""
     """model_type of transformers as which a run exports the student too, loadable without recipelin; empty: none."""
 
+    def refuses_calibration(self, what: str, rule: Base | None) -> str:
+        """Why the form has no such calibration, with these settings; empty where it has it."""
+        return f"the form has no calibration {what!r}"
+
     def parameters(self, architecture: Architecture) -> dict[str, int]:
         """Parameters of one layer by the groups that `trains` can name: held against the built module by a test."""
         raise NotImplementedError

@@ -7,8 +7,10 @@ from pydantic import Field, model_validator
 from ... import families
 from ...base import Config as Base
 from ...families import Architecture
+from ...mistakes import among
 from ...states import NAMES, State
 from ..form import Form
+from .rules import RULES, WriteGateRule
 
 STATE = State(branches=("linear",), window="full", cover="all")
 """The student as it is: one linear branch over all keys. Its `softmax` state has no window either."""
@@ -155,6 +157,19 @@ class Config(Form):
     def saved(self, architecture: Architecture) -> int:
         """q, k, v, output and output gate; g and beta."""
         return architecture.num_attention_heads * (5 * architecture.head_dim + 2)
+
+    def refuses_calibration(self, what: str, rule: Base | None) -> str:
+        """A name or settings that it does not have, and parameters that this config leaves out."""
+        kind = next((r for r in RULES if what == r.WHAT), None)
+        if kind is None:
+            return f"the form has no calibration {what!r}{among(what, [r.WHAT for r in RULES], 'it has')}"
+        if not isinstance(rule, kind):
+            return f"calibration {what!r} takes a {kind.__name__}, found {type(rule).__name__}"
+        if "output_gate" in kind.NEEDS and self.output_gate == "none":
+            return f"calibration {what!r} sets the output gate, and form: {{output_gate: none}} has none"
+        if isinstance(rule, WriteGateRule) and rule.mode == "bias" and not self.write_gate.bias:
+            return "calibration 'write_gate' with mode: bias needs form: {write_gate: {bias: true}}"
+        return ""
 
     def refuses(self, name: str, state: State, architecture: Architecture) -> str:
         """A state with a window, sinks or a limited linear branch; `softmax` where the weights no longer allow it."""

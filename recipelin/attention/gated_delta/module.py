@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 from recipelin_kernels import gated_delta_rule, resolve_gated_delta_kernel, teacher_attention
 
+from ...base import Config as Base
 from ...cache import StateLayer, state_entry
 from ...families import Architecture, family
 from ...masks import rows_of, runs
 from ..block_loss import block_loss
 from ..captured import Captured, Drop
 from ..softmax import causal_softmax, project, rotation
+from .calibration import Calibration, Fit, calibration
 from .config import STATE, Config
 from .parts import DeltaState, Gate, OutputNorm, ShortConvolution, copy_of, decay_start
+from .rules import Rule
 
 Recorder = Callable[[int, Captured], None]
 L2_EPS = 1e-6  # fla's and transformers' l2norm
@@ -279,9 +282,19 @@ class GatedDeltaAttention(nn.Module):
                 raise ValueError(f"{self.NAME} has no objective {name!r}; it has {', '.join(self.config.OBJECTIVES)}")
         return found
 
-    def calibration(self, what: str) -> Any:
-        """A calibration by name. Raises ValueError: the form has none."""
-        raise ValueError(f"the {self.NAME} form has no calibration {what!r}")
+    def calibration(self, what: str, rule: Base | None = None) -> Calibration:
+        """A calibration by name: feed it batches with `add`, then `finish`. `rule`: its settings (rules.py).
+
+        Raises ValueError for an unknown name, and settings that are not its own.
+        """
+        if why := self.config.refuses_calibration(what, rule):
+            raise ValueError(why)
+        assert isinstance(rule, Rule)
+        return calibration(self, what, rule)
+
+    def fit(self) -> Fit:
+        """How near the layer is to the teacher's: feed it batches with `add`, then `finish`."""
+        return Fit(self)
 
 
 def unit(x: Tensor) -> Tensor:

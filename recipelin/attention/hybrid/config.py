@@ -106,6 +106,10 @@ class Config(Form):
         """How far a layer's branches may look, the query included; None: no limit."""
         return architecture.own_window(layer) if self.teacher_window == "cut" else None
 
+    def refuses_calibration(self, what: str, rule: Base | None) -> str:
+        """It has log_scale alone, without settings."""
+        return "" if what == "log_scale" and rule is None else super().refuses_calibration(what, rule)
+
     def parameters(self, architecture: Architecture) -> dict[str, int]:
         """New parameters of one layer, by group: held against the built module by a test."""
         key_heads = (

@@ -276,10 +276,10 @@ class HybridAttention(nn.Module):
                     found[name] = torch.where(real, error, 0).sum() / real.sum()
         return found
 
-    def calibration(self, what: str) -> "LogScaleCalibration":
+    def calibration(self, what: str, rule: object = None) -> "LogScaleCalibration":
         """A calibration by name: feed it batches with `add`, then `finish`. Raises ValueError for an unknown name."""
-        if what != "log_scale":
-            raise ValueError(f"the hybrid form has no calibration {what!r}; it has log_scale")
+        if what != "log_scale" or rule is not None:
+            raise ValueError(f"the hybrid form has no calibration {what!r}; it has log_scale, without settings")
         return LogScaleCalibration(self)
 
     def components(self, captured: Captured) -> Components:
