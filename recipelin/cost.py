@@ -57,7 +57,7 @@ class Counting:
         if isinstance(step, Switch):
             return {"what": describe_state(step.state)}
         if isinstance(step, Calibrate):
-            tokens = step.batches * step.batch * step.length
+            tokens = (step.batches + 2 * step.held_out) * step.batch * step.length
             return {
                 "what": f"{step.what} in closed form",
                 "reads": describe_data(step.data),
@@ -329,7 +329,9 @@ def describe_state(state: State) -> str:
 def describe_data(data: Data) -> str:
     """The mixture in words."""
     total = sum(s.weight for s in data.mix)
-    return " + ".join(f"{s.weight / total:.0%} {_source(s)}" for s in data.mix)
+    found = " + ".join(f"{s.weight / total:.0%} {_source(s)}" for s in data.mix)
+    found += f", {data.first_rows} rows again and again" if data.first_rows else ""
+    return found + (f", all from the {data.only_part} part" if data.only_part else "")
 
 
 def _source(source: Stdlib | LocalFile | Hub | Recall) -> str:

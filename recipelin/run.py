@@ -328,6 +328,9 @@ class _Walk:
         if isinstance(step, Calibrate):
             rows: dict[str, Any] = {"length": step.length, "batch": step.batch, "stage": f"calibrate {step.what}"}
             batches = self._batches(step.data, part="training", **rows)
+            rows["stage"] = (
+                "calibrate, held out"  # the same rows for every `what`: what one leaves is what the next meets
+            )
             held_out = self._batches(step.data, part="selection", **rows) if step.held_out else None
             return stages.calibrate(model, step, batches, device=self.device, held_out=held_out)
         schedule = step.schedule

@@ -1,6 +1,7 @@
 """Phase 1 of Taylor-Calibrate: each rule against the formula of arXiv 2606.16429 written out in float64, and its report."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,8 +19,11 @@ from recipelin.attention.gated_delta.rules import (
     WriteGateRule,
     ZeroGateRule,
 )
+from recipelin.load import load
+from recipelin.plan import plan
 from recipelin.stages import calibrate
-from recipelin.steps import Calibrate, Swap
+from recipelin.steps import Calibrate, Swap, Transfer
+from recipelin.strict_yaml import RecipeError
 from recipelin.swap import forms, recording, swap
 
 HEADS, D, T = 4, 8, 19
@@ -235,3 +239,129 @@ def test_the_report_holds_the_fit_before_and_after(tiny):
     for layer in report.values():
         assert layer["before"]["error"] != 1 and layer["after"]["error"] == 1 and layer["after"]["cosine"] == 0
         assert len(layer["before"]["head_cosine"]) == len(layer["after"]["write_gate_mean"]) == HEADS
+
+
+# --- the method -------------------------------------------------------------------------------------------------------
+
+RECIPE = """\
+name: test/taylor
+model: {teacher: pocket-qwen3}
+method: {name: taylor_calibrate, layers: {policy: explicit, layers: [0]}, METHOD}
+data: {mix: [{source: python-stdlib}]}
+eval: {suites: [pocket-claims]}
+"""
+PHASE1 = ["decay", "write_gate", "value", "output_gate"]
+
+
+def made_of(tmp_path, method, more=""):
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.replace("METHOD", method) + more, encoding="utf-8")
+    return plan(load(path))
+
+
+@pytest.mark.parametrize(
+    ("method", "calibrations", "stages"),
+    [
+        ("arm: baseline", [], []),
+        ("arm: zero_gate", ["zero_gate"], []),
+        ("arm: small_gate", ["small_gate"], []),
+        ("arm: taylor_only", PHASE1, []),
+        ("arm: alignment_only", [], ["align"]),
+        ("arm: taylor_calibrate", PHASE1, ["align"]),
+        ("arm: taylor_calibrate, phase1: {value: null, decay: null}", ["write_gate", "output_gate"], ["align"]),
+    ],
+)
+def test_what_each_arm_does(tmp_path, method, calibrations, stages):
+    planned = made_of(tmp_path, method)
+    found = [p.step for p in planned.steps]
+    assert [s.what for s in found if isinstance(s, Calibrate)] == calibrations
+    transfers = [s for s in found if isinstance(s, Transfer)]
+    assert [s.stage for s in transfers] == stages
+    for step in transfers:
+        assert step.objective == {"block_outputs": 1.0} and step.block_loss == "mse"
+        assert set(step.trains) == {"projections", "decay", "write_gate", "output_gate"}, "o_proj and the norm stay"
+    assert {s.data.first_rows for s in found if isinstance(s, (Calibrate, Transfer))} <= {4}
+    assert all(s.data.only_part is None for s in found if isinstance(s, (Calibrate, Transfer)))
+
+
+STAGES = """schedule:
+  transfer: {steps: 3, batch: 1, length: 64}
+  tune: {steps: 3, batch: 1, length: 64, optimizer: {lr: 7.0e-6, group_lr: {attention: 1.0e-4, attention_norms: 1.0e-4}}}
+"""
+
+
+@pytest.mark.parametrize("policy", ["single_keep_ppl", "kl_stage2", "lm_ppl"])
+def test_a_candidate_is_tried_as_its_arm_starts(tmp_path, policy):
+    """The paper's GA-S2 scores untrained students, the original one students after the paper's stage 1."""
+    tune = ", tune: {steps: 2, batch: 1, length: 64}" if policy == "kl_stage2" else ""
+    layers = f"layers: {{policy: {policy}, keep: 1, rows: 2, length: 64{tune}}}"
+    path = tmp_path / "r.yaml"
+    text = RECIPE.replace("layers: {policy: explicit, layers: [0]}", layers).replace("METHOD", "as_published: true")
+    path.write_text(text + STAGES, encoding="utf-8")
+    select = plan(load(path)).steps[0].step
+    probed = [getattr(s, "stage", s.step) for s in select.probe]
+    start = ["swap", "switch", *["calibrate"] * 4, "align"]
+    assert probed == {"single_keep_ppl": start, "kl_stage2": [*start, "transfer", "tune"], "lm_ppl": []}[policy]
+    assert select.data.only_part == "test" and select.data.first_rows is None
+    assert all(s.held_out == 0 for s in select.probe if isinstance(s, Calibrate))
+    assert all(s.data.only_part == "test" for s in select.probe if isinstance(s, Calibrate))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("phase1: {write_gate: {mode: bias}}", r"needs form: \{write_gate: \{bias: true\}\}"),
+        ("form: {output_gate: none}", "sets the output gate"),
+        ("phase1: {decay: null, write_gate: null, value: null, output_gate: null}", "every piece is null"),
+        ("phase1: {value: {clip: [2, 1]}}", "does not rise"),
+        ("phase1: {write_gate: {base: 0.7}}", "expected less than 1"),
+        ("phase1: {write_gate: {ridge: 0.1}}", "ridge is of mode ridge"),
+        ("phase1: {decay: {min_rate: 9}}", "is not below max_rate"),
+        ("arm: taylor", "taylor_only"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_line(tmp_path, method, message):
+    with pytest.raises(RecipeError, match=message) as refused:
+        made_of(tmp_path, method)
+    assert "r.yaml:3" in str(refused.value)
+
+
+def test_rows_that_come_again(tmp_path):
+    """`first_rows`: stages with the same rows; `only_part`: the part that is read, whichever is asked for."""
+    from recipelin import data, hf
+    from recipelin.sources import Data
+
+    tokenizer = hf.load_tokenizer(hf.__file__.replace("hf.py", "pocket"))
+    common = {"part": "selection", "length": 64, "batch": 2, "seed": 1, "folder": tmp_path, "cache": tmp_path}
+    free = data.Batches(Data(), tokenizer, **common)
+    fixed = data.Batches(Data(), tokenizer, **common, first_rows=3)
+    rows = torch.cat([fixed.batch(i).input_ids for i in range(3)])
+    assert torch.equal(rows[:3], rows[3:]) and torch.equal(rows[:2], free.batch(0).input_ids)
+    assert fixed.rows == 3 and not torch.equal(free.batch(1).input_ids, fixed.batch(1).input_ids)
+
+
+def test_a_whole_run_at_tiny_size(home):
+    """Phase 1, alignment and both stages of distillation on a random teacher; the report is in the Record."""
+    from recipelin import hf
+    from recipelin.load import expand
+    from recipelin.records import read_record
+    from recipelin.run import run
+    from recipelin.shrink import shrink, tiny_folder, tiny_of
+
+    path = home.parent / "r.yaml"
+    text = RECIPE.replace("METHOD", "form: {gate_std: 0.1}").replace(
+        "pocket-claims]", "pocket-claims], states: [hybrid]"
+    )
+    path.write_text(text + STAGES, encoding="utf-8")
+    point = expand(load(path))[0]
+    folder = tiny_folder(home, tiny_of(point))
+    hf.tiny_teacher(tiny_of(point), folder, hf.__file__.replace("hf.py", "pocket"))
+    record = read_record(run(shrink(point, str(folder)), device="cpu"))
+    assert [s.step for s in record.steps] == [
+        "select", "swap", "switch", *["calibrate"] * 4, "align", "transfer", "tune", "evaluate",
+    ]  # fmt: skip
+    reports = [s.report["layers"]["1"] for s in record.steps if s.step == "calibrate"]
+    for one, other in pairwise(reports):
+        assert one["after"]["error"] == other["before"]["error"], "the same held-out rows"
+    assert reports[0]["lookback"] and reports[1]["target"] and reports[2]["sigma"] and reports[3]["alpha"] > 0
+    assert all(math.isfinite(r.value) for r in record.rows)
