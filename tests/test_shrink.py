@@ -1,4 +1,4 @@
-"""Every recipe of the project, run from end to end at tiny size; what plans the same runs once."""
+"""Every recipe of the project, run from end to end at tiny size, each value of its grid; what plans the same runs once."""
 
 import time
 
@@ -17,8 +17,15 @@ POCKET = hf.__file__.replace("hf.py", "pocket")
 
 
 def points() -> list[Loaded]:
-    paths = [p for p in sorted(CHECKOUT.rglob("*.yaml")) if p.parent.name != "suites"]
-    return [point for path in paths for point in expand(load(path))]
+    """Of every recipe; of a grid as many points as its longest axis has values: each value of each axis is among them."""
+    found: list[Loaded] = []
+    for path in sorted(p for p in CHECKOUT.rglob("*.yaml") if p.parent.name != "suites"):
+        loaded = load(path)
+        grid = loaded.recipe.grid
+        longest = max((len(values) for values in grid.values()), default=1)
+        wanted = [{axis: values[i % len(values)] for axis, values in grid.items()} for i in range(longest)]
+        found += [point for point in expand(loaded) if not grid or dict(point.point) in wanted]
+    return found
 
 
 def small(point: Loaded, home) -> Loaded | None:

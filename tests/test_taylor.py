@@ -340,27 +340,28 @@ def test_rows_that_come_again(tmp_path):
     assert fixed.rows == 3 and not torch.equal(free.batch(1).input_ids, fixed.batch(1).input_ids)
 
 
-def test_a_whole_run_at_tiny_size(home):
-    """Phase 1, alignment and both stages of distillation on a random teacher; the report is in the Record."""
+def test_a_whole_run_at_tiny_size(tmp_path):
+    """Layers by GA-S2, phase 1, alignment, both stages of distillation on a random teacher; the report is in the Record."""
     from recipelin import hf
     from recipelin.load import expand
     from recipelin.records import read_record
     from recipelin.run import run
     from recipelin.shrink import shrink, tiny_folder, tiny_of
 
-    path = home.parent / "r.yaml"
+    path = tmp_path / "r.yaml"
     text = RECIPE.replace("METHOD", "form: {gate_std: 0.1}").replace(
         "pocket-claims]", "pocket-claims], states: [hybrid]"
     )
     path.write_text(text + STAGES, encoding="utf-8")
     point = expand(load(path))[0]
-    folder = tiny_folder(home, tiny_of(point))
+    folder = tiny_folder(tmp_path, tiny_of(point))
     hf.tiny_teacher(tiny_of(point), folder, hf.__file__.replace("hf.py", "pocket"))
     record = read_record(run(shrink(point, str(folder)), device="cpu"))
     assert [s.step for s in record.steps] == [
         "select", "swap", "switch", *["calibrate"] * 4, "align", "transfer", "tune", "evaluate",
     ]  # fmt: skip
-    reports = [s.report["layers"]["1"] for s in record.steps if s.step == "calibrate"]
+    (kept,) = record.steps[0].report["layers"]
+    reports = [s.report["layers"][str(1 - kept)] for s in record.steps if s.step == "calibrate"]
     for one, other in pairwise(reports):
         assert one["after"]["error"] == other["before"]["error"], "the same held-out rows"
     assert reports[0]["lookback"] and reports[1]["target"] and reports[2]["sigma"] and reports[3]["alpha"] > 0
