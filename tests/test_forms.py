@@ -445,7 +445,7 @@ def test_adapters_train_and_merge_into_plain_modules(student, case):
     before = logits(adapted, ids)
     merged = adapted.merge_and_unload()
     assert {name for name, _ in merged.named_modules()} == names
-    assert (logits(merged, ids) - before).abs().max() < 1e-4
+    assert (logits(merged, ids) - before).abs().max() < 1e-4 * before.abs().max()
 
 
 def test_the_layout_of_a_folder_is_one_line_of_json_that_a_plan_can_read(student, tmp_path):

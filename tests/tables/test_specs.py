@@ -247,17 +247,18 @@ WITHOUT_SUITE = {"ruler"}  # printed, and no suite of ours measures it: a footno
 
 def test_every_cell_has_a_recipe_that_fills_it() -> None:
     """Of every row: its recipe is there, measures its state, and its suites have every task of the columns."""
-    plans: dict[str, Plan] = {}
+    plans: dict[tuple[str, frozenset[str]], Plan] = {}
     covered = 0
     for spec in map(read_spec, SPECS):
         for row in spec.rows:
             for name in row.recipes:
-                if name not in plans:
-                    head = name.rpartition("/")[0] if "=" in name else name
-                    for point in expand(load(head)):
-                        # A recipe stands for all its seeds.
-                        plans |= dict.fromkeys((point.recipe.name, but_seed(point.recipe.name)[0]), plan(point))
-                step = plans[name].steps[-1].step
+                base, values = but_seed(name)
+                if (base, values) not in plans:
+                    for point in expand(load(base)):
+                        # A recipe stands for all its seeds, and for its axes in whatever order.
+                        found_at = but_seed(point.recipe.name)
+                        plans |= dict.fromkeys((found_at, (base, frozenset[str]())), plan(point))
+                step = plans[base, values].steps[-1].step
                 assert isinstance(step, Evaluate)
                 assert row.state in {s.name for s in step.states}, (spec.name, row.label)
                 found = [t["task"] for s in step.suites for e in s.model_dump()["evals"] for t in e.get("tasks", ())]
