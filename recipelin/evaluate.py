@@ -13,6 +13,7 @@ from tqdm import tqdm
 from . import hf, lookup, reuse, spool, swap
 from .cost import suites_of
 from .evals import EvalError
+from .evals.subject import Subject
 from .exposure import exposed_from
 from .files import write_atomically
 from .load import Loaded, load_suite
@@ -72,8 +73,8 @@ class Evaluator:
         found: list[float] = []
         for config in load_suite(suite, self.loaded.path).evals:
             asked = on_selection(config)
-            extra = self._reference(asked, tokenizer, self.teacher, seed=0, fresh=False)
-            for result in self.one(asked, model, tokenizer, named, seed=0, tasks="selection-tasks", **extra):
+            made = self._reference(asked, tokenizer, self.teacher, seed=0, fresh=False)
+            for result in self.one(asked, model, tokenizer, named, seed=0, tasks="selection-tasks", reference=made):
                 if metric in (result.metric, result.task):
                     found.append(-result.value if result.higher_is_better else result.value)
         if not found:
@@ -89,8 +90,8 @@ class Evaluator:
             for suite in curve.suites:
                 loaded = load_suite(suite, self.loaded.path)
                 for config in loaded.evals:
-                    extra = self._reference(config, tokenizer, self.teacher, seed=0, fresh=False)
-                    for result in self.one(config, model, tokenizer, named, seed=0, **extra):
+                    made = self._reference(config, tokenizer, self.teacher, seed=0, fresh=False)
+                    for result in self.one(config, model, tokenizer, named, seed=0, reference=made):
                         found.append(result.row(state=name, suite=loaded.name, seed=0).model_dump(mode="json"))
         return found
 
@@ -103,7 +104,7 @@ class Evaluator:
         *,
         seed: int,
         tasks: str = "tasks",
-        **reference: Any,
+        reference: Any = None,
     ) -> tuple[Result, ...]:
         """One evaluation of a model in a named state; the model is left as it was. `reference`: see `_reference`."""
         before = swap.state_of(model)
@@ -113,8 +114,7 @@ class Evaluator:
         model.eval()
         try:
             module = lookup.implementation("evals", config.eval)
-            results: tuple[Result, ...] = module.run(
-                config,
+            subject = Subject(
                 model=model,
                 tokenizer=tokenizer,
                 state=named,
@@ -123,8 +123,9 @@ class Evaluator:
                 folder=self.folder / tasks,
                 base=self.loaded.path.parent,
                 device=self.device,
-                **reference,
+                reference=reference,
             )
+            results: tuple[Result, ...] = module.run(config, subject)
             return results
         finally:
             model.train(was_training)
@@ -196,8 +197,8 @@ class Evaluator:
                 model, words = held.get(named.weights)
                 if found_forms := swap.forms(model):
                     kernels[found_forms[0].OPERATOR] = found_forms[0].kernel
-                more = references[config.model_dump_json(), seed]
-                results = self.one(config, model, words, named, seed=seed, **more)
+                made = references[config.model_dump_json(), seed]
+                results = self.one(config, model, words, named, seed=seed, reference=made)
                 write_atomically(path, json.dumps([r.model_dump_json() for r in results]).encode())
             found.append((named, suite, seed, results))
         bar.close()
@@ -244,21 +245,19 @@ class Evaluator:
 
     def _reference(
         self, config: Any, tokenizer: Any, teacher: Callable[[], tuple[Any, Any]], *, seed: int, fresh: bool
-    ) -> dict[str, Any]:
+    ) -> Any:
         """What `one` hands on to an evaluation whose module has a `reference`: that of the teacher (JSON), made once.
 
-        It is kept under the digest of the teacher's weights; None where there is no teacher.
+        It is kept under the digest of the teacher's weights; None as for `_reference_key`.
         """
-        module = lookup.implementation("evals", config.eval)
-        if not hasattr(module, "reference"):
-            return {}
         key = self._reference_key(config, tokenizer, seed)
         if key is None:
-            return {"reference": None}
+            return None
         path = reuse.home() / "references" / key
         if fresh or not path.is_file():
             model, words = teacher()
             base = self.loaded.path.parent
+            module = lookup.implementation("evals", config.eval)
             made = module.reference(config, model=model, tokenizer=words, seed=seed, base=base, device=self.device)
             write_atomically(path, json.dumps(made).encode())
-        return {"reference": json.loads(path.read_text(encoding="utf-8"))}
+        return json.loads(path.read_text(encoding="utf-8"))

@@ -18,6 +18,7 @@ from recipelin.attention.hybrid.config import Config as Hybrid
 from recipelin.evals.lm_eval.config import Config as LmEval
 from recipelin.evals.perplexity.config import Config as Perplexity
 from recipelin.evals.recall.config import Config as Recall
+from recipelin.evals.subject import Subject
 from recipelin.exposure import exposed_from, exposed_share
 from recipelin.sources import Stdlib, part_of
 from recipelin.states import NAMES, State, resolve
@@ -50,15 +51,13 @@ def model(tokenizer):
 
 def run(config, model, tokenizer, folder, *, name="hybrid", seed=0, exposed_from=8, hybrid=HYBRID):
     module = lookup.implementation("evals", config.eval)
-    extra = {}
+    made = None
     if hasattr(module, "reference"):  # of the teacher: a student that was only swapped, under full softmax
         before = state_of(model)
         switch(model, resolve("softmax", hybrid).state)
         made = module.reference(config, model=model, tokenizer=tokenizer, seed=seed, base=folder, device="cpu")
         switch(model, before)
-        extra = {"reference": made}
-    return module.run(
-        config,
+    subject = Subject(
         model=model,
         tokenizer=tokenizer,
         state=resolve(name, hybrid),
@@ -67,8 +66,9 @@ def run(config, model, tokenizer, folder, *, name="hybrid", seed=0, exposed_from
         folder=folder,
         base=folder,
         device="cpu",
-        **extra,
+        reference=made,
     )
+    return module.run(config, subject)
 
 
 TASK = {"task": "next_line_test", "metric": "acc_norm", "chance": 0.25, "next_line": {"items": 12, "context": (30, 60)}}

@@ -16,6 +16,7 @@ from recipelin.attention.hybrid.config import Config as Hybrid
 from recipelin.evals.retrieval.config import Config
 from recipelin.evals.retrieval.items import WORDINGS, filler, rows
 from recipelin.evals.retrieval.run import _generate, _haystack, _likelihood, chance
+from recipelin.evals.subject import Subject
 from recipelin.sources import SourceError, Stdlib
 from recipelin.states import State, resolve
 from recipelin.steps import Swap
@@ -203,10 +204,11 @@ class Induction:
 
 
 def run(config, model, tokenizer, *, seed=0, name="hybrid", hybrid=HYBRID, exposed_from=8):
-    return lookup.implementation("evals", "retrieval").run(
-        config, model=model, tokenizer=tokenizer, state=resolve(name, hybrid), seed=seed, exposed_from=exposed_from,
+    subject = Subject(
+        model=model, tokenizer=tokenizer, state=resolve(name, hybrid), seed=seed, exposed_from=exposed_from,
         folder=Path(), base=Path(), device="cpu",
     )  # fmt: skip
+    return lookup.implementation("evals", "retrieval").run(config, subject)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -19,6 +19,7 @@ from recipelin.attention.hybrid.config import FeatureMap
 from recipelin.evals.agreement.config import Config as Agreement
 from recipelin.evals.decode.config import Config as Decode
 from recipelin.evals.greedy import greedy
+from recipelin.evals.subject import Subject
 from recipelin.evals.usage.config import Config as Usage
 from recipelin.records import Bands, BandsOf, RecordError, Result, bands_path, read_bands, write_bands
 from recipelin.states import State, resolve
@@ -33,10 +34,11 @@ def run(config, model, folder, *, hybrid, name="hybrid", exposed_from=WINDOW, se
     state = resolve(name, hybrid)
     if state.state is not None:
         switch(model, state.state)
-    return lookup.implementation("evals", config.eval).run(
-        config, model=model, tokenizer=WORDS, state=state, seed=seed, exposed_from=exposed_from, folder=folder,
+    subject = Subject(
+        model=model, tokenizer=WORDS, state=state, seed=seed, exposed_from=exposed_from, folder=folder,
         base=folder, device="cpu", **extra,
     )  # fmt: skip
+    return lookup.implementation("evals", config.eval).run(config, subject)
 
 
 @pytest.fixture
@@ -250,7 +252,7 @@ def test_agreement_by_hand(alike, tmp_path):
     assert reference == [[4, 5, 6, 7]] * 3 + [[4, 5, 1], [4, 1]]
     own = Scripted([[4, 5, 6, 7], [4, 5, 8, 7], [4, 1], [4, 5, 6, 7], [8, 8]])
     state = {"state": resolve("hybrid", State()), "exposed_from": 11, "folder": tmp_path}
-    prefix, exact = module.run(config, model=own, reference=reference, **state, **asked)
+    prefix, exact = module.run(config, Subject(model=own, reference=reference, **state, **asked))
     assert [i.score for i in prefix.items] == [1, 1 / 2, 1 / 4, 2 / 3, 0]
     assert [i.score for i in exact.items] == [1, 0, 0, 0, 0] and exact.value == 1 / 5
     assert (prefix.task, exact.task, prefix.chance) == ("agreement@4", "agreement_exact@4", None)

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from ...exposure import exposed_share
 from ...records import Item, Result
-from ...states import NamedState
 from ..greedy import cannot_generate, greedy
 from ..perplexity.run import held_out_rows
+from ..subject import Subject
 from .config import Config
 
 
@@ -28,33 +28,31 @@ def reference(config: Config, *, model: Any, tokenizer: Any, seed: int, base: Pa
 
 
 @torch.no_grad()
-def run(
-    config: Config,
-    *,
-    model: Any,
-    tokenizer: Any,
-    state: NamedState,
-    seed: int,
-    exposed_from: int | None,
-    folder: Path,
-    base: Path,
-    device: str,
-    reference: list[list[int]] | None,
-) -> tuple[Result, ...]:
+def run(config: Config, subject: Subject) -> tuple[Result, ...]:
     """Two Results, see Config. None without a teacher, or in a state that cannot generate: said on stderr."""
-    why = "there is no teacher to agree with" if reference is None else cannot_generate(model)
-    if reference is None or why:
-        print(f"    {config.eval}@{config.new_tokens}: state {state.name}: {why}: left out", file=sys.stderr)
+    why = "there is no teacher to agree with" if subject.reference is None else cannot_generate(subject.model)
+    if subject.reference is None or why:
+        print(f"    {config.eval}@{config.new_tokens}: state {subject.state.name}: {why}: left out", file=sys.stderr)
         return ()
-    if state.weights == "teacher":
-        made = reference
+    if subject.state.weights == "teacher":
+        made = subject.reference
     else:
-        made = _continued(config, model, tokenizer, state.name, seed=seed, base=base, device=device)
-    shares = [_equal(own, theirs) / len(theirs) for own, theirs in zip(made, reference, strict=True)]
-    lengths = [len(r) for r in reference]
+        made = _continued(
+            config,
+            subject.model,
+            subject.tokenizer,
+            subject.state.name,
+            seed=subject.seed,
+            base=subject.base,
+            device=subject.device,
+        )
+    shares = [_equal(own, theirs) / len(theirs) for own, theirs in zip(made, subject.reference, strict=True)]
+    lengths = [len(r) for r in subject.reference]
     return (
-        _result(config, "agreement", "prefix_match", shares, lengths, exposed_from),
-        _result(config, "agreement_exact", "exact_match", [float(s == 1) for s in shares], lengths, exposed_from),
+        _result(config, "agreement", "prefix_match", shares, lengths, subject.exposed_from),
+        _result(
+            config, "agreement_exact", "exact_match", [float(s == 1) for s in shares], lengths, subject.exposed_from
+        ),
     )
 
 

@@ -5,7 +5,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,46 +12,39 @@ from transformers import DynamicCache
 
 from ...cache import cache_bytes
 from ...records import Result
-from ...states import NamedState
 from ..greedy import cannot_generate
+from ..subject import Subject
 from .config import STATES, Config
 
 TIMED = True  # its results hold for one machine
 
 
 @torch.no_grad()
-def run(
-    config: Config,
-    *,
-    model: Any,
-    tokenizer: Any,
-    state: NamedState,
-    seed: int,
-    exposed_from: int | None,
-    folder: Path,
-    base: Path,
-    device: str,
-) -> tuple[Result, ...]:
+def run(config: Config, subject: Subject) -> tuple[Result, ...]:
     """Two Results for each context, task `decode@1024`, see Config. A state that cannot generate is said on stderr."""
-    if state.name not in STATES:
+    if subject.state.name not in STATES:
         return ()
-    if why := cannot_generate(model):
-        print(f"    decode: state {state.name}: {why}: left out", file=sys.stderr)
+    if why := cannot_generate(subject.model):
+        print(f"    decode: state {subject.state.name}: {why}: left out", file=sys.stderr)
         return ()
     found = []
-    draw = torch.Generator().manual_seed(seed)
-    ids = torch.randint(model.config.vocab_size, (config.batch, config.length), generator=draw).to(device)
+    draw = torch.Generator().manual_seed(subject.seed)
+    ids = torch.randint(subject.model.config.vocab_size, (config.batch, config.length), generator=draw).to(
+        subject.device
+    )
     threads = torch.get_num_threads()
     try:
         for context in config.contexts:
-            cache = DynamicCache(config=model.config)
+            cache = DynamicCache(config=subject.model.config)
             torch.set_num_threads(threads)
-            model(input_ids=ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            subject.model(input_ids=ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
             size = cache_bytes(cache)
-            if device == "cpu":
+            if subject.device == "cpu":
                 torch.set_num_threads(1)  # or the process's time would be the sum of all of them
             new = ids[:, context : context + config.new_tokens]
-            seconds = [_decode(model, new, copy.deepcopy(cache), device) for _ in range(config.repeats + 1)]
+            seconds = [
+                _decode(subject.model, new, copy.deepcopy(cache), subject.device) for _ in range(config.repeats + 1)
+            ]
             speed = new.numel() / statistics.median(seconds[1:])  # the first one warms up
             found += [
                 _result(f"decode@{context}", "tokens_per_second", speed, config.repeats, better=True),

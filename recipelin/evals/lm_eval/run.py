@@ -20,24 +20,13 @@ from ...hub import without_bars
 from ...records import Item, Result
 from ...sources import fingerprint
 from ...spool import tokenizer_digest
-from ...states import NamedState
 from .. import EvalError
+from ..subject import Subject
 from . import stock
 from .config import Config, Task
 
 
-def run(
-    config: Config,
-    *,
-    model: Any,
-    tokenizer: Any,
-    state: NamedState,
-    seed: int,
-    exposed_from: int | None,
-    folder: Path,
-    base: Path,
-    device: str,
-) -> tuple[Result, ...]:
+def run(config: Config, subject: Subject) -> tuple[Result, ...]:
     """A Result for each task; an item is a document, scored by the task's metric.
 
     Local tasks are written to `folder` as YAML and items, and the stock command on the exported model gives the same numbers:
@@ -50,13 +39,15 @@ def run(
     except ModuleNotFoundError as error:
         raise EvalError(f"lm_eval needs {error.name}: pip install 'recipelin[eval]'") from error
     with _quiet():
-        prepare(config, tokenizer, seed=seed, folder=folder, base=base)
-        manager = _manager(config, [folder] if any(t.next_line for t in config.tasks) else [])
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch, device=device)
+        prepare(config, subject.tokenizer, seed=subject.seed, folder=subject.folder, base=subject.base)
+        manager = _manager(config, [subject.folder] if any(t.next_line for t in config.tasks) else [])
+        wrapped = HFLM(
+            pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=config.batch, device=subject.device
+        )
         outcomes: dict[tuple[int, int | None], Any] = {}
         # Tasks that are asked alike go in one call: each call costs lm-eval half a second of its own.
         for shots, limit in dict.fromkeys((t.shots, t.limit) for t in config.tasks):
-            together = [task_name(t, seed) for t in config.tasks if (t.shots, t.limit) == (shots, limit)]
+            together = [task_name(t, subject.seed) for t in config.tasks if (t.shots, t.limit) == (shots, limit)]
             outcomes[shots, limit] = simple_evaluate(
                 model=wrapped,
                 tasks=list(dict.fromkeys(together)),
@@ -65,13 +56,15 @@ def run(
                 limit=limit,
                 log_samples=True,
                 bootstrap_iters=0,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
+                random_seed=subject.seed,
+                numpy_random_seed=subject.seed,
+                torch_random_seed=subject.seed,
+                fewshot_random_seed=subject.seed,
             )
         return tuple(
-            _result(task, task_name(task, seed), outcomes[task.shots, task.limit], wrapped, exposed_from)
+            _result(
+                task, task_name(task, subject.seed), outcomes[task.shots, task.limit], wrapped, subject.exposed_from
+            )
             for task in config.tasks
         )
 

@@ -10,32 +10,21 @@ from ... import data
 from ...exposure import exposed_share
 from ...files import home
 from ...records import Item, Result
-from ...states import NamedState
+from ..subject import Subject
 from .config import Config
 
 
 @torch.no_grad()
-def run(
-    config: Config,
-    *,
-    model: Any,
-    tokenizer: Any,
-    state: NamedState,
-    seed: int,
-    exposed_from: int | None,
-    folder: Path,
-    base: Path,
-    device: str,
-) -> tuple[Result, ...]:
+def run(config: Config, subject: Subject) -> tuple[Result, ...]:
     """One Result: nats a token over all rows; an item is a row, its score the row's mean.
 
     Rows are spread evenly over the part, from an offset that the seed gives. Raises SourceError if it is too short.
     """
-    rows = held_out_rows(config, tokenizer, base=base, seed=seed)
+    rows = held_out_rows(config, subject.tokenizer, base=subject.base, seed=subject.seed)
     items = []
     for start in range(0, len(rows), config.batch):
-        ids = torch.from_numpy(rows[start : start + config.batch]).to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        ids = torch.from_numpy(rows[start : start + config.batch]).to(subject.device)
+        logits = subject.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         for offset, loss in enumerate(losses.double().mean(1).tolist()):
             items.append(
@@ -43,7 +32,7 @@ def run(
                     id=f"row{start + offset}",
                     score=loss,
                     length=config.length,
-                    exposed=exposed_share(range(1, config.length), exposed_from),
+                    exposed=exposed_share(range(1, config.length), subject.exposed_from),
                 )
             )
     scores = np.array([i.score for i in items])

@@ -1,8 +1,5 @@
 """Associative recall by distance: a key is asked again, right is its value over the whole vocabulary."""
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -10,31 +7,22 @@ from ... import data
 from ...exposure import exposed_share
 from ...files import home
 from ...records import Item, Result
-from ...states import NamedState
+from ..subject import Subject
 from .config import Config
 
 
 @torch.no_grad()
-def run(
-    config: Config,
-    *,
-    model: Any,
-    tokenizer: Any,
-    state: NamedState,
-    seed: int,
-    exposed_from: int | None,
-    folder: Path,
-    base: Path,
-    device: str,
-) -> tuple[Result, ...]:
+def run(config: Config, subject: Subject) -> tuple[Result, ...]:
     """A Result for each distance; an item is a question, its score 1 or 0; chance is the in-context guess 1 / pairs."""
-    tokens = data.stream(config.text, tokenizer, part=config.part, folder=base, cache=home() / "tokens").tokens
+    tokens = data.stream(
+        config.text, subject.tokenizer, part=config.part, folder=subject.base, cache=home() / "tokens"
+    ).tokens
     questions = data.recall_items(
-        tokenizer,
+        subject.tokenizer,
         tokens,
         distances=config.distances,
         items=config.items,
-        seed=seed,
+        seed=subject.seed,
         length=config.length,
         pairs=config.pairs,
         slot=config.slot,
@@ -42,10 +30,10 @@ def run(
     right: list[float] = []
     for start in range(0, len(questions), config.batch):
         batch = questions[start : start + config.batch]
-        ids = torch.from_numpy(np.stack([q.ids for q in batch])).to(device)
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        ids = torch.from_numpy(np.stack([q.ids for q in batch])).to(subject.device)
+        logits = subject.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         right += [float(a == q.answer) for a, q in zip(logits.argmax(-1).tolist(), batch, strict=True)]
-    exposed = exposed_share([config.length], exposed_from)
+    exposed = exposed_share([config.length], subject.exposed_from)
     found = []
     for distance in config.distances:
         items = tuple(

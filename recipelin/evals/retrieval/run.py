@@ -14,8 +14,8 @@ from ... import data
 from ...exposure import exposed_share
 from ...files import home
 from ...records import Item, Result
-from ...states import NamedState
 from ..greedy import cannot_generate, greedy
+from ..subject import Subject
 from .config import METRICS, Config
 from .items import DIGITS, Question, Row, filler, rows
 
@@ -28,28 +28,20 @@ def preflight(config: Config, *, tokenizer: Any, seeds: Sequence[int], base: Pat
 
 
 @torch.no_grad()
-def run(
-    config: Config,
-    *,
-    model: Any,
-    tokenizer: Any,
-    state: NamedState,
-    seed: int,
-    exposed_from: int | None,
-    folder: Path,
-    base: Path,
-    device: str,
-) -> tuple[Result, ...]:
+def run(config: Config, subject: Subject) -> tuple[Result, ...]:
     """A Result for each way of scoring and each distance, task `passkey@4096:3000`; an item is a question, 1 or 0.
 
     A state that cannot generate (window `full` beside a linear branch keeps no cache) has no `generated` rows: said on
     stderr. Raises SourceError.
     """
-    made = rows(config, tokenizer, _haystack(config, tokenizer, base), seed=seed)
+    made = rows(config, subject.tokenizer, _haystack(config, subject.tokenizer, subject.base), seed=subject.seed)
     found: list[Result] = []
     for how in config.scoring:
-        if how == "generate" and (why := cannot_generate(model)):
-            print(f"    {config.format}@{config.length}: state {state.name}: {why}: likelihood only", file=sys.stderr)
+        if how == "generate" and (why := cannot_generate(subject.model)):
+            print(
+                f"    {config.format}@{config.length}: state {subject.state.name}: {why}: likelihood only",
+                file=sys.stderr,
+            )
             continue
         score = _likelihood if how == "likelihood" else _generate
         scored: list[tuple[Question, bool]] = []
@@ -63,14 +55,16 @@ def run(
         )
         for start in bar:
             batch = made[start : start + config.batch]
-            ids = torch.from_numpy(np.stack([r.ids for r in batch])).to(device)
+            ids = torch.from_numpy(np.stack([r.ids for r in batch])).to(subject.device)
             # The rows of a batch are laid out alike: only what is asked where differs.
-            right = score(model, tokenizer, ids, batch[0].questions)
+            right = score(subject.model, subject.tokenizer, ids, batch[0].questions)
             scored += [
                 (q, r) for row, hits in zip(batch, right, strict=True) for q, r in zip(row.questions, hits, strict=True)
             ]
         found += [
-            _result(config, METRICS[how], distance, [s for s in scored if s[0].distance == distance], exposed_from)
+            _result(
+                config, METRICS[how], distance, [s for s in scored if s[0].distance == distance], subject.exposed_from
+            )
             for distance in config.distances
         ]
     return tuple(found)

@@ -1,8 +1,6 @@
 """Where attention goes by layer, head and position: shares of normaliser, output and softmax mass."""
 
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,45 +10,34 @@ from recipelin_kernels import Components
 from ... import exposure
 from ...attention.captured import Captured
 from ...records import Bands, Result
-from ...states import NamedState
 from ...swap import forms, observing
 from ..perplexity.run import held_out_rows
+from ..subject import Subject
 from .config import Config
 
 
 @torch.no_grad()
-def run(
-    config: Config,
-    *,
-    model: Any,
-    tokenizer: Any,
-    state: NamedState,
-    seed: int,
-    exposed_from: int | None,
-    folder: Path,
-    base: Path,
-    device: str,
-) -> tuple[Result, ...]:
+def run(config: Config, subject: Subject) -> tuple[Result, ...]:
     """A Result for each layer and metric, on the student's own stream: mean over heads and over queries with a linear set.
 
     Its `bands` hold the means by head and position. Nothing in states without both branches, or of rows that fit into the
     window. No `linear_share` where there is none: in the joins `average` and `sum`, whose branches have a normaliser each,
     and of signed features, whose normaliser has no parts.
     """
-    found = forms(model)
-    if not found or state.state is None or not {"window", "linear"} <= set(state.state.branches):
+    found = forms(subject.model)
+    if not found or subject.state.state is None or not {"window", "linear"} <= set(subject.state.state.branches):
         return ()
-    own, window = exposure.exposed_from(state.state), state.state.most_keys
-    if exposed_from is None or own is None or window is None:
+    own, window = exposure.exposed_from(subject.state.state), subject.state.state.most_keys
+    if subject.exposed_from is None or own is None or window is None:
         return ()
     # The queries of all states are those of the hybrid, but for states with a wider window than it.
-    first = max(exposed_from, own)
+    first = max(subject.exposed_from, own)
     if config.length <= first:
         return ()
     edges = config.bands(first, window)
     cuts = [e - first for e in edges[1:-1]]
     layers = {form.layer_index: form for form in found}
-    joint = state.state.join not in ("average", "sum") and found[0].config.feature_map.activation != "none"
+    joint = subject.state.state.join not in ("average", "sum") and found[0].config.feature_map.activation != "none"
     sums: dict[tuple[int, str], Tensor] = {}
 
     def look(index: int, captured: Captured) -> None:
@@ -63,10 +50,12 @@ def run(
             total = torch.stack([b.sum(-1) for b in bands], -1).cpu()  # [H, bands]
             sums[index, metric] = sums.get((index, metric), 0) + total
 
-    rows = held_out_rows(config, tokenizer, base=base, seed=seed)
-    with observing(model, look):
+    rows = held_out_rows(config, subject.tokenizer, base=subject.base, seed=subject.seed)
+    with observing(subject.model, look):
         for start in range(0, len(rows), config.batch):
-            model(input_ids=torch.from_numpy(rows[start : start + config.batch]).to(device), use_cache=False)
+            subject.model(
+                input_ids=torch.from_numpy(rows[start : start + config.batch]).to(subject.device), use_cache=False
+            )
     counts = tuple(len(rows) * (b - a) for a, b in pairwise(edges))
     return tuple(
         _result(index, metric, sums[index, metric], edges, counts)
