@@ -30,8 +30,13 @@ def peak(device: str) -> int | None:
     """Bytes at the peak since `reset_peak`: of the GPU's tensors, or resident on a CPU."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
+    return resident("VmHWM")
+
+
+def resident(field: str = "VmRSS") -> int | None:
+    """Bytes of this process that are resident now, or were at most (VmHWM); None where the system does not say (not Linux)."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
-    line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+    line = next(x for x in status.read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) * 1024

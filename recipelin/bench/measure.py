@@ -154,9 +154,3 @@ def _roots() -> list[str]:
     import recipelin_kernels
 
     return [str(Path(file).parents[1]) for file in (__file__.replace("/bench/", "/"), recipelin_kernels.__file__)]
-
-
-def status_kib(name: str) -> int:
-    """A field of the process' status, KiB: VmRSS, or VmHWM, the high-water mark of resident memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(x for x in lines if x.startswith(name)).split()[1])

@@ -4,10 +4,8 @@ import dataclasses
 import gc
 import json
 import sys
-from pathlib import Path
 
-from .. import lookup
-from .measure import status_kib
+from .. import lookup, memory
 
 
 def main() -> None:
@@ -19,11 +17,13 @@ def main() -> None:
     dataclasses.replace(case, length=64).make()()  # libraries and thread pools
     call = case.make()
     gc.collect()
-    # Making the inputs took more than they are: begin at what is held now.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_kib("VmRSS")
+    memory.reset_peak("cpu")  # making the inputs took more than they are: begin at what is held now
+    before = memory.resident()
     call()
-    print((status_kib("VmHWM") - before) / 1024)
+    highest = memory.peak("cpu")
+    if before is None or highest is None:
+        raise SystemExit("peak memory is read from /proc, which this system does not have")
+    print((highest - before) / 2**20)
 
 
 if __name__ == "__main__":
