@@ -1,5 +1,6 @@
 """What a plan asks of the Config of every attention form (no torch)."""
 
+from abc import abstractmethod
 from typing import ClassVar
 
 from .. import families
@@ -24,9 +25,9 @@ class Form(Base):
         """Why the form has no such calibration, with these settings; empty where it has it."""
         return f"the form has no calibration {what!r}"
 
+    @abstractmethod
     def parameters(self, architecture: Architecture) -> dict[str, int]:
         """Parameters of one layer by the groups that `trains` can name: held against the built module by a test."""
-        raise NotImplementedError
 
     def added(self, architecture: Architecture) -> int:
         """By how many parameters a layer grows: what the form brings less what it drops."""
@@ -36,13 +37,13 @@ class Form(Base):
         """(in, out) of the projections of one layer that adapters can name."""
         return families.shapes(architecture)
 
+    @abstractmethod
     def flops(self, architecture: Architecture, keys: int) -> float:
         """Of the operator, forward, a token in one layer; `keys`: most keys of its softmax window."""
-        raise NotImplementedError
 
+    @abstractmethod
     def saved(self, architecture: Architecture) -> int:
         """Numbers that a token leaves in one layer for the backward pass, beside those of projections and MLP."""
-        raise NotImplementedError
 
     def reach(self, architecture: Architecture, layer: int) -> int | None:
         """How far a layer may look, the query included; None: no limit."""

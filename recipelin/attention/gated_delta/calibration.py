@@ -9,6 +9,7 @@ from torch import Tensor
 from recipelin_kernels import gated_delta_rule
 
 from ...masks import runs
+from ..calibration import Calibration
 from ..captured import Captured
 from .rules import DecayRule, OutputGateRule, Rule, SmallGateRule, ValueRule, WriteGateRule, ZeroGateRule
 
@@ -18,21 +19,14 @@ if TYPE_CHECKING:
 SCORES = 2**22  # attention weights that are held at once: 16 MiB in fp32
 
 
-class Calibration:
-    """One calibration of one layer: feed it batches with `add`, then `finish` sets the parameters and says what it set."""
+class OfRule(Calibration):
+    """A calibration by a rule."""
 
     def __init__(self, form: "GatedDeltaAttention", rule: Any) -> None:
         self.form, self.rule = form, rule
 
-    def add(self, captured: Captured) -> None:
-        """Take in one batch; nothing to learn from it here."""
 
-    def finish(self) -> dict[str, Any]:
-        """Set the parameters; returns what was set."""
-        raise NotImplementedError
-
-
-class DecayCalibration(Calibration):
+class DecayCalibration(OfRule):
     """A_log and dt_bias from the mean look-back: see DecayRule."""
 
     rule: DecayRule
@@ -64,7 +58,7 @@ class DecayCalibration(Calibration):
         }
 
 
-class WriteGateCalibration(Calibration):
+class WriteGateCalibration(OfRule):
     """b_proj from the entropy of the teacher's rows: see WriteGateRule."""
 
     rule: WriteGateRule
@@ -106,7 +100,7 @@ class WriteGateCalibration(Calibration):
         return found
 
 
-class ValueCalibration(Calibration):
+class ValueCalibration(OfRule):
     """W_V by least squares, one factor a head: see ValueRule."""
 
     rule: ValueRule
@@ -139,7 +133,7 @@ class ValueCalibration(Calibration):
         }
 
 
-class OutputGateCalibration(Calibration):
+class OutputGateCalibration(OfRule):
     """W_g = alpha W_V: see OutputGateRule."""
 
     rule: OutputGateRule
@@ -168,7 +162,7 @@ class OutputGateCalibration(Calibration):
         return {"alpha": float(f"{alpha:.4g}")}
 
 
-class GateScale(Calibration):
+class GateScale(OfRule):
     """W_g times a number: see ZeroGateRule, SmallGateRule."""
 
     rule: ZeroGateRule | SmallGateRule
@@ -231,7 +225,7 @@ class Fit:
         }
 
 
-CALIBRATIONS: dict[str, type[Calibration]] = {
+CALIBRATIONS: dict[str, type[OfRule]] = {
     DecayRule.WHAT: DecayCalibration,
     WriteGateRule.WHAT: WriteGateCalibration,
     ValueRule.WHAT: ValueCalibration,
@@ -349,4 +343,4 @@ def rounded(x: Tensor) -> list[float]:
     return [float(f"{value:.4g}") for value in x.tolist()]
 
 
-__all__ = ["Calibration", "Fit", "calibration", "constant_from", "context", "lookback"]
+__all__ = ["Fit", "calibration", "constant_from", "context", "lookback"]

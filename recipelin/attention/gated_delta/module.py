@@ -14,9 +14,10 @@ from ...cache import StateLayer, state_entry
 from ...families import Architecture, family
 from ...masks import rows_of, runs
 from ..block_loss import block_loss
+from ..calibration import Calibration
 from ..captured import Captured, Drop
 from ..softmax import causal_softmax, project, rotation
-from .calibration import Calibration, Fit, calibration
+from .calibration import Fit, calibration
 from .config import STATE, Config
 from .parts import DeltaState, Gate, OutputNorm, ShortConvolution, copy_of, decay_start
 from .rules import Rule

@@ -6,13 +6,14 @@ import torch
 
 from recipelin_kernels import log_scale_closed_form
 
+from ..calibration import Calibration
 from ..captured import Captured
 
 if TYPE_CHECKING:
     from .module import HybridAttention
 
 
-class LogScaleCalibration:
+class LogScaleCalibration(Calibration):
     """c_h = mean over rows of (teacher's log-mass outside the window - linear log-mass there): facts/pocket.md §F."""
 
     def __init__(self, form: "HybridAttention") -> None:
@@ -22,7 +23,7 @@ class LogScaleCalibration:
 
     @torch.no_grad()
     def add(self, captured: Captured) -> None:
-        """Take in one batch."""
+        """Raises ValueError without the teacher's log-sum-exp."""
         if captured.lse is None:
             raise ValueError("log_scale: needs the teacher's log-sum-exp, which only a recorder gets")
         options = self.form.options(self.form.state, captured.q.shape[2])
