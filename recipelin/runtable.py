@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -191,7 +191,7 @@ def _branches(record: Record, found: Sequence[Measure]) -> Block:
         unit = "nats" if measure.kind == "log_loss" else "points"
         scale, digits = (1.0, 3) if unit == "nats" else (100.0, 1)
         label = f"{measure.label.replace('perplexity', 'log-loss')}, {unit}"
-        draws = _exposed_draws(measure)
+        draws = exposed_draws(measure)
         cells = [Cell(str(measure.exposed_items()))]
 
         def difference(a: str, b: str, draws: dict[str, Draws] = draws) -> Interval | None:
@@ -207,7 +207,7 @@ def _branches(record: Record, found: Sequence[Measure]) -> Block:
         cells.append(cell("hybrid - window", gained, scale, digits, True, base))
         cells.append(Cell(compare(gained, record.margin) if gained else DASH))
         for value in BROUGHT:
-            cells.append(cell(value, brought(measure, value), 100, 0, False, "fraction"))
+            cells.append(cell(value, brought(draws, value), 100, 0, False, "fraction"))
         cells.append(_shapley(record, draws, base))
         each = judged.get(measure.label)
         cells.append(Cell(each.word if each else DASH))
@@ -215,14 +215,13 @@ def _branches(record: Record, found: Sequence[Measure]) -> Block:
     return Block("What the linear branch brings, on exposed items", columns, tuple(rows))
 
 
-def brought(measure: Measure, value: str) -> Interval | None:
-    """gap or retention of a metric on exposed items; None where a state is missing or the denominator may be 0."""
+def brought(draws: Mapping[str, Draws], value: str) -> Interval | None:
+    """gap or retention of `exposed_draws`; None where a state is missing or the denominator may be 0."""
     states, ratio_of = BROUGHT[value]
-    draws = _exposed_draws(measure)
     return interval_of(ratio_of(*(draws[s] for s in states))) if all(s in draws for s in states) else None
 
 
-def _exposed_draws(measure: Measure) -> dict[str, Draws]:
+def exposed_draws(measure: Measure) -> dict[str, Draws]:
     if not measure.exposed_items():
         return {}
     return {state: measure.draws(state, exposed_only=True) for state in measure.scores}

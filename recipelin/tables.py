@@ -21,7 +21,7 @@ from .measures import Measure
 from .published import Published, Source, TableError, find, provenance, read_published, source_of, to_run
 from .records import RecordError, items_path, read_items, read_record, record_path
 from .render import DASH, FORMATS, Block, Cell, Format, Number, Table, plus_minus, render
-from .runtable import MEANING, brought, mean_of, run_table, scale, score_cell
+from .runtable import MEANING, brought, exposed_draws, mean_of, run_table, scale, score_cell
 from .statistics import Draws, Interval, interval_of, recovery
 from .strict_yaml import read_yaml
 from .tablespec import EXPECTED, TRUST, Column, Printed, Spec, TableRow, read_spec
@@ -122,7 +122,7 @@ def _interval(columns: dict[str, Column], label: str, state: str | None, source:
         return _of_curve(column, state, source)
     if column.value:
         measure = _find(column, found)
-        interval = brought(measure, column.value) if measure and state == "hybrid" else None
+        interval = brought(exposed_draws(measure), column.value) if measure and state == "hybrid" else None
         if interval is None:
             return None
         text = plus_minus(interval, scale=100, digits=0)
