@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .documents import documents
-from .files import locked
+from .files import folder_atomically, locked
 from .sources import Data, Part, Recall, Slot, SourceError
 from .spool import stream, uncut
 
@@ -381,7 +381,6 @@ def tokenizer_for(data: Data, vocab_size: int, *, folder: Path, cache: Path) -> 
                 for _, text in documents(s.text if isinstance(s, Recall) else s, "training", folder)
             )
             made = train_tokenizer(texts, vocab_size)
-            partial = cache.with_name(cache.name + ".partial")
-            made.save_pretrained(partial)
-            partial.rename(cache)
+            with folder_atomically(cache) as partial:
+                made.save_pretrained(partial)
     return PreTrainedTokenizerFast.from_pretrained(cache)

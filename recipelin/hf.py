@@ -1,8 +1,6 @@
 """Students as Hugging Face models: classes, export and loading. Importing this registers the Auto classes."""
 
 import json
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from . import families, lookup
 from .cache import check_cache
 from .families import Architecture, Family
+from .files import folder_atomically
 from .masks import segments_of
 from .states import State
 from .steps import Swap
@@ -159,9 +158,7 @@ def export(
     Made beside `folder` and renamed, so that no reader meets half of it. `hybrid`: the state that it generates in;
     `origin`: {recipe, teacher: {source, revision, digest}}, for the diagnosis of the folder.
     """
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    try:
+    with folder_atomically(folder) as partial:
         found = forms(model)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -169,11 +166,6 @@ def export(
             if hybrid is None:
                 raise ValueError("export: a swapped model needs the state that it is to run in")
             _layout(partial, found, hybrid, origin)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _layout(folder: Path, found: list[Any], hybrid: State, origin: dict[str, Any] | None) -> None:

@@ -1,7 +1,5 @@
 """Students of form `native` as checkpoints of a stock architecture: they load with transformers alone."""
 
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
+from .files import folder_atomically
 from .swap import architecture_of, forms
 
 CONVOLUTION = 4  # taps that are written where the student has none: GPU kernels know 2 to 4
@@ -32,16 +31,9 @@ def export(model: Any, tokenizer: Any, folder: Path) -> None:
     made.load_state_dict(_weights(model, found), strict=True, assign=True)
     made.tie_weights()
     made.generation_config = model.generation_config
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    try:
+    with folder_atomically(folder) as partial:
         made.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 _SAME = (
