@@ -14,6 +14,7 @@ from recipelin.states import NAMES, State, resolve, subsets
 from recipelin.steps import Swap
 from recipelin.swap import architecture_of, forms, mark_merged, observing, recording, restore, swap, switch
 from recipelin_kernels import weight_transfer_loss
+from tests.rows import logits, tokens
 
 JOINS = ("shared", "absolute", "replace", "average", "sum")
 GROUPS = ((2, 2), (6, 2), (4, 1))
@@ -25,15 +26,6 @@ def swapped(model, state: State, *, seed: int = 0, **config):
     for form in forms(model):
         torch.nn.init.normal_(form.log_scale.c, std=0.3)
     return model
-
-
-def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 131, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model, ids, **arguments):
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False, **arguments).logits
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), GROUPS)

@@ -18,6 +18,7 @@ from recipelin.losses import hidden_states, token_loss
 from recipelin.states import State, resolve
 from recipelin.steps import Loss, Swap
 from recipelin.swap import architecture_of, forms, recording, restore, swap, switch
+from tests.rows import left_padded, logits, tokens
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -78,15 +79,6 @@ def student(teacher, tokenizer, tmp_path):
         return hf.load_student(tmp_path / "model", dtype=dtype, device="cpu")[0]
 
     return make
-
-
-def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 131, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model, ids, **arguments):
-    return model(input_ids=ids, **{"use_cache": False, **arguments}).logits
 
 
 # --- parity -----------------------------------------------------------------------------------------------------------
@@ -169,14 +161,6 @@ def test_counts_without_torch_are_the_built_model(teacher):
     assert families.projections(found) == counted
     again = getattr(transformers, type(model.config).__name__)(**config_json(found))
     assert architecture(again.to_dict()) == found
-
-
-def left_padded(ids: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    padded, mask = torch.full_like(ids, 7), torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        padded[row, -length:] = ids[row, :length]
-        mask[row, -length:] = 1
-    return padded, mask
 
 
 # --- students ---------------------------------------------------------------------------------------------------------

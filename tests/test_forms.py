@@ -31,6 +31,7 @@ from recipelin.swap import (
     swap,
     switch,
 )
+from tests.rows import left_padded, logits, tokens
 
 WINDOW = State(branches=("window", "linear", "sinks"), window=6, sinks=2)
 LIVELY = {"gate_std": 0.3, "decay": Decay(rate=(0.5, 4.0), step=(0.05, 0.3))}  # gates that move in rows this short
@@ -89,23 +90,6 @@ def student(tiny, tokenizer, tmp_path):
         return hf.load_student(tmp_path / "model", dtype=dtype, device="cpu")[0]
 
     return make
-
-
-def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 131, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model, ids, **arguments):
-    return model(input_ids=ids, **{"use_cache": False, **arguments}).logits
-
-
-def left_padded(ids: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    padded, mask = torch.full_like(ids, 7), torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        padded[row, -length:] = ids[row, :length]
-        mask[row, -length:] = 1
-    return padded, mask
 
 
 # --- what a row is ----------------------------------------------------------------------------------------------------

@@ -19,17 +19,9 @@ from recipelin.plan import plan
 from recipelin.states import NAMES, State, resolve
 from recipelin.steps import Swap
 from recipelin.swap import architecture_of, forms, observing, recording, swap, switch
+from tests.rows import logits, tokens
 
 LIVELY = {"gate_std": 0.3, "decay": Decay(rate=(0.5, 4.0), step=(0.05, 0.3))}
-
-
-def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 131, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model, ids, **arguments):
-    return model(input_ids=ids, use_cache=False, **arguments).logits
 
 
 def swapped(model, layers="all", **config):

@@ -17,6 +17,7 @@ from recipelin.data import train_tokenizer
 from recipelin.states import State, resolve
 from recipelin.steps import Swap
 from recipelin.swap import forms, recording, restore, swap, switch
+from tests.rows import left_padded, logits, tokens
 
 HYBRID = State(window=5)
 SINKS = State(branches=("window", "linear", "sinks"), window=5, sinks=3)
@@ -41,24 +42,6 @@ def student(tiny, tokenizer, tmp_path):
         return hf.load_student(tmp_path / "model", dtype=dtype, device="cpu")[0]
 
     return make
-
-
-def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 131, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model, ids, **arguments):
-    return model(input_ids=ids, **{"use_cache": False, **arguments}).logits
-
-
-def left_padded(ids: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that begin late, and their mask; the padding holds a token that a row could hold too."""
-    padded, mask = torch.full_like(ids, 7), torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        padded[row, -length:] = ids[row, :length]
-        mask[row, -length:] = 1
-    return padded, mask
 
 
 # --- export and loading -----------------------------------------------------------------------------------------------

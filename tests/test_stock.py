@@ -13,18 +13,10 @@ from recipelin.mistakes import PlanError
 from recipelin.plan import plan
 from recipelin.steps import Swap
 from recipelin.swap import form_parameters, forms, swap
+from tests.rows import logits, tokens
 
 LIVELY = {"gate_std": 0.3, "decay": Decay(rate=(0.5, 4.0), step=(0.05, 0.3))}
 QWEN3 = {"family": "qwen3", "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-
-
-def tokens(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(0, 131, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def logits(model, ids, **arguments):
-    return model(input_ids=ids, **{"use_cache": False, **arguments}).logits
 
 
 @pytest.fixture(scope="module")

@@ -18,18 +18,10 @@ from recipelin.swap import (
     swap,
     switch,
 )
+from tests.rows import logits, tokens
 
 STEP = Swap(form="hybrid", config=Config(feature_map=FeatureMap(width=3)))
 HYBRID = State(window=5)
-
-
-def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 131, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits(model, ids, **arguments):
-    return model(input_ids=ids, use_cache=False, **arguments).logits
 
 
 # --- swap, switch, restore --------------------------------------------------------------------------------------------

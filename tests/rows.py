@@ -1,0 +1,21 @@
+"""Rows of tokens for a tiny model, and what it makes of them: shared by the tests of students, forms and families."""
+
+import torch
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(0, 131, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, ids, **arguments):
+    return model(input_ids=ids, **{"use_cache": False, **arguments}).logits
+
+
+def left_padded(ids: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows that begin late, and their mask; the padding holds a token that a row could hold too."""
+    padded, mask = torch.full_like(ids, 7), torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        padded[row, -length:] = ids[row, :length]
+        mask[row, -length:] = 1
+    return padded, mask
