@@ -111,8 +111,9 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
 _STEP = "32 heads over 8, d 128, F 128, window 64"
 
 _BYTES = (
-    "a token reads the sums (2.1 MB), both maps (2.1 MB) and the ring (0.5 MB), 4.7 MB where SDPA reads 33.5 MB at 4,096 and 537 MB at "
-    "65,536: the ratios of bytes are 7.1 and 114. More comes only from a cache that holds our 4.7 MB beside what else runs here."
+    "a token reads the sums (2.1 MB), both maps (2.1 MB) and the ring (0.5 MB), 4.7 MB where SDPA reads 33.5 MB at 4,096 and "
+    "537 MB at 65,536: the ratios of bytes are 7.1 and 114. More comes only from a cache that holds our 4.7 MB beside what "
+    "else runs here."
 )
 
 BARS: list[Bar | Fact] = [
