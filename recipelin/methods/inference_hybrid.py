@@ -26,7 +26,9 @@ class Config(Base):
     layers: ConvertedLayers = "all"
     window: Annotated[int, Field(ge=1)] = 64
     sinks: Annotated[int, Field(ge=0)] = 0
-    cover: Literal["outside", "all"] = "outside"
+    cover: Literal["outside", "all"] | None = Field(
+        None, description="None: all keys for `average` and `sum`, as Liger averages; outside the window for the others"
+    )
     join: Join = Field("replace", description="the paper's rule was not found; `replace` needs no scale")
     mix: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="g of `shared`; None: where it starts (0.1)"
@@ -46,7 +48,8 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     """Swap, switch to the linear branch, transfer, tune; then switch to the hybrid, and calibrate where its join asks."""
     method = recipe.method
     assert isinstance(method, Config)
-    state = hybrid_state(window=method.window, sinks=method.sinks, cover=method.cover, join=method.join, mix=method.mix)
+    cover = method.cover or ("all" if method.join in ("average", "sum") else "outside")
+    state = hybrid_state(window=method.window, sinks=method.sinks, cover=cover, join=method.join, mix=method.mix)
     size = recipe.schedule["transfer"] or STAGES["transfer"]
     assert size is not None
     return in_layers(
