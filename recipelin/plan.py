@@ -73,6 +73,7 @@ _UNHASHED_AT_DEFAULT: Mapping[str, object] = {
     "held_out": 0,
     "only_part": None,
     "first_rows": None,
+    "copied": None,
 }
 _UNHASHED_OF_MODEL = {"architecture", "beyond_context", "converted"}  # the Swap has the last
 
