@@ -35,7 +35,7 @@ def run_table(record: Record, items: Items, *, place: Path | None = None) -> Tab
     judged = verdict(record, items)
     blocks = [*_narrow(_scores(found, states)), *_narrow(_recovered(found, states))]
     if comparable(record):
-        blocks.append(_branches(record, found))
+        blocks += [_branches(record, found), _conversion(record, found)]
     blocks += _distances(by_distance(record, items), states)
     blocks += [narrow for block in _positions(by_position(record, items), states) for narrow in _narrow(block)]
     blocks += [narrow for block in cost_blocks(record) for narrow in _narrow(block)]
@@ -219,6 +219,28 @@ def _branches(record: Record, found: Sequence[Measure]) -> Block:
     return Block("What the linear branch brings, on exposed items", columns, tuple(rows))
 
 
+def _conversion(record: Record, found: Sequence[Measure]) -> Block:
+    """hybrid - teacher in two parts, on exposed items: what training did to the weights, and what the form costs them."""
+    rows = []
+    for measure in found:
+        draws = exposed_draws(measure)
+        if not {"teacher", "softmax", "hybrid"} <= set(draws):
+            continue
+        nats = measure.kind == "log_loss"
+        scale, digits, unit = (1.0, 3, "nats") if nats else (100.0, 1, "points")
+        cells = [Cell(str(measure.exposed_items()))]
+        for one, other in (("softmax", "teacher"), ("hybrid", "softmax")):
+            each = (draws[one] - draws[other]).interval()
+            number = Number(f"{one} - {other}", each, "nats" if nats else "fraction")
+            cells.append(Cell(plus_minus(each, scale=scale, digits=digits, sign=True), (number,)))
+        cells.append(Cell(compare(each, record.margin)))
+        rows.append((f"{measure.label.replace('perplexity', 'log-loss')}, {unit}", tuple(cells)))
+    columns = ("metric", "n", "softmax - teacher", "hybrid - softmax", "reads")
+    return Block(
+        "What training did to the weights, and what the hybrid costs them, on exposed items", columns, tuple(rows)
+    )
+
+
 def brought(draws: Mapping[str, Draws], value: str) -> Interval | None:
     """gap or retention of `exposed_draws`; None where a state is missing or the denominator may be 0."""
     states, ratio_of = BROUGHT[value]
@@ -363,7 +385,7 @@ def _legend(record: Record, found: Sequence[Measure], items: Items) -> tuple[str
         lines += [
             "exposed items: at least half of their scored tokens are exposed. Differences: larger is better (a "
             "log-loss is negated).",
-            f"reads: equal: the whole interval of hybrid - window is within the margin {margin}; differs: it "
+            f"reads (of the difference before it): equal: its whole interval is within the margin {margin}; differs: it "
             "excludes 0 and the point exceeds the margin; else undecided.",
             f"gap: {MEANING['gap']}",
             f"retention: {MEANING['retention']} Read gap and retention together.",

@@ -137,6 +137,20 @@ def test_gap_retention_and_shapley(make: Any) -> None:
     assert found["next line short, points", "verdict"].text == "not testable"
 
 
+def test_what_the_hybrid_costs_the_trained_weights(make: Any) -> None:
+    """hybrid - teacher = (softmax - teacher) + (hybrid - softmax), larger is better; nothing without the state softmax."""
+    record, items = make()
+    title = "What training did to the weights"
+    found = cells(run_table(record, items), title)
+    loss = {r.state: r.value for r in record.rows if r.task == "perplexity"}
+    row = [found["log-loss, nats", c].numbers[0].interval.value for c in ("softmax - teacher", "hybrid - softmax")]
+    assert row == pytest.approx([loss["teacher"] - loss["softmax"], loss["softmax"] - loss["hybrid"]])
+    assert found["log-loss, nats", "n"].text == "120" and found["log-loss, nats", "reads"].text == "differs"
+    assert found["recall far, points", "hybrid - softmax"].numbers[0].unit == "fraction"
+    bare = record.model_copy(update={"rows": tuple(r for r in record.rows if r.state != "softmax")})
+    assert not [b for b in run_table(bare, items).blocks if b.title.startswith(title)]
+
+
 def test_subsets_are_found_by_the_plan(make: Any) -> None:
     record, _ = make()
     assert subset_states(record) == {
@@ -232,7 +246,7 @@ def test_markdown_is_aligned_and_fits_a_terminal(make: Any) -> None:
     lines = text.splitlines()
     assert max(map(len, lines)) <= 140
     grids = [list(g) for g in _grids(lines)]
-    assert len(grids) == 4
+    assert len(grids) == 5
     for grid in grids:
         assert len({len(line) for line in grid}) == 1
         assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in grid}) == 1
