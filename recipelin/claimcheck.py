@@ -48,11 +48,11 @@ def _evaluation(recipe: str) -> Evaluate | str:
     """The last step of a recipe's plan, or what is wrong with the name."""
     try:
         found = points(recipe)
-        alike = {but_seed(p.recipe.name) for p in found}
+        alike = list(dict.fromkeys(but_seed(p.recipe.name) for p in found))  # in the order of the grid
         if len(alike) > 1:
             text = f"{recipe} is {len(alike)} recipes; name one point of its grid: "
-            return text + listed(f"{base}/{','.join(sorted(values))}" for base, values in sorted(alike, key=str))
-        if alike != {but_seed(recipe)}:
+            return text + listed(f"{base}/{','.join(sorted(values))}" for base, values in alike)
+        if alike != [but_seed(recipe)]:
             return f"recipe {recipe}: its Records are named {found[0].recipe.name}; use that name"
         step = plan(found[0]).steps[-1].step
     except RecipeError as error:

@@ -1,9 +1,9 @@
 """Records and their items -> aligned scores, one Measure a column of a table (no torch).
 
 Kinds of rows, by their fields: `distance` given: recall, its format and length in the task's name (`recall@24`,
-`passkey@4096:3000`); metric ending in `share`: usage, and tokens per second and bytes: cost, both no measure; task
-`agreement...`: agreement with the teacher's generation, in 0..1, no task; smaller is better: a log-loss in nats; else a
-score in 0..1.
+`passkey@4096:3000`); metric ending in `share`: usage, tokens per second and bytes: cost, `position_...`: parts of a copied
+string, all no measure; task `agreement...`: agreement with the teacher's generation, in 0..1, no task; smaller is better: a
+log-loss in nats; else a score in 0..1.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["log_loss", "score", "agreement", "recall"]
 COSTS = ("tokens_per_second", "cache_bytes")
+POSITION = "position_"
 
 
 class Recalled(NamedTuple):
@@ -135,8 +136,8 @@ EXPOSED = 0.5
 
 
 def kind_of(row: Row) -> Kind | None:
-    """What a row is; None for what nothing is concluded from: usage and cost."""
-    if row.metric.endswith("share") or row.metric in COSTS:
+    """What a row is; None for what nothing is concluded from: usage, cost, and what another row has whole."""
+    if row.metric.endswith("share") or row.metric in COSTS or row.metric.startswith(POSITION):
         return None
     if row.distance is not None:
         return "recall"
@@ -210,28 +211,38 @@ def _recall_label(what: Recalled, metric: str, all_of_suite: Sequence[tuple[str,
 
 def by_distance(record: Record, items: Items) -> tuple[tuple[Measure, ...], ...]:
     """Recall at each distance, nearest first: a group for each suite, metric, format and length."""
-    groups: dict[tuple[str, str, str, int], list[Row]] = {}
+    groups: dict[tuple[str, str, Recalled], list[Row]] = {}
     for row in record.rows:
-        if (what := _recalled(row, None)) is not None:
-            groups.setdefault((row.suite, row.metric, what.format, what.length or 0), []).append(row)
+        if kind_of(row) == "recall" and (what := _recalled(row, None)) is not None:
+            groups.setdefault((row.suite, row.metric, what), []).append(row)
     return tuple(
         tuple(
-            replace(
-                _measure(
-                    str(distance),
-                    "recall",
-                    suite,
-                    metric,
-                    [r for r in rows if r.distance == distance],
-                    records=[record],
-                    items=[items],
-                ),
-                recalled=Recalled(format, length or None, None),
-            )
+            _part(str(distance), what, [r for r in rows if r.distance == distance], record, items)
             for distance in sorted({r.distance for r in rows if r.distance is not None})
         )
-        for (suite, metric, format, length), rows in sorted(groups.items())
+        for (_, _, what), rows in sorted(groups.items(), key=lambda g: (*g[0][:2], g[0][2].format, g[0][2].length or 0))
     )
+
+
+def by_position(record: Record, items: Items) -> tuple[tuple[Measure, ...], ...]:
+    """Tokens of copied strings by their place in it: a group for each suite, format, length, and near or far."""
+    groups: dict[tuple[str, Recalled], dict[str, list[Row]]] = {}
+    for row in record.rows:
+        if row.metric.startswith(POSITION) and (what := _recalled(row, reach(record))) is not None:
+            groups.setdefault((row.suite, what), {}).setdefault(row.metric, []).append(row)
+    return tuple(
+        tuple(
+            _part(metric.removeprefix(POSITION).replace("_", " to "), what, rows, record, items)
+            for metric, rows in metrics.items()
+        )
+        for (_, what), metrics in groups.items()
+    )
+
+
+def _part(label: str, what: Recalled, rows: Sequence[Row], record: Record, items: Items) -> Measure:
+    first = rows[0]
+    made = _measure(label, "recall", first.suite, first.metric, rows, records=[record], items=[items])
+    return replace(made, recalled=what)
 
 
 def _measure(

@@ -73,6 +73,7 @@ _UNHASHED_AT_DEFAULT: Mapping[str, object] = {
     "held_out": 0,
     "only_part": None,
     "first_rows": None,
+    "copied": None,
 }
 _UNHASHED_OF_MODEL = {"architecture", "beyond_context", "converted"}  # the Swap has the last
 
@@ -488,5 +489,10 @@ def _states(loaded: Loaded, arch: Architecture, hybrid: State | None, form: Form
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise refusal(loaded, ("eval", "states"), f"eval.states: {', '.join(twice)} given twice")
     if hybrid is not None and "hybrid" in names:
-        found += [s for s in subsets(hybrid).values() if s.name not in names]
+        measured = [s.state for s in found]
+        missing = [s for s in subsets(hybrid).values() if s.state not in measured]
+        if taken := [s.name for s in missing if s.name in names]:
+            text = f"eval.states: {', '.join(taken)}: the name of a subset of the branches, which is another state; take another"
+            raise refusal(loaded, ("eval", "states"), text)
+        found += missing
     return tuple(found)

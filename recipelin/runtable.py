@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from .costtable import cost_blocks, cost_notes
-from .measures import Measure, by_distance, measures, reach
+from .measures import Measure, by_distance, by_position, measures, reach
 from .records import SHRUNK, Items, Record, bands_path, picture_path
 from .render import DASH, WIDTH, Block, Cell, Number, Table, plus_minus
 from .states import State, subsets
@@ -35,8 +35,9 @@ def run_table(record: Record, items: Items, *, place: Path | None = None) -> Tab
     judged = verdict(record, items)
     blocks = [*_narrow(_scores(found, states)), *_narrow(_recovered(found, states))]
     if comparable(record):
-        blocks.append(_branches(record, found))
+        blocks += [_branches(record, found), _conversion(record, found)]
     blocks += _distances(by_distance(record, items), states)
+    blocks += [narrow for block in _positions(by_position(record, items), states) for narrow in _narrow(block)]
     blocks += [narrow for block in cost_blocks(record) for narrow in _narrow(block)]
     return Table(
         title=f"{record.name}: what each state of the model can do",
@@ -116,16 +117,19 @@ def _head(measure: Measure) -> str:
     return measure.label if measure.kind == "log_loss" else f"{measure.label} %"
 
 
+def _guess(measure: Measure) -> Cell:
+    return Cell(DASH if measure.chance is None else f"{measure.chance:.1%}".removesuffix("%"))
+
+
 def _scores(found: Sequence[Measure], states: Sequence[str]) -> Block:
     rows = [(state, tuple(score_cell(m, state) for m in found)) for state in states]
-    guess = [Cell(DASH) if m.chance is None else Cell(f"{m.chance:.1%}".removesuffix("%")) for m in found]
     exposure = [(m.exposure(), m.n) for m in found]
     exposed = [
         Cell(DASH) if e is None else Cell(f"{e * 100:.0f}", (Number("exposed", Interval(e, e, e, n), "fraction"),))
         for e, n in exposure
     ]
     rows += [
-        ("(guessing)", tuple(guess)),
+        ("(guessing)", tuple(_guess(m) for m in found)),
         ("(exposed %)", tuple(exposed)),
         ("(items n)", tuple(Cell(str(m.n)) for m in found)),
     ]
@@ -215,6 +219,28 @@ def _branches(record: Record, found: Sequence[Measure]) -> Block:
     return Block("What the linear branch brings, on exposed items", columns, tuple(rows))
 
 
+def _conversion(record: Record, found: Sequence[Measure]) -> Block:
+    """hybrid - teacher in two parts, on exposed items: what training did to the weights, and what the form costs them."""
+    rows = []
+    for measure in found:
+        draws = exposed_draws(measure)
+        if not {"teacher", "softmax", "hybrid"} <= set(draws):
+            continue
+        nats = measure.kind == "log_loss"
+        scale, digits, unit = (1.0, 3, "nats") if nats else (100.0, 1, "points")
+        cells = [Cell(str(measure.exposed_items()))]
+        for one, other in (("softmax", "teacher"), ("hybrid", "softmax")):
+            each = (draws[one] - draws[other]).interval()
+            number = Number(f"{one} - {other}", each, "nats" if nats else "fraction")
+            cells.append(Cell(plus_minus(each, scale=scale, digits=digits, sign=True), (number,)))
+        cells.append(Cell(compare(each, record.margin)))
+        rows.append((f"{measure.label.replace('perplexity', 'log-loss')}, {unit}", tuple(cells)))
+    columns = ("metric", "n", "softmax - teacher", "hybrid - softmax", "reads")
+    return Block(
+        "What training did to the weights, and what the hybrid costs them, on exposed items", columns, tuple(rows)
+    )
+
+
 def brought(draws: Mapping[str, Draws], value: str) -> Interval | None:
     """gap or retention of `exposed_draws`; None where a state is missing or the denominator may be 0."""
     states, ratio_of = BROUGHT[value]
@@ -277,6 +303,22 @@ def _distances(groups: Sequence[Sequence[Measure]], states: Sequence[str]) -> li
     return blocks
 
 
+def _positions(groups: Sequence[Sequence[Measure]], states: Sequence[str]) -> list[Block]:
+    """A block for each suite, length of string and row, near and far; the first token first."""
+    blocks = []
+    suites = {g[0].suite for g in groups}
+    for group in groups:
+        what = group[0].recalled
+        assert what is not None
+        extra = f" ({group[0].suite})" if len(suites) > 1 else ""
+        rows = [(state, tuple(score_cell(m, state) for m in group)) for state in states]
+        rows.append(("(guessing)", tuple(_guess(m) for m in group)))
+        title = " ".join(filter(None, (what.format.capitalize(), f"in {what.length} tokens,", what.part)))
+        columns = ("state", *(m.label for m in group))
+        blocks.append(Block(f"{title}: right tokens by place in the string, %{extra}", columns, tuple(rows)))
+    return blocks
+
+
 USAGE = {
     "linear_share": "linear share of the hybrid's normaliser",
     "output_share": "linear branch's share of the norm of the hybrid's output",
@@ -321,7 +363,8 @@ def _legend(record: Record, found: Sequence[Measure], items: Items) -> tuple[str
         f"n: items; item seeds {', '.join(map(str, seeds))}.",
         "perplexity: exp of the mean next-token log-loss on held-out text; smaller is better. Columns with %: right "
         "answers.",
-        "(guessing): share right by a blind guess; for recall, a guess among the pairs in context not yet asked for.",
+        "(guessing): share right by a blind guess; for recall, a guess among the pairs in context not yet asked for; "
+        "of a copy, among the tokens of the string that did not yet come.",
         "(exposed %): share of scored tokens at which the linear branch has anything to see. Where it is low, the "
         "window is all there is.",
         "recovered: state / teacher, and (state - guess)/(teacher - guess); a dash where the teacher's interval "
@@ -342,7 +385,7 @@ def _legend(record: Record, found: Sequence[Measure], items: Items) -> tuple[str
         lines += [
             "exposed items: at least half of their scored tokens are exposed. Differences: larger is better (a "
             "log-loss is negated).",
-            f"reads: equal: the whole interval of hybrid - window is within the margin {margin}; differs: it "
+            f"reads (of the difference before it): equal: its whole interval is within the margin {margin}; differs: it "
             "excludes 0 and the point exceeds the margin; else undecided.",
             f"gap: {MEANING['gap']}",
             f"retention: {MEANING['retention']} Read gap and retention together.",

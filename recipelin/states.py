@@ -144,11 +144,15 @@ def resolve(name: str, hybrid: State) -> NamedState:
 
 
 def subsets(hybrid: State) -> dict[tuple[str, ...], NamedState]:
-    """All subsets of the hybrid's branches, for the Shapley values: the hybrid with the others ablated, cover unchanged."""
+    """All subsets of the hybrid's branches, for the Shapley values: the hybrid with the others ablated, cover unchanged.
+
+    A subset that is one of `NAMES` has its name. The state `sinks` is that of the first 8; the hybrid's own are `sinks-4`.
+    """
     found: dict[tuple[str, ...], NamedState] = {}
     for mask in range(2 ** len(hybrid.branches)):
         kept = tuple(b for i, b in enumerate(hybrid.branches) if mask >> i & 1)
         state = State(**{**hybrid.model_dump(), "branches": kept})
-        known = next((n for n in NAMES if n != "teacher" and resolve(n, hybrid).state == state), "+".join(kept))
-        found[kept] = NamedState(name=known, weights="student", state=state)
+        known = next((n for n in NAMES if n != "teacher" and resolve(n, hybrid).state == state), None)
+        plain = f"sinks-{hybrid.sinks}" if kept == ("sinks",) else "+".join(kept)
+        found[kept] = NamedState(name=known or plain, weights="student", state=state)
     return found

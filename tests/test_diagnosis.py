@@ -12,6 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipelin.attention.hybrid.config import Config, FeatureMap
 from recipelin.exposure import exposed_share
+from recipelin.load import load
+from recipelin.mistakes import PlanError
+from recipelin.plan import plan
 from recipelin.records import Item, Result
 from recipelin.states import State, resolve, subsets
 from recipelin.steps import Swap
@@ -195,3 +198,23 @@ def test_harm_inside_the_window_is_said():
         form.feature_map_k.weight.copy_(form.feature_map_k.weight.roll(1, -1))
     found = judged(measured(model, teacher(), distance=3))
     assert found.word == "not testable" and "It harms recall" in found.sentence
+
+
+@pytest.mark.parametrize("sinks", [2, 8])
+def test_every_subset_is_measured_beside_the_first_eight_positions(tmp_path, sinks):
+    """The state `sinks` is the paper's, the first 8; a hybrid with other sinks has a subset of its own for them."""
+    path = tmp_path / "r.yaml"
+    text = f"name: x\nmodel: {{teacher: pocket, beyond_context: true}}\nmethod: {{name: lolcats, window: 8, sinks: {sinks}}}\n"
+    asked = "[teacher, hybrid, window, linear_outside, sinks, none]"
+    path.write_text(text + f"eval: {{suites: [pocket], states: {asked}}}\n")
+    planned = plan(load(path))
+    states = planned.steps[-1].step.states
+    found = {s.name: s.state for s in states}
+    assert len(found) == len(states) and found["sinks"].sinks == 8
+    assert all(s.state in found.values() for s in subsets(planned.hybrid).values())
+    assert ("sinks-2" in found) == (sinks == 2)
+    path.write_text(text + "eval: {suites: [pocket], states: [hybrid, {name: window+linear, of: linear}]}\n")
+    with pytest.raises(
+        PlanError, match=r"r.yaml:4:\d+: eval.states: window\+linear: the name of a subset of the branches"
+    ):
+        plan(load(path))

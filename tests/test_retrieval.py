@@ -1,6 +1,7 @@
 """The `retrieval` evaluation: every item says what it is, a model that attends scores 1, one that cannot the guess."""
 
 import re
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from recipelin import data, lookup
 from recipelin.attention.hybrid.config import Config as Hybrid
 from recipelin.evals.retrieval.config import Config
 from recipelin.evals.retrieval.items import WORDINGS, filler, rows
-from recipelin.evals.retrieval.run import _generate, _haystack, _likelihood, chance
+from recipelin.evals.retrieval.run import _generate, _haystack, _likelihood, chance, score
 from recipelin.evals.subject import Subject
 from recipelin.sources import SourceError, Stdlib
 from recipelin.states import State, resolve
@@ -30,14 +31,14 @@ FORMATS = {
     "passkey": {},
     "needle": {"text": STDLIB},
     "needles": {"text": STDLIB, "pairs": 4, "queries": 2},
+    "copy": {"text": STDLIB, "copied": 24},
 }
 
 
 def config(kind="associative", length=512, distances=(80, 200, 420), **extra):
-    given = {"format": kind.removesuffix("s"), "length": length, "distances": distances, "items": 4}
-    return Config.model_validate(
-        {**given, **FORMATS.get(kind, {}), **extra} | ({"format": "passkey"} if kind == "passkey" else {})
-    )
+    format = "needle" if kind == "needles" else kind
+    given = {"format": format, "length": length, "distances": distances, "items": 4}
+    return Config.model_validate({**given, **FORMATS[kind], **extra})
 
 
 def trained(kind):
@@ -112,7 +113,7 @@ STEMS = {
 }
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [k for k in FORMATS if k != "copy"])
 @pytest.mark.parametrize("which", ["pocket", "llama3", "llama2", "bert"])
 def test_every_item_is_what_it_says(tokenizers, kind, which):
     tokenizer, asked = tokenizers[which], config(kind)
@@ -144,6 +145,29 @@ def test_every_item_is_what_it_says(tokenizers, kind, which):
         assert len({k for k, _ in facts}) == len({v for _, v in facts}) == asked.pairs
         if asked.format == "passkey":
             assert re.fullmatch(r"[1-9]\d{4}", known[0][1])
+
+
+@pytest.mark.parametrize("which", ["pocket", "llama3", "llama2", "bert"])
+def test_every_string_is_said_twice(tokenizers, which):
+    tokenizer, asked = tokenizers[which], config("copy")
+    haystack = _haystack(asked, tokenizer, Path())
+    made = rows(asked, tokenizer, haystack, seed=3)
+    cells = [(q.distance, q.id) for row in made for q in row.questions]
+    assert sorted(cells) == sorted((d, f"{d}-{n}") for d in asked.distances for n in range(asked.items))
+    strings, text = [], set(np.flatnonzero(np.bincount(haystack)).tolist())
+    for row in made:
+        ids, (q,) = row.ids.tolist(), row.questions
+        assert len(ids) == 512 == q.answer + q.size and min(ids) >= 0 and q.size == 24
+        assert (ids[0] == tokenizer.bos_token_id) == (which == "llama2")
+        assert q.distance == q.answer - 1 - q.fact
+        strings.append(ids[q.answer :])
+        assert ids[q.fact : q.fact + q.size] == strings[-1] and len(set(strings[-1])) == 24
+        assert set(strings[-1]) <= text - set(tokenizer.all_special_ids)
+        assert all(tokenizer.decode([t]).strip().isalnum() for t in strings[-1])
+        assert words(tokenizer, ids[: q.fact]).endswith("the list to remember is")
+        assert words(tokenizer, ids[: q.answer]).endswith("what is the list? the list to remember is")
+        assert words(tokenizer, ids).count("the list to remember is") == 2, "one string, one copy, nothing else"
+    assert len(set(map(tuple, strings))) == len(made)
 
 
 def test_rows_are_pure_and_follow_seed_and_part(tokenizer):
@@ -215,12 +239,20 @@ def run(config, model, tokenizer, *, seed=0, name="hybrid", hybrid=HYBRID, expos
 def test_perfect_attention_scores_one_and_a_window_only_what_it_sees(tokenizer, kind):
     asked = config(kind, scoring=("likelihood", "generate"))
     results = run(asked, Induction(), tokenizer)
+    assert [(r.task, r.metric) for r in results] == [(n.task, n.metric) for n in asked.names()]
+    label, metrics = asked.format, [["exact_match"], ["generated"]]
+    if kind == "copy":
+        places = ["1", "2", "3_4", "5_8", "9_16", "17_24"]
+        label = "copy24"
+        metrics = [["token_accuracy", *(f"position_{p}" for p in places)], ["prefix_match", "generated"]]
     assert [(r.task, r.metric) for r in results] == [
-        (f"{asked.format}@512:{d}", m) for m in ("exact_match", "generated") for d in asked.distances
+        (f"{label}@512:{d}", m) for each in metrics for d in asked.distances for m in each
     ]
     assert all(r.value == 1 and r.n == 4 and r.stderr == 0 and r.exposed == 1 for r in results)
-    near, *far = run(config(kind), Induction(window=100), tokenizer)
-    assert near.value == 1 and all(r.value == 0 for r in far)
+    near, *far = (r for r in run(config(kind), Induction(window=100), tokenizer) if not r.metric.startswith("position"))
+    assert near.value == 1
+    # of a copy, a window sees what follows a token where the text says it again
+    assert all(r.value <= (0.2 if kind == "copy" else 0) for r in far)
 
 
 def test_chance_is_the_guess_among_what_was_not_yet_asked(tokenizer):
@@ -229,18 +261,54 @@ def test_chance_is_the_guess_among_what_was_not_yet_asked(tokenizer):
     draw = np.random.default_rng(0)
     hits, said = [], []
     for row in made:
-        ids, left = row.ids.tolist(), None
+        ids = row.ids.tolist()
         text = tokenizer.decode(ids[: row.questions[0].answer])
         left = [v for _, v in re.findall(r"The code of (\w+) is (\w+)\.", text)]
         for q in row.questions:
             answer = tokenizer.decode(ids[q.answer : q.answer + q.size]).strip()
             hits.append(left[int(draw.integers(len(left)))] == answer)
-            said.append(chance(asked, q))
+            said.append(chance(asked, "exact_match", q))
             left.remove(answer)
     assert abs(np.mean(hits) - np.mean(said)) < 3 * np.sqrt(np.mean(said) / len(said))
     assert {round(c, 9) for c in said} == {round(1 / n, 9) for n in (8, 7, 6)}
     assert run(config("passkey"), Induction(), tokenizer)[0].chance == 1 / 90000
     assert run(config("needle"), Induction(), tokenizer)[0].chance == 0
+
+
+def test_chance_of_a_copy_is_a_guess_in_any_order(tokenizer):
+    """Over all orders of a string of five tokens: by place, in the whole, before the first wrong one, all."""
+    asked = config("copy", copied=5)
+    draws = [[a == b for a, b in enumerate(order)] for order in permutations(range(5))]
+    # At place i one of the 5 - i that did not come yet: the right ones before were given.
+    places = [1 / (5 - i) for i in range(5)]
+    (row, *_) = rows(asked, tokenizer, _haystack(asked, tokenizer, Path()), seed=0)
+    (question,) = row.questions
+    assert asked.positions == {
+        "position_1": slice(0, 1),
+        "position_2": slice(1, 2),
+        "position_3_4": slice(2, 4),
+        "position_5": slice(4, 5),
+    }
+    expected = {
+        "token_accuracy": np.mean(places), "position_1": 1 / 5, "position_3_4": (1 / 3 + 1 / 2) / 2, "position_5": 1.0,
+        **{m: np.mean([score(asked, m, d) for d in draws]) for m in ("prefix_match", "generated")},
+    }  # fmt: skip
+    assert {m: chance(asked, m, question) for m in expected} == pytest.approx(expected)
+
+
+def test_scores_of_a_string_by_hand():
+    asked, hits = config("copy", copied=5), [True, True, False, True, False]
+    by_hand = {"token_accuracy": 3 / 5, "prefix_match": 2 / 5, "generated": 0.0, "position_1": 1.0, "position_3_4": 0.5,
+               "position_5": 0.0}  # fmt: skip
+    assert {m: score(asked, m, hits) for m in by_hand} == by_hand
+    assert {score(asked, m, [True] * 5) for m in by_hand} == {1.0}
+
+
+def test_exposure_of_a_string_is_of_its_tokens(tokenizer):
+    """Of 24 tokens at 488 .. 511, those predicted from position 500 on see a key outside the window."""
+    found = {r.metric: r for r in run(config("copy"), Induction(), tokenizer, exposed_from=500)[:7]}
+    assert found["token_accuracy"].exposed == pytest.approx(11 / 24)
+    assert found["position_1"].exposed == 0 and found["position_17_24"].exposed == 1
 
 
 @pytest.fixture(scope="module")
@@ -273,12 +341,13 @@ def test_generation_and_likelihood_agree_in_every_state(model, tokenizer, name):
             with torch.no_grad():
                 ids[0, place] = model(input_ids=ids[:, :place], use_cache=False).logits[0, -1].argmax()
     both = (_likelihood, _generate)
-    assert [score(model, tokenizer, ids, row.questions) for score in both] == [[[True] * 3]] * 2
+    assert all(hits(model, tokenizer, ids, row.questions).all() for hits in both)
     wrong, q = ids.clone(), row.questions[1]
     wrong[0, q.answer + q.size - 1] = (wrong[0, q.answer + q.size - 1] + 1) % len(tokenizer)
-    assert all(score(model, tokenizer, wrong, row.questions)[0][1] is False for score in both)
+    for hits in both:
+        assert hits(model, tokenizer, wrong, row.questions)[0, 1].tolist() == [True] * (q.size - 1) + [False]
     batch = torch.cat([ids, wrong, ids])
-    assert _generate(model, tokenizer, batch, row.questions)[::2] == [[True] * 3] * 2
+    assert _generate(model, tokenizer, batch, row.questions)[::2].all()
 
 
 def test_a_state_without_a_cache_gives_likelihood_only_and_says_so(model, tokenizer, capsys):
@@ -315,6 +384,10 @@ def test_only_the_answers_logits_are_made(model, tokenizer, monkeypatch):
         ({"format": "needle", "queries": 1}, "needs a haystack"),
         ({"text": STDLIB, "filler": "Rain."}, "not both"),
         ({"filler": " "}, "filler"),
+        ({"copied": 8}, "copied: the tokens of the string; give it with format: copy"),
+        ({"format": "copy", "pairs": 1, "queries": 1, "text": STDLIB}, "copied: the tokens of the string"),
+        ({"format": "copy", "pairs": 1, "queries": 1, "copied": 8}, "copy: needs a haystack"),
+        ({"format": "copy", "copied": 8, "text": STDLIB}, "one string and one question"),
     ],
 )
 def test_settings_that_cannot_be(change, words):
@@ -345,6 +418,20 @@ def test_what_does_not_fit_is_said_before_any_work(tokenizer, tmp_path, change, 
         preflight(config("associative", **change), tokenizer=tokenizer, seeds=(0,), base=tmp_path)
 
 
+def test_a_string_that_does_not_fit_or_that_the_text_cannot_make_is_refused(tokenizer):
+    preflight = lookup.implementation("evals", "retrieval").preflight
+    asked = {"tokenizer": tokenizer, "seeds": (0,), "base": Path()}
+    for change, said in (
+        ({"copied": 100}, "distance 80 does not fit a row of 512 tokens with this tokenizer; 1"),
+        (
+            {"text": None, "filler": "Rain and wind. "},
+            r"the text has \d+ different tokens of letters or digits, a string of 24",
+        ),
+    ):
+        with pytest.raises(SourceError, match=said):
+            preflight(config("copy", **change), **asked)
+
+
 def test_a_tokenizer_of_few_words_is_refused():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -353,6 +440,8 @@ def test_a_tokenizer_of_few_words_is_refused():
     few = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
     with pytest.raises(SourceError, match="this tokenizer spells 0 of"):
         rows(config(), few, np.zeros(512, dtype=np.int64), seed=0)
+    with pytest.raises(SourceError, match="this tokenizer has no tokens for"):
+        rows(config("copy"), few, np.zeros(512, dtype=np.int64), seed=0)
 
 
 def test_a_text_that_says_the_fact_itself_is_refused(tokenizer):

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -36,7 +37,7 @@ def test_the_suites_are_covered():
     tasks = {n: len(lm_evals(s)[0].tasks) if lm_evals(s) else 0 for n, s in SUITES.items()}
     assert tasks == {
         "commonsense": 5, "mmlu-0shot": 1, "mmlu-5shot": 1, "pocket-claims": 0, "pocket-cost": 0, "pocket-recall": 0, "pocket": 2,
-        "pocket-formats": 0, "wikitext-2": 0,
+        "pocket-copy": 0, "copy-4k": 0, "pocket-formats": 0, "wikitext-2": 0,
         "recall-1k": 0, "recall-32k": 0, "recall-4k": 0, "taylor-calibrate": 12, "untangling-unpadded": 6, "untangling": 6,
     }  # fmt: skip
 
@@ -83,12 +84,18 @@ def test_retrieval_suites_fit_their_rows_on_both_sides_of_the_reach():
     tokenizer = AutoTokenizer.from_pretrained(POCKET)  # of all tokenizers the one with the longest spelling
     haystack = filler(tokenizer, FILLER, 40000)
     found = {n: [e for e in s.evals if e.eval == "retrieval"] for n, s in SUITES.items()}
-    assert [n for n, each in found.items() if each] == ["pocket-recall", "recall-1k", "recall-32k", "recall-4k"]
-    for name in (n for n, each in found.items() if each):
+    formats = {n: [f"{c.format}{c.copied or ''}" for c in each] for n, each in found.items() if each}
+    words = ["associative", "passkey", "needle"]
+    assert formats == {
+        "copy-4k": ["copy8", "copy32", "copy128"], "pocket-copy": ["copy8", "copy32"], "pocket-recall": words,
+        "recall-1k": [*words, "copy32"], "recall-32k": [*words, "copy32"], "recall-4k": [*words, "copy32"],
+    }  # fmt: skip
+    every = np.resize(np.arange(len(tokenizer)), 40000)
+    for name in formats:
         limit = 93 if name.startswith("pocket") else 32 * 63
-        assert {c.format for c in found[name]} == {"associative", "passkey", "needle"}
         for config in found[name]:
-            made = rows(config.model_copy(update={"items": 2}), tokenizer, haystack, seed=0)
+            text = every if config.format == "copy" else haystack
+            made = rows(config.model_copy(update={"items": 2}), tokenizer, text, seed=0)
             assert len(made) == 2 * len(config.distances) // config.queries
             near = config.items * sum(d <= limit for d in config.distances)
             far = config.items * len(config.distances) - near

@@ -293,7 +293,9 @@ claims:
         (
             "recipe: pocket/absolute",
             "recipe: pocket/windows",
-            "pocket/windows is 5 recipes; name one point of its grid",
+            "is 5 recipes; name one point of its grid: "
+            + ", ".join(f"pocket/windows/window={w}" for w in (4, 8, 16, 32, 64))  # in the order of the grid
+            + "$",
         ),
         (
             "recipe: pocket/absolute",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from recipelin.measures import by_distance, measures
-from recipelin.records import ItemsOf, Record, RecordError
+from recipelin.records import Item, ItemsOf, Record, RecordError, Row
 from recipelin.render import DASH, WIDTH, Block, Cell, Table
 from recipelin.runtable import subset_states
 from recipelin.tables import FORMATS, render, run_table
@@ -45,6 +45,43 @@ def test_recall_splits_at_the_reach(make: Any) -> None:
     assert {m.label: m.n for m in measures([wider], [items])}["recall near"] == 144
     assert [m.label for group in by_distance(record, items) for m in group] == ["6", "24", "96", "150", "201"]
     assert any("beyond 93 tokens = 3 layers" in n for n in run_table(record, items).notes)
+
+
+def test_places_of_a_copied_string_are_shown_and_no_measures(make: Any) -> None:
+    """Two strings at each of two distances, one on either side of 93; a place is part of what `token_accuracy` has whole."""
+    record, items = make()
+    found, scores = (
+        list(record.rows),
+        {"token_accuracy": (0.5, 1.0), "position_1": (0.0, 1.0), "position_3_4": (1.0, 1.0)},
+    )
+    for state in ("hybrid", "window"):
+        for distance in (60, 130):
+            for metric, each in scores.items():
+                task = f"copy4@256:{distance}"
+                each = each if distance == 60 else (0.0, 0.0)
+                items[ItemsOf(state, "pocket", task, metric, 0)] = tuple(
+                    Item(id=f"{distance}-{i}", score=s, length=256, exposed=1.0) for i, s in enumerate(each)
+                )
+                found.append(
+                    Row(state=state, suite="pocket", task=task, metric=metric, value=sum(each) / 2, stderr=0.1, n=2, exposed=1.0,
+                        chance=0.25, seed=0, higher_is_better=True, distance=distance)
+                )  # fmt: skip
+    record = record.model_copy(update={"rows": tuple(found)})
+    copies = [m for m in measures([record], [items]) if m.label.startswith("copy")]
+    assert [(m.label, m.metric, m.n) for m in copies] == [
+        ("copy4 near", "token_accuracy", 2),
+        ("copy4 far", "token_accuracy", 2),
+    ]
+    table = run_table(record, items)
+    blocks = [b.title for b in table.blocks if b.title.startswith("Copy4")]
+    place = "right tokens by place in the string, %"
+    assert blocks == ["Copy4 in 256 tokens by distance in tokens, % (token accuracy)",
+                      f"Copy4 in 256 tokens, near: {place}", f"Copy4 in 256 tokens, far: {place}"]  # fmt: skip
+    near = cells(table, f"Copy4 in 256 tokens, near: {place}")
+    assert {column for _, column in near} == {"1", "3 to 4"}
+    assert near["hybrid", "1"].text.startswith("50.0") and near["hybrid", "3 to 4"].text.startswith("100.0")
+    assert near["(guessing)", "1"].text == "25.0" and near["teacher", "1"].text == DASH
+    assert cells(table, f"Copy4 in 256 tokens, far: {place}")["hybrid", "1"].text.startswith("0.0")
 
 
 def test_recoveries_and_their_dash(make: Any) -> None:
@@ -98,6 +135,20 @@ def test_gap_retention_and_shapley(make: Any) -> None:
     assert shapley[1].interval.value == pytest.approx(by_hand)
     assert found["next line short, points", "gap %"].text == DASH
     assert found["next line short, points", "verdict"].text == "not testable"
+
+
+def test_what_the_hybrid_costs_the_trained_weights(make: Any) -> None:
+    """hybrid - teacher = (softmax - teacher) + (hybrid - softmax), larger is better; nothing without the state softmax."""
+    record, items = make()
+    title = "What training did to the weights"
+    found = cells(run_table(record, items), title)
+    loss = {r.state: r.value for r in record.rows if r.task == "perplexity"}
+    row = [found["log-loss, nats", c].numbers[0].interval.value for c in ("softmax - teacher", "hybrid - softmax")]
+    assert row == pytest.approx([loss["teacher"] - loss["softmax"], loss["softmax"] - loss["hybrid"]])
+    assert found["log-loss, nats", "n"].text == "120" and found["log-loss, nats", "reads"].text == "differs"
+    assert found["recall far, points", "hybrid - softmax"].numbers[0].unit == "fraction"
+    bare = record.model_copy(update={"rows": tuple(r for r in record.rows if r.state != "softmax")})
+    assert not [b for b in run_table(bare, items).blocks if b.title.startswith(title)]
 
 
 def test_subsets_are_found_by_the_plan(make: Any) -> None:
@@ -195,7 +246,7 @@ def test_markdown_is_aligned_and_fits_a_terminal(make: Any) -> None:
     lines = text.splitlines()
     assert max(map(len, lines)) <= 140
     grids = [list(g) for g in _grids(lines)]
-    assert len(grids) == 4
+    assert len(grids) == 5
     for grid in grids:
         assert len({len(line) for line in grid}) == 1
         assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in grid}) == 1

@@ -13,6 +13,7 @@ from .config import Config
 from .words import ADJECTIVES, CITIES, NOUNS
 
 DIGITS = 5  # of a pass key; the first is not 0
+FORMATS = ("associative", "needle", "passkey", "copy")  # their order is part of what rows are drawn by
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,18 @@ WORDINGS: Mapping[str, Wording] = {
 
 
 @dataclass(frozen=True)
+class _Copy:
+    """What stands before a string and behind it, and before its copy; both lead to it in the same words."""
+
+    fact: str
+    end: str
+    question: str
+
+
+COPY = _Copy("\nThe list to remember is", ".\n", "\nWhat is the list? The list to remember is")
+
+
+@dataclass(frozen=True)
 class Question:
     """`answer`: position in the row of the first of `size` answer tokens; `fact`: position of the value's first token;
     `before`: questions asked earlier in the row."""
@@ -68,17 +81,16 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Spelling:
-    """A wording's words under a tokenizer: every fact has `fact` tokens, its value at `head` .. `head + size`."""
+class _Layout:
+    """Where values stand: every fact has `fact` tokens, its value at `head` .. `head + size`; a question alike."""
 
-    wording: Wording
-    keys: tuple[str, ...]
-    values: Mapping[str, tuple[int, ...]]
     fact: int
     head: int
     size: int
     question: int
     question_head: int
+    lines: Callable[[np.random.Generator], tuple[list[list[int]], list[list[int]]]]
+    """Facts and questions of a row, in one order, as token ids; fewer questions than facts."""
 
 
 def rows(config: Config, tokenizer: Any, haystack: np.ndarray, *, seed: int) -> tuple[Row, ...]:
@@ -89,8 +101,12 @@ def rows(config: Config, tokenizer: Any, haystack: np.ndarray, *, seed: int) -> 
     Raises SourceError for a tokenizer, distance or number of pairs that does not fit.
     """
     parts: tuple[Part, ...] = ("training", "selection", "test")
-    stem = [seed, parts.index(config.part), sorted(WORDINGS).index(config.format), config.length, 5]
-    spelling = _spell(WORDINGS[config.format], tokenizer, config, np.random.default_rng(stem))
+    stem = [seed, parts.index(config.part), FORMATS.index(config.format), config.length, 5]
+    if config.format == "copy":
+        stated, layout = COPY.fact, _of_tokens(tokenizer, config, haystack)
+    else:
+        wording = WORDINGS[config.format]
+        stated, layout = wording.fact, _of_words(wording, tokenizer, config, np.random.default_rng(stem))
     start = _start(tokenizer)
     made = []
     for number in range(config.rows):
@@ -99,7 +115,8 @@ def rows(config: Config, tokenizer: Any, haystack: np.ndarray, *, seed: int) -> 
         made.append(
             _row(
                 config,
-                spelling,
+                layout,
+                stated.partition("{")[0].strip(),
                 tokenizer,
                 haystack,
                 start,
@@ -129,16 +146,46 @@ def _start(tokenizer: Any) -> list[int]:
     return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []
 
 
-def _spell(wording: Wording, tokenizer: Any, config: Config, draw: np.random.Generator) -> _Spelling:
-    """Keys and values that all have the same number of tokens, so that length tells nothing and all rows look alike."""
-    values = wording.values(draw)
+def _of_tokens(tokenizer: Any, config: Config, haystack: np.ndarray) -> _Layout:
+    """Strings of different tokens of the text, each drawn alike; of letters or digits, so that a string looks like words."""
+    assert config.copied is not None
+    lead, end, again = _encode(tokenizer, [COPY.fact, COPY.end, COPY.question])
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in (*lead, *end, *again):
+        raise SourceError(f"retrieval, copy: this tokenizer has no tokens for {COPY.question + COPY.end!r}")
+    found = np.setdiff1d(np.flatnonzero(np.bincount(haystack)), tokenizer.all_special_ids)
+    spelt = tokenizer.batch_decode(found[:, None].tolist())
+    tokens = found[[text.strip().isalnum() for text in spelt]]
+    if len(tokens) <= config.copied:
+        raise SourceError(
+            f"retrieval, copy: the text has {len(tokens)} different tokens of letters or digits, a string of "
+            f"{config.copied} needs more; lower copied, or take another text"
+        )
 
-    def lines(key: str, value: str) -> tuple[str, str]:
+    def lines(draw: np.random.Generator) -> tuple[list[list[int]], list[list[int]]]:
+        string = draw.choice(tokens, config.copied, replace=False).tolist()
+        return [[*lead, *string, *end]], [[*again, *string]]
+
+    return _Layout(
+        fact=len(lead) + config.copied + len(end),
+        head=len(lead),
+        size=config.copied,
+        question=len(again) + config.copied,
+        question_head=len(again),
+        lines=lines,
+    )
+
+
+def _of_words(wording: Wording, tokenizer: Any, config: Config, spell: np.random.Generator) -> _Layout:
+    """Keys and values that all have the same number of tokens, so that length tells nothing and all rows look alike."""
+    values = wording.values(spell)
+
+    def line(key: str, value: str) -> tuple[str, str]:
         return wording.fact.format(key=key, value=value), wording.question.format(key=key, value=value)
 
-    def alike(words: Sequence[str], line: Callable[[str], tuple[str, str]], need: int, what: str) -> dict[str, Any]:
+    def alike(words: Sequence[str], of: Callable[[str], tuple[str, str]], need: int, what: str) -> dict[str, Any]:
         """The largest group of words of equal length in tokens, with the tokens of both their lines."""
-        pairs = [line(word) for word in words]
+        pairs = [of(word) for word in words]
         facts, questions = (_encode(tokenizer, [p[i] for p in pairs]) for i in (0, 1))
         unknown = getattr(tokenizer, "unk_token_id", None)
         known = {
@@ -156,18 +203,36 @@ def _spell(wording: Wording, tokenizer: Any, config: Config, draw: np.random.Gen
             )
         return {w: known[w] for w in words if w in distinct.values() and tuple(map(len, known[w])) == size}
 
-    keys = tuple(alike(wording.keys, lambda k: lines(k, values[0]), config.pairs, "keys"))
-    chosen = alike(values, lambda v: lines(keys[0], v), config.pairs + 1, "values")
+    keys = tuple(alike(wording.keys, lambda k: line(k, values[0]), config.pairs, "keys"))
+    chosen = alike(values, lambda v: line(keys[0], v), config.pairs + 1, "values")
     facts, questions = ([both[i] for both in chosen.values()] for i in (0, 1))
     head, question_head = _common(facts), _common(questions)
     size = len(facts[0]) - head - _common([f[::-1] for f in facts])
-    found = {word: tuple(f[head : head + size]) for word, f in zip(chosen, facts, strict=True)}
-    if any(tuple(q[question_head : question_head + size]) != found[w] for w, q in zip(chosen, questions, strict=True)):
+    found = {word: f[head : head + size] for word, f in zip(chosen, facts, strict=True)}
+    if any(q[question_head : question_head + size] != found[w] for w, q in zip(chosen, questions, strict=True)):
         raise SourceError(
             f"retrieval, {config.format}: this tokenizer spells a value in its question otherwise than in its fact, as for "
             f"{next(iter(chosen))!r}; it cannot be asked for token by token"
         )
-    return _Spelling(wording, keys, found, len(facts[0]), head, size, len(questions[0]), question_head)
+    lengths = len(facts[0]), len(questions[0])
+
+    def lines(draw: np.random.Generator) -> tuple[list[list[int]], list[list[int]]]:
+        """Every line has the length and the value that the layout promises."""
+        asked = [str(k) for k in draw.choice(keys, config.pairs, replace=False)]
+        said = [str(v) for v in draw.choice(list(found), config.pairs, replace=False)]
+        both = [line(k, v) for k, v in zip(asked, said, strict=True)]
+        encoded = _encode(tokenizer, [text[i] for i in (0, 1) for text in both])
+        made = encoded[: config.pairs], encoded[config.pairs :][: config.queries]
+        for each, at, length in zip(made, (head, question_head), lengths, strict=True):
+            for value, ids in zip(said, each, strict=False):
+                if len(ids) != length or ids[at : at + size] != found[value]:
+                    raise SourceError(
+                        f"retrieval, {config.format}: this tokenizer spells {value!r} differently after different words; "
+                        "its answers cannot be compared token by token"
+                    )
+        return made
+
+    return _Layout(fact=lengths[0], head=head, size=size, question=lengths[1], question_head=question_head, lines=lines)
 
 
 def _common(lines: Sequence[Sequence[int]]) -> int:
@@ -177,32 +242,25 @@ def _common(lines: Sequence[Sequence[int]]) -> int:
 
 def _row(
     config: Config,
-    spelling: _Spelling,
+    layout: _Layout,
+    stem: str,
     tokenizer: Any,
     haystack: np.ndarray,
     start: list[int],
     asked: list[tuple[int, int]],
     draw: np.random.Generator,
 ) -> Row:
-    tail = spelling.question - spelling.question_head - spelling.size
-    block = config.length - (config.queries * spelling.question - tail)  # where the questions begin
-    answers = [block + i * spelling.question + spelling.question_head for i in range(config.queries)]
-    asked, places = _places(config, spelling, asked, answers, first=len(start), block=block, draw=draw)
-    keys = [str(k) for k in draw.choice(spelling.keys, config.pairs, replace=False)]
-    values = [str(v) for v in draw.choice(list(spelling.values), config.pairs, replace=False)]
-    texts = [
-        w.format(key=k, value=v)
-        for w in (spelling.wording.fact, spelling.wording.question)
-        for k, v in zip(keys, values, strict=True)
-    ]
-    lines = _encode(tokenizer, texts)
-    facts, questions = lines[: config.pairs], lines[config.pairs :][: config.queries]
-    _check(config, spelling, values, facts, questions)
+    """`stem`: what a fact begins with; the text between must not say it."""
+    tail = layout.question - layout.question_head - layout.size
+    block = config.length - (config.queries * layout.question - tail)  # where the questions begin
+    answers = [block + i * layout.question + layout.question_head for i in range(config.queries)]
+    asked, places = _places(config, layout, asked, answers, first=len(start), block=block, draw=draw)
+    facts, questions = layout.lines(draw)
 
     row = np.full(config.length, -1, dtype=np.int64)
     row[: len(start)] = start
     for place, fact in zip(places, facts, strict=True):
-        row[place : place + spelling.fact] = fact
+        row[place : place + layout.fact] = fact
     row[block:] = np.concatenate(questions)[: config.length - block]
     gaps = np.flatnonzero(row < 0)
     if len(gaps) > len(haystack):
@@ -210,7 +268,6 @@ def _row(
             f"retrieval, {config.format}: the {config.part} part has {len(haystack)} tokens of text, "
             f"a row of {config.length} needs {len(gaps)}"
         )
-    stem = spelling.wording.fact.partition("{")[0].strip()
     marks = [
         t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None
     ]  # of where documents begin, end
@@ -232,8 +289,8 @@ def _row(
                 id=f"{distance}-{item}",
                 distance=distance,
                 answer=answers[i],
-                size=spelling.size,
-                fact=places[i] + spelling.head,
+                size=layout.size,
+                fact=places[i] + layout.head,
                 before=i,
             )
             for i, (distance, item) in enumerate(asked)
@@ -243,7 +300,7 @@ def _row(
 
 def _places(
     config: Config,
-    spelling: _Spelling,
+    layout: _Layout,
     asked: list[tuple[int, int]],
     answers: list[int],
     *,
@@ -253,7 +310,7 @@ def _places(
 ) -> tuple[list[tuple[int, int]], list[int]]:
     """The order of the questions, and where each fact of the row begins: the asked ones by their distance, the others at
     random where nothing is yet."""
-    size, head = spelling.fact, spelling.head
+    size, head = layout.fact, layout.head
     least, most = answers[0] - 1 - (block - size + head), answers[-1] - 1 - head - first
     for distance, _ in asked:
         if not least <= distance <= most:
@@ -286,19 +343,3 @@ def _places(
         free[max(0, place - size + 1) : place + size] = False
         places.append(place)
     return order, places
-
-
-def _check(
-    config: Config, spelling: _Spelling, values: list[str], facts: list[list[int]], questions: list[list[int]]
-) -> None:
-    """Every line has the length and the value that the spelling promises."""
-    for lines, head, length in (
-        (facts, spelling.head, spelling.fact),
-        (questions, spelling.question_head, spelling.question),
-    ):
-        for value, line in zip(values, lines, strict=False):
-            if len(line) != length or tuple(line[head : head + spelling.size]) != spelling.values[value]:
-                raise SourceError(
-                    f"retrieval, {config.format}: this tokenizer spells {value!r} differently after different words; "
-                    "its answers cannot be compared token by token"
-                )

@@ -3,6 +3,8 @@
 import math
 import sys
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from ...files import home
 from ...records import Item, Result
 from ..greedy import cannot_generate, greedy
 from ..subject import Subject
-from .config import METRICS, Config
+from .config import Config
 from .items import DIGITS, Question, Row, filler, rows
 
 
@@ -29,25 +31,27 @@ def preflight(config: Config, *, tokenizer: Any, seeds: Sequence[int], base: Pat
 
 @torch.no_grad()
 def run(config: Config, subject: Subject) -> tuple[Result, ...]:
-    """A Result for each way of scoring and each distance, task `passkey@4096:3000`; an item is a question, 1 or 0.
+    """A Result for each way of scoring, distance and metric, task `passkey@4096:3000`; an item is a question: 1 or 0, or the
+    share of a string that was copied.
 
     A state that cannot generate (window `full` beside a linear branch keeps no cache) has no `generated` rows: said on
     stderr. Raises SourceError.
     """
     made = rows(config, subject.tokenizer, _haystack(config, subject.tokenizer, subject.base), seed=subject.seed)
     found: list[Result] = []
+    name = config.task(0).rpartition(":")[0]
     for how in config.scoring:
         if how == "generate" and (why := cannot_generate(subject.model)):
             print(
-                f"    {config.format}@{config.length}: state {subject.state.name}: {why}: likelihood only",
+                f"    {name}: state {subject.state.name}: {why}: likelihood only",
                 file=sys.stderr,
             )
             continue
-        score = _likelihood if how == "likelihood" else _generate
-        scored: list[tuple[Question, bool]] = []
+        hit = _likelihood if how == "likelihood" else _generate
+        scored: list[tuple[Question, list[bool]]] = []
         bar = tqdm(
             range(0, len(made), config.batch),
-            desc=f"{config.format}@{config.length} {how}",
+            desc=f"{name} {how}",
             file=sys.stderr,
             disable=None,
             leave=False,
@@ -57,15 +61,14 @@ def run(config: Config, subject: Subject) -> tuple[Result, ...]:
             batch = made[start : start + config.batch]
             ids = torch.from_numpy(np.stack([r.ids for r in batch])).to(subject.device)
             # The rows of a batch are laid out alike: only what is asked where differs.
-            right = score(subject.model, subject.tokenizer, ids, batch[0].questions)
+            right = hit(subject.model, subject.tokenizer, ids, batch[0].questions).tolist()
             scored += [
                 (q, r) for row, hits in zip(batch, right, strict=True) for q, r in zip(row.questions, hits, strict=True)
             ]
         found += [
-            _result(
-                config, METRICS[how], distance, [s for s in scored if s[0].distance == distance], subject.exposed_from
-            )
+            _result(config, metric, distance, [s for s in scored if s[0].distance == distance], subject.exposed_from)
             for distance in config.distances
+            for metric in config.metrics(how)
         ]
     return tuple(found)
 
@@ -80,53 +83,73 @@ def _haystack(config: Config, tokenizer: Any, base: Path) -> np.ndarray:
     return tokens
 
 
-def _likelihood(model: Any, tokenizer: Any, ids: torch.Tensor, questions: Sequence[Question]) -> list[list[bool]]:
-    """Whether each question's answer, given as continuation, is the argmax at every token: [rows][questions]."""
+def _likelihood(model: Any, tokenizer: Any, ids: torch.Tensor, questions: Sequence[Question]) -> torch.Tensor:
+    """[rows, questions, size]: whether each token of an answer, given as continuation, is the argmax."""
     asked = torch.cat([torch.arange(q.answer, q.answer + q.size) for q in questions]).to(ids.device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=asked - 1).logits
-    hits = logits.argmax(-1) == ids[:, asked]
-    found: list[list[bool]] = hits.unflatten(1, (len(questions), -1)).all(-1).tolist()
-    return found
+    return (logits.argmax(-1) == ids[:, asked]).unflatten(1, (len(questions), -1))
 
 
-def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, questions: Sequence[Question]) -> list[list[bool]]:
-    """Whether greedy generation after each question gives the answer's tokens: [rows][questions]."""
-    columns = []
-    for question in questions:
-        answer = ids[:, question.answer : question.answer + question.size]
-        made = greedy(model, tokenizer, ids[:, : question.answer], question.size)
-        columns.append((made == answer).all(-1).tolist())
-    return [list(row) for row in zip(*columns, strict=True)]
+def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, questions: Sequence[Question]) -> torch.Tensor:
+    """[rows, questions, size]: whether each token of an answer is what greedy generation puts there."""
+    return torch.stack(
+        [
+            greedy(model, tokenizer, ids[:, : q.answer], q.size) == ids[:, q.answer : q.answer + q.size]
+            for q in questions
+        ],
+        1,
+    )
 
 
-def chance(config: Config, question: Question) -> float:
-    """Score of a guess that reads no key: among the values in context not yet asked for; see Config."""
+def score(config: Config, metric: str, hits: Sequence[bool]) -> float:
+    """Of one answer, from which of its tokens are right."""
+    if metric == "prefix_match":
+        return next((i for i, hit in enumerate(hits) if not hit), len(hits)) / len(hits)
+    if metric == "token_accuracy" or metric in config.positions:
+        hits = hits[config.positions.get(metric, slice(None))]
+        return sum(hits) / len(hits)
+    return float(all(hits))
+
+
+def chance(config: Config, metric: str, question: Question) -> float:
+    """Score of a guess that reads no key: among the values, or tokens, in context that did not yet come; see Config."""
+    if config.copied is not None:
+        each = [1 / (config.copied - i) for i in range(config.copied)]
+        if metric == "generated":
+            return math.prod(each)
+        if metric == "prefix_match":
+            return sum(accumulate(each, mul)) / config.copied
+        each = each[config.positions.get(metric, slice(None))]
+        return sum(each) / len(each)
     if config.pairs > 1:
         return 1 / (config.pairs - question.before)
     return 1 / (9 * 10 ** (DIGITS - 1)) if config.format == "passkey" else 0.0
 
 
 def _result(
-    config: Config, metric: str, distance: int, scored: list[tuple[Question, bool]], exposed_from: int | None
+    config: Config,
+    metric: str,
+    distance: int,
+    scored: list[tuple[Question, list[bool]]],
+    exposed_from: int | None,
 ) -> Result:
+    def exposed(q: Question) -> float:
+        places = range(q.answer, q.answer + q.size)[config.positions.get(metric, slice(None))]
+        return exposed_share(places, exposed_from)
+
     items = tuple(
-        Item(
-            id=q.id,
-            score=float(right),
-            length=config.length,
-            exposed=exposed_share(range(q.answer, q.answer + q.size), exposed_from),
-        )
-        for q, right in scored
+        Item(id=q.id, score=score(config, metric, hits), length=config.length, exposed=exposed(q)) for q, hits in scored
     )
     mean = sum(i.score for i in items) / len(items)
+    spread = sum((i.score - mean) ** 2 for i in items) / max(1, len(items) - 1)
     return Result(
-        task=f"{config.format}@{config.length}:{distance}",
+        task=config.task(distance),
         metric=metric,
         value=mean,
-        stderr=math.sqrt(mean * (1 - mean) / max(1, len(items) - 1)),
+        stderr=math.sqrt(spread / len(items)),
         n=len(items),
         exposed=sum(i.exposed for i in items) / len(items),
-        chance=sum(chance(config, q) for q, _ in scored) / len(scored),
+        chance=sum(chance(config, metric, q) for q, _ in scored) / len(scored),
         distance=distance,
         items=items,
     )
