@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from recipelin.plan import Plan, plan
 from recipelin.points import points
 from recipelin.records import Record, RecordError, provenance, read_record
 from recipelin.reuse import home
+from recipelin.steps import Evaluate
 from recipelin.strict_yaml import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,7 @@ class Todo:
     """One run: its name, its plan, and the Record that makes it needless."""
 
     name: str
+    teacher: str | None
     planned: Plan
     published: Path | None
     finished: Path | None
@@ -102,7 +104,7 @@ def todo(recipes: Sequence[str], records: Path, runs: Path) -> Iterator[Todo]:
             known = (p for p in sorted(records.glob(f"{folder}--*.json")) if fits(read_record(p), planned))
             run = runs / folder
             finished = run if (run / "record.json").is_file() and fits(read_record(run), planned) else None
-            yield Todo(planned.name, planned, next(known, None), finished)
+            yield Todo(planned.name, point.recipe.model.teacher, planned, next(known, None), finished)
 
 
 def shown(every: Sequence[Todo]) -> Iterator[str]:
@@ -111,13 +113,26 @@ def shown(every: Sequence[Todo]) -> Iterator[str]:
     for each in every:
         state = f"published, {each.published.name}" if each.published else f"finished, {each.finished}"
         yield f"{each.name:<48} {_flops([each]):>12}  {'to run' if each.left else state}"
-    yield f"{len(left)} of {len(every)} runs are left, {_flops(left)} (estimated)"
+    yield f"{len(left)} of {len(every)} runs are left, {_flops(left)} (estimated; what several of them share, once)"
 
 
 def _flops(these: Sequence[Todo]) -> str:
-    costs = [p.cost.flops for each in these for p in each.planned.steps if p.cost.memory]
-    known = [f for f in costs if f is not None]
+    costs = {what: flops for each in these for what, flops in costs_of(each)}
+    known = [f for f in costs.values() if f is not None]
     return count(sum(known), "FLOP") if len(known) == len(costs) else "unknown"
+
+
+def costs_of(run: Todo) -> Iterator[tuple[Hashable, float | None]]:
+    """(what is made, its FLOPs): steps by their hash, which runs share; what suites find of a teacher is measured once."""
+    for planned in run.planned.steps:
+        step, flops = planned.step, planned.cost.flops
+        if isinstance(step, Evaluate) and flops is not None:
+            a_state = flops / len(step.states)
+            if any(state.weights == "teacher" for state in step.states):
+                flops -= a_state
+                yield (run.teacher, str(step.suites), step.seeds), a_state
+        if planned.cost.memory:
+            yield planned.hash, flops
 
 
 def carry_out(program: Sequence[str], names: Sequence[str], *, jobs: int, logs: Path) -> int:

@@ -14,7 +14,7 @@ from .claimcheck import check_claims
 from .evals import EvalError
 from .files import write_atomically
 from .finding import CHECKOUT, kind_of
-from .load import Loaded, expand, load, read_suite
+from .load import Loaded, expand, load_base, read_suite
 from .mistakes import PlanError
 from .naming import default_folder, file_name
 from .plan import Plan, cached_config, hub_teacher, plan, refusal
@@ -241,7 +241,7 @@ def checked(path: Path, allow_code: Sequence[str] = ()) -> str:
         if kind == "claims spec":
             claims = check_claims(path)
             return f"claims {claims.name} ({len(claims.claims)} about {len(claims.recipes)} recipes)"
-    found = expand(load(path, allow_code=allow_code), allow_code=allow_code)
+    found = expand(load_base(path, allow_code=allow_code), allow_code=allow_code)
     for point in found:
         plan(point, allow_code=allow_code)
     name = found[0].recipe.name if len(found) == 1 else found[0].recipe.name.rpartition("/")[0]

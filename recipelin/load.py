@@ -43,6 +43,13 @@ class Loaded:
 
 def load(name: str | Path, *, allow_code: Sequence[str] = ()) -> Loaded:
     """Read a recipe by path or name. Raises RecipeError with every mistake of the file, and of the one it extends."""
+    loaded = load_base(name, allow_code=allow_code)
+    expand(loaded, allow_code=allow_code)
+    return loaded
+
+
+def load_base(name: str | Path, *, allow_code: Sequence[str] = ()) -> Loaded:
+    """`load` for a caller that expands: what is wrong with the points of a grid is told there."""
     path, origin = find_recipe(name)
     if path.suffix not in (".yaml", ".yml"):
         raise RecipeError(
@@ -60,9 +67,7 @@ def load(name: str | Path, *, allow_code: Sequence[str] = ()) -> Loaded:
     if "extends" in raw:
         raw, places, extends_text = _extended(raw, places, path)
     recipe = _build(raw, places, path, allow_code)
-    loaded = Loaded(recipe, path, origin, text, extends_text, {}, raw, places)
-    expand(loaded, allow_code=allow_code)
-    return loaded
+    return Loaded(recipe, path, origin, text, extends_text, {}, raw, places)
 
 
 def _extended(

@@ -13,7 +13,7 @@ import yaml
 
 from .files import write_atomically
 from .finding import CHECKOUT, INSTALLED, find_recipe, rebased
-from .load import Loaded, expand, load
+from .load import Loaded, expand, load, load_base
 from .plan import plan
 from .reads import texts
 from .schedule import Schedule
@@ -166,7 +166,7 @@ def new_command(arguments: argparse.Namespace) -> int:
     except NewError as error:
         print(f"recipelin: {error}", file=sys.stderr)
         return 2
-    points = expand(load(path, allow_code=arguments.allow_code), allow_code=arguments.allow_code)
+    points = expand(load_base(path, allow_code=arguments.allow_code), allow_code=arguments.allow_code)
     plans = [plan(point, allow_code=arguments.allow_code) for point in points]
     needed = {s.path for p in plans for s in texts((x.step for x in p.steps), path) if isinstance(s, LocalFile)}
     missing = sorted(file for file in needed if not (path.parent / file).is_file())

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .load import Loaded, expand, load
+from .load import Loaded, expand, load_base
 from .mistakes import listed, nearest
 from .naming import values_of
 from .strict_yaml import Mistake, RecipeError
@@ -17,8 +17,8 @@ def points(name: str | Path, *, allow_code: Sequence[str] = ()) -> tuple[Loaded,
     """
     base, _, choice = str(name).rpartition("/")
     if not base or "=" not in choice or os.path.isfile(name):
-        return expand(load(name, allow_code=allow_code), allow_code=allow_code)
-    every = expand(load(base, allow_code=allow_code), allow_code=allow_code)
+        return expand(load_base(name, allow_code=allow_code), allow_code=allow_code)
+    every = expand(load_base(base, allow_code=allow_code), allow_code=allow_code)
     found = tuple(p for p in every if set(choice.split(",")) <= values_of(p.recipe.name))
     if not found:
         known = [f"{base}/{p.recipe.name.rpartition('/')[2]}" for p in every if p.point]

@@ -5,6 +5,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -368,10 +369,7 @@ def fingerprint(source: Stdlib | LocalFile | Hub | Recall | Mapping[str, object]
     if isinstance(source, Hub) and not source.local:
         return f"{source.dataset}@{source.revision}"
     if isinstance(source, Stdlib):
-        total = hashlib.sha256()
-        for name, path in stdlib_modules().items():
-            total.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-        return total.hexdigest()
+        return _stdlib_fingerprint()
     try:
         if isinstance(source, LocalFile):
             return digest_file(local_path(source, folder))
@@ -381,6 +379,15 @@ def fingerprint(source: Stdlib | LocalFile | Hub | Recall | Mapping[str, object]
     total = hashlib.sha256()
     for path in sorted(p for p in root.rglob("*") if p.is_file() and not _hidden(p.relative_to(root))):
         total.update(str(path.relative_to(root)).encode() + b"\0" + digest_file(path).encode())
+    return total.hexdigest()
+
+
+@cache
+def _stdlib_fingerprint() -> str:
+    """Of the running Python, whose library does not change while it runs: a run asks for it some twenty times."""
+    total = hashlib.sha256()
+    for name, path in stdlib_modules().items():
+        total.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()
 
 

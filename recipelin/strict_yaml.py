@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def read_yaml(
     text = _text(path, file)
     reader = _Reader(file, {}, [], decimals)
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        node = _composed(text)
         _refuse_tags(node, reader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -176,6 +177,13 @@ def read_yaml(
     if reader.mistakes:
         raise RecipeError(reader.mistakes)
     return values, reader.places, text
+
+
+@lru_cache(maxsize=256)
+def _composed(text: str) -> yaml.Node | None:
+    """The nodes of a text, which nothing changes: points of grids read the same suites, hundreds of times."""
+    node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
+    return node
 
 
 def _text(path: Path, file: str) -> str:

@@ -43,6 +43,25 @@ def test_a_covering_window_is_the_teacher(tiny, heads, key_heads, join):
         assert (logits(model, ids) - teacher).abs().max() > 1e-5  # one key outside is seen
 
 
+@pytest.mark.parametrize("join", JOINS)
+def test_features_without_mass_are_not_computed(tiny, join, monkeypatch):
+    """Bit for bit the same; maps that train still get their gradients, which are zero."""
+    model = swapped(tiny(), State(window=5, join=join, branches=("window",)))
+    ids, own = tokens(2, 37), forms(model)
+    calls: list[object] = []
+    for form in own:
+        form.feature_map_q.register_forward_hook(lambda *_: calls.append(1))
+    y = logits(model, ids)
+    assert bool(calls) == (join == "replace"), "its window weighs what its features say"
+    trained = [p for form in own for p in form.groups()["feature_maps"]]
+    found = torch.autograd.grad(model(ids).logits.sum(), trained)
+    assert all(g.abs().max() < (1e-4 if join == "replace" else 1e-30) for g in found), (
+        "there it cancels but for rounding"
+    )
+    monkeypatch.setattr(type(own[0]), "needs_no_features", lambda *_: False)
+    assert torch.equal(logits(model, ids), y)
+
+
 @pytest.mark.parametrize("key_heads", ["query", "key"])
 @pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize(

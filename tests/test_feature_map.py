@@ -4,6 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from recipelin.attention.hybrid import feature_map
 from recipelin.attention.hybrid.config import FeatureMap
 from recipelin.attention.hybrid.feature_map import HeadFeatureMap
 
@@ -93,3 +94,15 @@ def test_token_scales_start_at_one_and_stay_finite():
 def test_what_does_not_fit_is_refused(fields, words):
     with pytest.raises(ValidationError, match=words):
         FeatureMap(**fields)
+
+
+def test_features_do_not_hang_on_how_many_rows_are_taken_at_once(monkeypatch):
+    made = HeadFeatureMap(FeatureMap(width=2), 4, 8, seed=3)
+    x = torch.randn(5, 1, 7, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for rows in (1, 60, 10**6):  # of 28: one, two and all rows of the batch
+        monkeypatch.setattr(feature_map, "ROWS_AT_ONCE", rows)
+        phi = made(x)
+        found.append((phi, *torch.autograd.grad((phi * phi.detach().cos()).sum(), made.parameters())))
+    for one in found[1:]:
+        assert all(map(torch.equal, one, found[0]))

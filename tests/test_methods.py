@@ -7,10 +7,11 @@ from typing import get_args
 import pytest
 
 from recipelin import lookup
-from recipelin.load import CHECKOUT, expand, load
+from recipelin.load import CHECKOUT
 from recipelin.plan import plan
 from recipelin.schedule import Schedule
 from recipelin.steps import Calibrate, Evaluate, Select, Step, Swap, Switch, Transfer, Tune
+from tests.shipped import points_of
 
 METHODS = lookup.names("methods")
 SHOWN = tuple(m for m in METHODS if m != "exported")  # whose recipes `diagnose` writes (test_diagnose)
@@ -23,7 +24,7 @@ def used() -> dict[str, list]:
     found: dict[str, list] = {}
     for path in sorted(CHECKOUT.rglob("*.yaml")):
         if path.parent.name != "suites":
-            for point in expand(load(path)):
+            for point in points_of(path):
                 found.setdefault(point.recipe.method.name, []).append(point)
     return found
 

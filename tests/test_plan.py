@@ -15,13 +15,14 @@ from recipelin import lookup
 from recipelin.cost import lora_parameters
 from recipelin.exposure import exposed_from
 from recipelin.finding import RECIPES
-from recipelin.load import expand, load
+from recipelin.load import load
 from recipelin.mistakes import PlanError
 from recipelin.plan import plan
 from recipelin.schedule import Schedule, optimiser_steps
 from recipelin.schema import recipe_schema
 from recipelin.show import show
 from recipelin.steps import Evaluate, Lora, Step, Transfer, Tune
+from tests.shipped import points_of
 
 ROOT = Path(__file__).parent.parent
 ALL = sorted(p for p in (ROOT / RECIPES).rglob("*.yaml") if "suites" not in p.parts)
@@ -36,7 +37,7 @@ FRONT = (
 
 @pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
 def test_every_recipe_plans(path):
-    for point in expand(load(path)):
+    for point in points_of(path):
         planned = plan(point)
         assert isinstance(planned.steps[-1].step, Evaluate)
         assert planned == plan(point), "a plan is pure"
@@ -49,12 +50,11 @@ def test_every_recipe_plans(path):
 
 def test_every_method_has_a_recipe_and_composes_known_steps():
     kinds = set(Step.__args__)
-    used = {load(path).recipe.method.name for path in ALL}
+    used = {point.recipe.method.name for path in ALL for point in points_of(path)}
     assert used == set(lookup.names("methods")) - {"exported"}  # whose recipes `diagnose` writes
     for path in ALL:
-        loaded = load(path)
-        for point in expand(loaded):
-            module = lookup.lookup("methods", loaded.recipe.method.name)
+        for point in points_of(path):
+            module = lookup.lookup("methods", point.recipe.method.name)
             assert {type(s) for s in module.steps(point.recipe)} <= kinds
 
 
@@ -290,9 +290,9 @@ def test_the_front_half_never_imports_torch():
     names = ", ".join(f"recipelin.{n}" for n in FRONT)
     out, _ = run_front(
         f"import {names}\n"
-        "from recipelin.load import load, expand\nfrom recipelin.plan import plan\nfrom pathlib import Path\n"
+        "from recipelin.points import points\nfrom recipelin.plan import plan\nfrom pathlib import Path\n"
         "paths = [p for p in sorted(Path('recipes').rglob('*.yaml')) if 'suites' not in p.parts]\n"
-        "print(sum(len([plan(x) for x in expand(load(p))]) for p in paths), len(paths))"
+        "print(sum(len([plan(x) for x in points(p)]) for p in paths), len(paths))"
     )
     plans, recipes = map(int, out.split())
     assert recipes == len(ALL) and plans >= recipes

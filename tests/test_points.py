@@ -95,6 +95,24 @@ def test_what_is_published_or_finished_is_not_run_again(claims, tmp_path, monkey
     )
 
 
+def test_what_runs_share_is_counted_once(claims, tmp_path, monkeypatch):
+    grid = (
+        "grid: {schedule.tune.steps: [10, 20]}\nschedule: {transfer: {steps: 10, length: 256}, tune: {length: 256}}\n"
+    )
+    text = RECIPE.replace("window_only", "lolcats, window: 16").replace(
+        "grid: {method.window: [8, 16], seed: [1, 2]}\n", grid
+    )
+    (tmp_path / "mine.yaml").write_text(text.replace("[pocket]", "[pocket-claims]"))
+    monkeypatch.chdir(tmp_path)
+    both = list(claims.todo(["./mine"], tmp_path / "records", tmp_path / "runs"))
+    costs = [{p.step.step: p.cost.flops for p in each.planned.steps} for each in both]
+    alone = [sum(dict(claims.costs_of(each)).values()) for each in both]
+    assert alone == pytest.approx([c["transfer"] + c["tune"] + c["evaluate"] for c in costs])
+    together = sum({what: f for each in both for what, f in claims.costs_of(each)}.values())
+    measured = len(both[0].planned.steps[-1].step.states)
+    assert together == pytest.approx(sum(alone) - costs[0]["transfer"] - costs[0]["evaluate"] / measured)
+
+
 def test_jobs_run_side_by_side_and_a_failure_is_told(claims, tmp_path, capfd):
     """Each job gets its share in order; the one that fails keeps no other back, and its last words are shown."""
     program = (

@@ -6,12 +6,13 @@ import pytest
 
 from recipelin import hf, lookup
 from recipelin.families import Architecture, architecture, parameters
-from recipelin.load import CHECKOUT, Loaded, expand, load
+from recipelin.load import CHECKOUT, Loaded, load_base
 from recipelin.plan import plan
 from recipelin.records import read_record
 from recipelin.run import run
 from recipelin.shrink import LENGTH, ShrinkError, shrink, tiny_architecture, tiny_folder, tiny_of
 from recipelin.steps import Swap, Transfer, Tune
+from tests.shipped import points_of
 
 POCKET = hf.__file__.replace("hf.py", "pocket")
 
@@ -20,11 +21,10 @@ def points() -> list[Loaded]:
     """Of every recipe; of a grid as many points as its longest axis has values: each value of each axis is among them."""
     found: list[Loaded] = []
     for path in sorted(p for p in CHECKOUT.rglob("*.yaml") if p.parent.name != "suites"):
-        loaded = load(path)
-        grid = loaded.recipe.grid
+        grid = load_base(path).recipe.grid
         longest = max((len(values) for values in grid.values()), default=1)
         wanted = [{axis: values[i % len(values)] for axis, values in grid.items()} for i in range(longest)]
-        found += [point for point in expand(loaded) if not grid or dict(point.point) in wanted]
+        found += [point for point in points_of(path) if not grid or dict(point.point) in wanted]
     return found
 
 

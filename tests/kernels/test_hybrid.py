@@ -58,6 +58,18 @@ def test_chunked_equals_the_definition_under_ablation(branch, how, join):
         assert_same(with_gradients(x, real, kernel="chunked", chunk=16, **options), definition)
 
 
+@pytest.mark.parametrize("join", JOINS)
+def test_chunked_equals_the_definition_without_a_softmax_set(join):
+    for cover, kind, sinks in itertools.product(COVERS, ["none", "left", "segments"], [0, 3]):
+        x = Inputs((6, 2), 41)
+        options = dict(window=6, sinks=sinks, join=join, cover=cover, **padding(kind, 2, 41))
+        options["ablate"] = {"window": "mass", "sinks": "mass"}
+        real = options.get("key_mask")
+        definition = with_gradients(x, real, kernel="reference", **options)
+        for chunk in (None, 7, 16):
+            assert_same(with_gradients(x, real, kernel="chunked", chunk=chunk, **options), definition)
+
+
 @pytest.mark.parametrize("on_drop", ["linear_covers_all", "linear_outside"])
 @pytest.mark.parametrize("join", JOINS)
 def test_chunked_equals_the_definition_with_dropped_windows(on_drop, join):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from recipelin.finding import kind_of
-from recipelin.load import expand, load
 from recipelin.naming import but_seed
 from recipelin.plan import Plan, plan
 from recipelin.published import Published
@@ -19,6 +18,7 @@ from recipelin.steps import Evaluate
 from recipelin.strict_yaml import RecipeError, read_yaml
 from recipelin.tables import TableError, read_spec, table_command, tabulate
 from recipelin.tablespec import Printed
+from tests.shipped import points_of
 
 SPEC = """\
 name: paper-table1
@@ -254,7 +254,7 @@ def test_every_cell_has_a_recipe_that_fills_it() -> None:
             for name in row.recipes:
                 base, values = but_seed(name)
                 if (base, values) not in plans:
-                    for point in expand(load(base)):
+                    for point in points_of(base):
                         # A recipe stands for all its seeds, and for its axes in whatever order.
                         found_at = but_seed(point.recipe.name)
                         plans |= dict.fromkeys((found_at, (base, frozenset[str]())), plan(point))

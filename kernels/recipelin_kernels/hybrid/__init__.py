@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunked import CHUNK, hybrid_attention_chunked
+from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
 from .reference import hybrid_attention_reference
 from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, one_of, rows
@@ -205,7 +205,7 @@ def hybrid_attention(
         parts = [_Beside.apply(y, phi_q, phi_k, mix, log_scale) if learns else y]
     else:
         parts = hybrid_attention_chunked(
-            *arguments, own, k_rows, past=past, plain=plain, components=components, chunk=chunk or CHUNK
+            *arguments, own, k_rows, past=past, plain=plain, components=components, chunk=chunk
         )
     returned: list[Any] = [parts[0]]
     if output_state:

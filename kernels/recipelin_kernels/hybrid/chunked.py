@@ -1,6 +1,6 @@
 """Hybrid attention in O(T) time and memory: chunks of queries over a span of keys, and a running state for the rest.
 
-A chunk holds queries q0 .. q0 + C - 1. Its span begins `Options.span` keys before q0; every earlier key lies outside
+A chunk holds queries q0 .. q0 + C - 1. Its span begins `Block.span` keys before q0; every earlier key lies outside
 the window of every query of the chunk, so it is in the state sum phi(k) [v, 1] or, as a sink, in a few extra columns.
 Where `reach` cuts the linear set, the span holds all of it and there is no state: time then grows with T x reach.
 Heads are taken in blocks that stay in the cache. Backward runs over a block's states again, then walks its chunks from
@@ -19,6 +19,7 @@ from .chunk import HIDDEN, Gradients, Inputs, Masks, State, backward, forward
 from .rows import Options, Rows, softmax_set, visible
 
 CHUNK = 64  # measured best with window 64 (facts/performance.md §2)
+SHORT_CHUNK = 32  # and with windows of at most 32: a query meets fewer keys by their features
 BLOCK = 8 * 64 * 128  # weights of a block's chunk: stays in a core's cache with its inputs (facts/performance.md §1)
 STRIDE = 8  # chunks whose states exist at once in backward
 
@@ -93,8 +94,15 @@ class Block:
     def covers_all(self) -> bool:
         return self.keep is not None and self.options.on_drop == "linear_covers_all"
 
+    @property
+    def span(self) -> int:
+        """How many keys before a chunk are looked at one by one: none where the linear side alone counts, and all keys."""
+        o = self.options
+        softmax = o.has("window") or (o.sinks > 0 and o.has("sinks"))
+        return o.span if softmax or o.cover == "outside" or o.reach is not None or self.past is not None else 0
+
     def chunks(self) -> list[Chunk]:
-        return list(_chunks(self.q_rows.position.shape[1], self.lead, self.options.span, self.size))
+        return list(_chunks(self.q_rows.position.shape[1], self.lead, self.span, self.size))
 
     def first_state(self, p: int) -> State | None:
         """The sums that the call goes on from, for p heads of phi_k: heads of one group hold the same."""
@@ -299,7 +307,7 @@ class _Call:
         batch, heads, rows, _ = x.q.shape
         key_heads, map_heads = x.k.shape[1], x.fk.shape[1]
         size = min(self.whole.size, rows)
-        most = max(1, BLOCK // (size * min(size + self.whole.options.span, x.k.shape[2])))  # query heads
+        most = max(1, BLOCK // (size * min(size + self.whole.span, x.k.shape[2])))  # query heads
         if heads <= most:
             step = max(1, most // heads)
             cuts = [(slice(b, b + step), slice(0, key_heads)) for b in range(0, batch, step)]
@@ -459,7 +467,7 @@ def hybrid_attention_chunked(
     past: Past | None = None,
     plain: bool,
     components: bool,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> list[Tensor]:
     """y, and with `components` the three parts, as the reference has them; in float32 (float64 for float64)."""
     given, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
@@ -468,6 +476,7 @@ def hybrid_attention_chunked(
         phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)
         if past is not None:
             past = replace(past, sink_phi=past.sink_phi.repeat_interleave(q.shape[1] // past.sink_phi.shape[1], 1))
+    chunk = chunk or (SHORT_CHUNK if options.span <= SHORT_CHUNK else CHUNK)
     whole = Block(options, q_rows, k_rows, window_keep, past, plain, chunk, dtype, {})
     tensors = [None if x is None else x.to(dtype).contiguous() for x in (q, k, v, phi_q, phi_k, mix, log_scale)]
     call = _Call(whole, components)

@@ -170,12 +170,18 @@ class HybridAttention(nn.Module):
         if self.drop is not None:
             options |= {"window_keep": self.drop.keep, "on_drop": self.drop.on_drop}
         previous = None if layer is None else layer.state
+        if layer is None and self.needs_no_features(options):
+            phi_q = phi_k = q.new_zeros(*q.shape[:3], 0)
+        else:
+            phi_q = self.feature_map_q(q)
+            # From a state: only of keys that leave the window.
+            phi_k = self.feature_map_k(k) if previous is None else None
         result = hybrid_attention(
             q,
             k,
             v,
-            self.feature_map_q(q),
-            self.feature_map_k(k) if previous is None else None,  # from a state: only of keys that leave the window
+            phi_q,
+            phi_k,
             **options,
             key_mask=key_mask,
             segment_ids=segment_ids,
@@ -189,6 +195,11 @@ class HybridAttention(nn.Module):
         y, layer.state = result
         layer.advance(q.shape[2])
         return y
+
+    def needs_no_features(self, options: Mapping[str, Any]) -> bool:
+        """Whether y does not depend on the feature maps, and they do not train: maps that train get their zero gradients."""
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.groups()["feature_maps"])
+        return options["ablate"].get("linear") == "mass" and options["join"] != "replace" and not learns
 
     def options(self, state: State, length: int) -> dict[str, Any]:
         """A State as arguments of the operator for rows of `length` tokens; the one place where the two meet."""

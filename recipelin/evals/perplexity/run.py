@@ -24,13 +24,13 @@ def run(config: Config, subject: Subject) -> tuple[Result, ...]:
     items = []
     for start in range(0, len(rows), config.batch):
         ids = torch.from_numpy(rows[start : start + config.batch]).to(subject.device)
-        logits = subject.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        for offset, loss in enumerate(losses.double().mean(1).tolist()):
+        logits = subject.model(input_ids=ids, use_cache=False).logits
+        for offset, (own, row) in enumerate(zip(logits, ids, strict=True)):
+            losses = torch.nn.functional.cross_entropy(own[:-1].float(), row[1:], reduction="none")
             items.append(
                 Item(
                     id=f"row{start + offset}",
-                    score=loss,
+                    score=float(losses.double().mean()),
                     length=config.length,
                     exposed=exposed_share(range(1, config.length), subject.exposed_from),
                 )
