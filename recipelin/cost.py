@@ -331,6 +331,7 @@ def describe_data(data: Data) -> str:
     total = sum(s.weight for s in data.mix)
     found = " + ".join(f"{s.weight / total:.0%} {_source(s)}" for s in data.mix)
     found += f", {data.first_rows} rows again and again" if data.first_rows else ""
+    found += ", in the source's order" if data.order == "first" else ""
     return found + (f", all from the {data.only_part} part" if data.only_part else "")
 
 

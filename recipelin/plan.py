@@ -74,6 +74,7 @@ _UNHASHED_AT_DEFAULT: Mapping[str, object] = {
     "only_part": None,
     "first_rows": None,
     "copied": None,
+    "order": "drawn",
 }
 _UNHASHED_OF_MODEL = {"architecture", "beyond_context", "converted"}  # the Swap has the last
 

@@ -268,6 +268,7 @@ class _Walk:
         self, source: Data, *, part: Part, length: int, batch: int, stage: str, accumulation: int = 1
     ) -> data.Batches:
         first_rows = source.first_rows if part == "training" else None
+        follows = source.order == "first" and source.only_part is not None and part != "training"
         drawn_for = {"seed": self.plan.seed, "stage": "any" if first_rows else stage, "part": part}
         found = data.Batches(
             source,
@@ -277,6 +278,7 @@ class _Walk:
             batch=batch,
             seed=int(digest(drawn_for)[:8], 16),
             first_rows=first_rows,
+            skip=source.first_rows or 0 if follows else 0,
             accumulation=accumulation,
             folder=self.loaded.path.parent,
             cache=reuse.home() / "tokens",

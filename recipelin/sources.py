@@ -290,6 +290,17 @@ class Data(Config):
         description="training on so many rows alone, again and again; stages with the same seed, length and number have the "
         "same rows (arXiv 2606.16429: 4 of 256 tokens)",
     )
+    order: Literal["drawn", "first"] = Field(
+        "drawn",
+        description="first: rows come as they lie in the source, where they are else drawn by the seed; held-out rows that "
+        "`only_part` takes from the same part follow those of `first_rows`",
+    )
+
+    @model_validator(mode="after")
+    def _one_order(self) -> "Data":
+        if self.order == "first" and (len(self.mix) > 1 or isinstance(self.mix[0], Recall)):
+            raise ValueError("order: first is of one source that is read; a mixture and generated rows are drawn")
+        return self
 
 
 # Packages of the standard library that are not code of its own kind: tests, character tables, games, bundled installers.

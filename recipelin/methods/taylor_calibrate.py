@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ..attention.gated_delta.config import STATE
 from ..attention.gated_delta.config import Config as GatedDelta
@@ -20,7 +20,7 @@ from ..compose import in_layers, transfer, tune
 from ..recipe import Recipe
 from ..schedule import Optimizer, Schedule, Validation
 from ..sources import Data
-from ..steps import BlockLoss, Calibrate, Choice, ConvertedLayers, Loss, Step, Swap, Switch, Trained
+from ..steps import BlockLoss, Calibrate, Choice, ConvertedLayers, Loss, Step, StepsError, Swap, Switch, Trained
 
 Arm = Literal["baseline", "zero_gate", "small_gate", "taylor_only", "alignment_only", "taylor_calibrate"]
 
@@ -95,8 +95,8 @@ class Config(Base):
     )
     as_published: bool = Field(
         False,
-        description="calibration, layer scores and held-out rows come from the test part, which is also reported, as in arXiv "
-        "2606.16429; rows are drawn from it, where the authors take its first 1,024 tokens",
+        description="calibration and layer scores read the test part, which is also reported, from its first row on, as in arXiv "
+        "2606.16429 (the first 4 x 256 tokens; _get_calibration_data of its code); held-out rows are those behind them",
     )
     transfer_loss: BlockLoss = Field("l2norm", description="of stage `transfer` (the authors' code: l2norm)")
     loss: Loss = Field(
@@ -120,6 +120,8 @@ class Config(Base):
         for rule in self.rules:
             if why := self.form.refuses_calibration(rule.WHAT, rule):
                 raise ValueError(f"arm {self.arm}: {why}")
+        if self.as_published and not self.same_rows:
+            raise ValueError("as_published: its rows are the same in every step; leave same_rows out")
         return self
 
 
@@ -183,10 +185,13 @@ def _read(data: Data, method: Config, rows: int | None) -> Data:
     """The data block as calibration and scoring read it: which part, and how many rows."""
     changes: dict[str, object] = {}
     if method.as_published:
-        changes["only_part"] = "test"
+        changes |= {"only_part": "test", "order": "first"}
     if method.same_rows and rows is not None:
         changes["first_rows"] = rows
-    return data.model_copy(update=changes)
+    try:
+        return Data.model_validate({**dict(data), **changes})
+    except ValidationError as error:
+        raise StepsError(f"method.as_published: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
 
 def _convolution(method: Config) -> tuple[Trained, ...]:
