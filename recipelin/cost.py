@@ -224,7 +224,7 @@ class Counting:
         elif isinstance(step, Select):
             tokens = step.length
         else:
-            tokens = max((e.batch * getattr(e, "length", 512) for s in suites_of(step) for e in s.evals), default=0)  # type: ignore[attr-defined]
+            tokens = max((e.batch * _row(e) for s in suites_of(step) for e in s.evals), default=0)  # type: ignore[attr-defined]
         swap = self._swap()
         saved = self._form(swap).saved(arch) if swap else 0
         heads = arch.num_attention_heads
@@ -252,7 +252,7 @@ class Counting:
         counts = [e.tokens() for s in suites for e in s.evals]  # type: ignore[attr-defined]
         tokens = None if any(c is None for c in counts) else sum(counts) * len(step.states) * len(step.seeds)
         names = ", ".join(s.name for s in suites)
-        length = max((getattr(e, "length", 512) for s in suites for e in s.evals), default=512)
+        length = max((_row(e) for s in suites for e in s.evals), default=512)
         return {
             "what": f"{names} in {len(step.states)} states: {', '.join(s.name for s in step.states)}",
             "reads": "the exported folder, reloaded",
@@ -267,6 +267,11 @@ class Counting:
 def _sum(parts: Sequence[tuple[Any, int]]) -> Any:
     """Sum of value x times; None where a value is not known."""
     return None if any(value is None for value, _ in parts) else sum(value * times for value, times in parts)
+
+
+def _row(evaluation: Config) -> int:
+    """Tokens of an evaluation's row; 512 where it is lm-eval's own."""
+    return getattr(evaluation, "length", None) or 512
 
 
 def suites_of(step: Evaluate) -> tuple[Suite, ...]:
