@@ -354,8 +354,10 @@ def _source(source: Stdlib | LocalFile | Hub | Recall) -> str:
             facts.append(f"the first {count(source.tokens)} tokens" + (" shuffled" if source.shuffle else ""))
     if source.template:
         facts.append(f"template {name_of(source.template)}")
+    if source.chat:
+        facts.append(f"chat in {source.chat.column}")
     if source.loss == "response":
-        facts.append("loss on the response")
+        facts.append("loss on the assistant's answers" if source.chat else "loss on the response")
     if source.parts:
         held = {part: getattr(source.parts, part) for part in ("selection", "test")}
         facts.append(", ".join(f"{part} rows {first} to {end - 1}" for part, (first, end) in held.items()))

@@ -75,6 +75,7 @@ _UNHASHED_AT_DEFAULT: Mapping[str, object] = {
     "first_rows": None,
     "copied": None,
     "order": "drawn",
+    "chat": None,
     "filter": None,
     "max_seq_length": None,
 }

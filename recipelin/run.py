@@ -15,7 +15,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from . import data, heatmap, hf, layers, lolcats_checkpoint, memory, reads, records, reuse, spool, stages, stock, swap
+from . import (
+    chat,
+    data,
+    heatmap,
+    hf,
+    layers,
+    lolcats_checkpoint,
+    memory,
+    reads,
+    records,
+    reuse,
+    spool,
+    stages,
+    stock,
+    swap,
+)
 from .evaluate import Evaluator
 from .load import Loaded
 from .naming import default_folder
@@ -149,6 +164,9 @@ class _Walk:
         status: Literal["finished", "failed", "interrupted"] = "failed"
         try:
             self.model, self.tokenizer = self._begin()
+            chat.refuse_without_template(
+                reads.texts((p.step for p in self.plan.steps), self.loaded.path), self.tokenizer
+            )
             preflight(self.plan, tokenizer=self.tokenizer, recipe=self.loaded.path)
             for index, planned in enumerate(self.plan.steps):
                 self._step(index, planned)
