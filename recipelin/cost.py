@@ -224,7 +224,7 @@ class Counting:
         elif isinstance(step, Select):
             tokens = step.length
         else:
-            tokens = max((e.batch * getattr(e, "length", 512) for s in suites_of(step) for e in s.evals), default=0)  # type: ignore[attr-defined]
+            tokens = max((e.batch * _row(e) for s in suites_of(step) for e in s.evals), default=0)  # type: ignore[attr-defined]
         swap = self._swap()
         saved = self._form(swap).saved(arch) if swap else 0
         heads = arch.num_attention_heads
@@ -252,7 +252,7 @@ class Counting:
         counts = [e.tokens() for s in suites for e in s.evals]  # type: ignore[attr-defined]
         tokens = None if any(c is None for c in counts) else sum(counts) * len(step.states) * len(step.seeds)
         names = ", ".join(s.name for s in suites)
-        length = max((getattr(e, "length", 512) for s in suites for e in s.evals), default=512)
+        length = max((_row(e) for s in suites for e in s.evals), default=512)
         return {
             "what": f"{names} in {len(step.states)} states: {', '.join(s.name for s in step.states)}",
             "reads": "the exported folder, reloaded",
@@ -267,6 +267,11 @@ class Counting:
 def _sum(parts: Sequence[tuple[Any, int]]) -> Any:
     """Sum of value x times; None where a value is not known."""
     return None if any(value is None for value, _ in parts) else sum(value * times for value, times in parts)
+
+
+def _row(evaluation: Config) -> int:
+    """Tokens of an evaluation's row; 512 where it is lm-eval's own."""
+    return getattr(evaluation, "length", None) or 512
 
 
 def suites_of(step: Evaluate) -> tuple[Suite, ...]:
@@ -331,6 +336,7 @@ def describe_data(data: Data) -> str:
     total = sum(s.weight for s in data.mix)
     found = " + ".join(f"{s.weight / total:.0%} {_source(s)}" for s in data.mix)
     found += f", {data.first_rows} rows again and again" if data.first_rows else ""
+    found += ", in the source's order" if data.order == "first" else ""
     return found + (f", all from the {data.only_part} part" if data.only_part else "")
 
 
@@ -348,8 +354,10 @@ def _source(source: Stdlib | LocalFile | Hub | Recall) -> str:
             facts.append(f"the first {count(source.tokens)} tokens" + (" shuffled" if source.shuffle else ""))
     if source.template:
         facts.append(f"template {name_of(source.template)}")
+    if source.chat:
+        facts.append(f"chat in {source.chat.column}")
     if source.loss == "response":
-        facts.append("loss on the response")
+        facts.append("loss on the assistant's answers" if source.chat else "loss on the response")
     if source.parts:
         held = {part: getattr(source.parts, part) for part in ("selection", "test")}
         facts.append(", ".join(f"{part} rows {first} to {end - 1}" for part, (first, end) in held.items()))

@@ -39,7 +39,7 @@ class Batches:
     Row g = (step * accumulation + micro) * batch + row takes a source at random by weight, and that source's row g of a
     seeded permutation made anew for each epoch: one source alone is read completely before any row comes twice. Documents
     are concatenated and cut at `length`; the remainder is dropped, and so are rows in which no token with loss is predicted.
-    `first_rows`: only so many rows of the draw, again and again.
+    `first_rows`: only so many rows of the draw, again and again. With `order: first` row g is the source's row `skip` + g.
     (LoLCATs keeps a row whose only label is its first token, which is never predicted, and drops the last row where the
     tokens are a multiple of the length: facts/peers.md §A.5, its packing.py.)
     """
@@ -57,10 +57,11 @@ class Batches:
         cache: Path | None = None,
         accumulation: int = 1,
         first_rows: int | None = None,
+        skip: int = 0,
     ) -> None:
         self.data, self.tokenizer, self.part = data, tokenizer, part
         self.length, self.size, self.accumulation, self.seed = length, batch, accumulation, seed
-        self.first_rows = first_rows
+        self.first_rows, self.skip = first_rows, skip
         self._streams = [
             stream(s.text if isinstance(s, Recall) else s, tokenizer, part=part, folder=folder, cache=cache)
             for s in data.mix
@@ -122,7 +123,10 @@ class Batches:
             labels = _scatter_pairs(tokens, source, self._writings[which], draw)
             return tokens, labels, positions, np.zeros_like(positions)
         rows = self._scored[which]
-        turn = int(self._permutation(which, index // len(rows), len(rows))[index % len(rows)])
+        if self.data.order == "first":
+            turn = (self.skip + index) % len(rows)
+        else:
+            turn = int(self._permutation(which, index // len(rows), len(rows))[index % len(rows)])
         tokens, segments, scored = found.row(int(rows[turn]) * self.length, self.length)
         if self.data.positions == "restart":
             positions = positions - np.searchsorted(segments, segments)

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from .chat import turns_of
 from .hub import open_dataset, reading
 from .mistakes import nearest
 from .sources import Hub, LocalFile, Part, SourceError, Stdlib, local_path, part_of, stdlib_modules
@@ -17,13 +18,22 @@ ROWS = 1_000  # of a table, read at once
 
 @dataclass(frozen=True)
 class Document:
-    """One document of a part: `prompt`, then `text`. `masked`: prompt and BOS carry no loss."""
+    """One document of a part: `prompt`, then `text`, or `turns`, (role, content), of a conversation.
+
+    `masked`: prompt and BOS carry no loss, of a conversation all but what the assistant says.
+    """
 
     name: str
     part: Part
     prompt: str
     text: str
     masked: bool = False
+    turns: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def characters(self) -> int:
+        """Its size in characters."""
+        return len(self.prompt) + len(self.text) + sum(len(content) for _, content in self.turns)
 
 
 class Reader:
@@ -48,7 +58,7 @@ class Reader:
             number, self.rows = self.rows, self.rows + 1
             part = held_out.of(number) if held_out else part_of(name)
             if part in parts:
-                yield Document(name, part, *self._texts(name, row), masked)
+                yield Document(name, part, *self._texts(name, row), masked, self._turns(name, row))
         if held_out and self.rows < held_out.end:
             raise SourceError(f"{label(source)}: parts name rows up to {held_out.end - 1}, found {self.rows} rows")
 
@@ -104,15 +114,30 @@ class Reader:
         if isinstance(row, str):
             return "", row
         assert not isinstance(self.source, Stdlib)
+        if self.source.chat:
+            return "", ""
         try:
             template = self.source.template
             return template.render(row) if template else ("", plain(row[self.source.field], self.source.field))
         except ValueError as error:
             raise SourceError(f"{name}: {error}") from error
 
+    def _turns(self, name: str, row: Any) -> tuple[tuple[str, str], ...]:
+        """The turns of a row of conversations; others have none."""
+        if isinstance(self.source, Stdlib) or self.source.chat is None:
+            return ()
+        try:
+            return turns_of(row[self.source.chat.column], self.source.chat)
+        except ValueError as error:
+            raise SourceError(f"{name}: {error}") from error
+
 
 def documents(source: Stdlib | LocalFile | Hub, part: Part, folder: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of the documents of one part, prompts included. Raises SourceError as Reader does."""
+    """(name, text) of the documents of one part, prompts included. Raises SourceError as Reader does, and for conversations."""
+    if not isinstance(source, Stdlib) and source.chat is not None:
+        raise SourceError(
+            f"{label(source)}: a chat has no text before a tokenizer's template writes it; here text is read"
+        )
     for document in Reader(source, folder).documents((part,)):
         yield document.name, document.prompt + document.text
 

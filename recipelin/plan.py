@@ -74,6 +74,10 @@ _UNHASHED_AT_DEFAULT: Mapping[str, object] = {
     "only_part": None,
     "first_rows": None,
     "copied": None,
+    "order": "drawn",
+    "chat": None,
+    "filter": None,
+    "max_seq_length": None,
 }
 _UNHASHED_OF_MODEL = {"architecture", "beyond_context", "converted"}  # the Swap has the last
 
@@ -375,7 +379,7 @@ def _refuse_long_rows(loaded: Loaded, arch: Architecture, steps: Sequence[Step])
             found += [(("eval", "suites", index), suite) for index, suite in enumerate(suites_of(step))]
         for where, suite in found:
             asked = [e for e in suite.evals if not getattr(e, "beyond_context", False)]
-            longest = max((getattr(e, "length", 0) for e in asked), default=0)
+            longest = max((getattr(e, "length", None) or 0 for e in asked), default=0)
             if longest > context:
                 raise refusal(loaded, where, f"suite {suite.name!r} has rows of {longest} tokens; {advice}")
 

@@ -66,6 +66,9 @@ def digest_folder(folder: Path, names: Sequence[str] = ("*.safetensors", "config
     return digest({f.name: digest_file(f) for f in files})
 
 
+_TOKENIZER = ("tokenizer*", "chat_template*")
+
+
 def digests(loaded: Loaded, planned: Plan) -> dict[str, str]:
     """Digests of what the run reads: teacher, published weights, tokenizer, data.
 
@@ -79,10 +82,10 @@ def digests(loaded: Loaded, planned: Plan) -> dict[str, str]:
     student = student_folder(loaded)
     if student is not None:
         found["student"] = digest_folder(student)
-        found["tokenizer"] = digest_folder(student, ("tokenizer*",))
+        found["tokenizer"] = digest_folder(student, _TOKENIZER)
     if folder is not None:
         found["teacher"] = digest_folder(folder)
-        found.setdefault("tokenizer", digest_folder(folder, ("tokenizer*",)))
+        found.setdefault("tokenizer", digest_folder(folder, _TOKENIZER))
     elif model.teacher:
         # A branch moves; what a run reads is the commit that it found.
         found["teacher_commit"] = hub_commit(loaded) or model.revision or "not known"
@@ -113,7 +116,7 @@ def published(loaded: Loaded) -> dict[str, Path]:
 
 # The source files that compute a step: a mended bug must never meet weights of before. Patterns below the package.
 _MODEL = ("swap.py", "masks.py", "cache.py", "states.py", "families.py", "attention/**/*.py")
-_DATA = ("data.py", "sources.py", "templates.py", "hub.py", "documents.py", "spool.py")
+_DATA = ("data.py", "sources.py", "templates.py", "chat.py", "hub.py", "documents.py", "spool.py")
 _LOOP = ("stages.py", "loop.py", "losses.py", "head_loss.py", "adapters.py", "checkpoint.py", "optimizer.py")
 _TRAINING = (*_MODEL, *_DATA, *_LOOP, "hf.py", "schedule.py", "branches.py")
 _EVALUATION = (

@@ -15,7 +15,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from . import data, heatmap, hf, layers, lolcats_checkpoint, memory, reads, records, reuse, spool, stages, stock, swap
+from . import (
+    chat,
+    data,
+    heatmap,
+    hf,
+    layers,
+    lolcats_checkpoint,
+    memory,
+    reads,
+    records,
+    reuse,
+    spool,
+    stages,
+    stock,
+    swap,
+)
 from .evaluate import Evaluator
 from .load import Loaded
 from .naming import default_folder
@@ -149,6 +164,9 @@ class _Walk:
         status: Literal["finished", "failed", "interrupted"] = "failed"
         try:
             self.model, self.tokenizer = self._begin()
+            chat.refuse_without_template(
+                reads.texts((p.step for p in self.plan.steps), self.loaded.path), self.tokenizer
+            )
             preflight(self.plan, tokenizer=self.tokenizer, recipe=self.loaded.path)
             for index, planned in enumerate(self.plan.steps):
                 self._step(index, planned)
@@ -268,6 +286,7 @@ class _Walk:
         self, source: Data, *, part: Part, length: int, batch: int, stage: str, accumulation: int = 1
     ) -> data.Batches:
         first_rows = source.first_rows if part == "training" else None
+        follows = source.order == "first" and source.only_part is not None and part != "training"
         drawn_for = {"seed": self.plan.seed, "stage": "any" if first_rows else stage, "part": part}
         found = data.Batches(
             source,
@@ -277,6 +296,7 @@ class _Walk:
             batch=batch,
             seed=int(digest(drawn_for)[:8], 16),
             first_rows=first_rows,
+            skip=source.first_rows or 0 if follows else 0,
             accumulation=accumulation,
             folder=self.loaded.path.parent,
             cache=reuse.home() / "tokens",

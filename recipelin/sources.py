@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationInfo, field_v
 from .base import Config
 from .files import digest_file
 from .mistakes import nearest
-from .templates import NamedTemplate, Template
+from .templates import Chat, NamedTemplate, Template
 
 Part = Literal["training", "selection", "test"]
 PARTS: tuple[Part, ...] = ("training", "selection", "test")
@@ -69,7 +69,10 @@ class Rows(Config):
 
     field: str = Field("text", description="key or column that holds the text, where no template is given")
     template: NamedTemplate | None = Field(None, description="`alpaca`, or a map with prompt and response")
-    loss: Literal["all", "response"] = Field("all", description="response: no loss on BOS and prompt (LoLCATs)")
+    chat: Chat | None = Field(None, description="a column of turns, written by the tokenizer's chat template")
+    loss: Literal["all", "response"] = Field(
+        "all", description="response: no loss on BOS and prompt (LoLCATs), of a chat on the assistant's answers alone"
+    )
     parts: Parts | None = Field(None, description="held-out rows by number; null: by the hash of the row's name")
     weight: Annotated[float, Field(gt=0)] = 1.0
 
@@ -80,16 +83,26 @@ class Rows(Config):
             raise ValueError(f"give one of field and template; found field {info.data.get('field')!r} and a template")
         return value
 
+    @field_validator("chat")
+    @classmethod
+    def _instead_of_both(cls, value: Chat | None, info: ValidationInfo) -> Chat | None:
+        if value is not None and (info.data.get("field") != "text" or info.data.get("template") is not None):
+            raise ValueError("give one of field, template and chat")
+        return value
+
     @field_validator("loss")
     @classmethod
     def _response_of_a_template(cls, value: str, info: ValidationInfo) -> str:
-        if value == "response" and "template" in info.data and info.data["template"] is None:
-            raise ValueError("response needs a template: without one a document has no prompt")
+        given = [info.data.get(name) for name in ("template", "chat")]
+        if value == "response" and "template" in info.data and "chat" in info.data and given == [None, None]:
+            raise ValueError("response needs a template or a chat: without one a document has no prompt")
         return value
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that a row must have."""
+        if self.chat:
+            return (self.chat.column,)
         return self.template.columns if self.template else (self.field,)
 
 
@@ -117,8 +130,9 @@ class LocalFile(Rows):
     @field_validator("source")
     @classmethod
     def _text_has_no_columns(cls, value: str, info: ValidationInfo) -> str:
-        if value == "text" and info.data.get("template") is not None:
-            raise ValueError("text has no columns for a template; use jsonl, parquet or hub")
+        for name in ("template", "chat"):
+            if value == "text" and info.data.get(name) is not None:
+                raise ValueError(f"text has no columns for a {name}; use jsonl, parquet or hub")
         return value
 
 
@@ -236,6 +250,8 @@ def _of_a_stream(value: _T | None, info: ValidationInfo) -> _T | None:
 def _all_scored(source: "Stdlib | LocalFile | Hub") -> "Stdlib | LocalFile | Hub":
     if isinstance(source, Rows) and source.loss != "all":
         raise ValueError("loss: response is for training data; here the whole text is read")
+    if isinstance(source, Rows) and source.chat is not None:
+        raise ValueError("chat is for training data; here plain text is read")
     return source
 
 
@@ -291,6 +307,17 @@ class Data(Config):
         description="training on so many rows alone, again and again; stages with the same seed, length and number have the "
         "same rows (arXiv 2606.16429: 4 of 256 tokens)",
     )
+    order: Literal["drawn", "first"] = Field(
+        "drawn",
+        description="first: rows come as they lie in the source, where they are else drawn by the seed; held-out rows that "
+        "`only_part` takes from the same part follow those of `first_rows`",
+    )
+
+    @model_validator(mode="after")
+    def _one_order(self) -> "Data":
+        if self.order == "first" and (len(self.mix) > 1 or isinstance(self.mix[0], Recall)):
+            raise ValueError("order: first is of one source that is read; a mixture and generated rows are drawn")
+        return self
 
 
 # Packages of the standard library that are not code of its own kind: tests, character tables, games, bundled installers.

@@ -1,8 +1,9 @@
 """Documents -> tokens on disk, written once and read through memory maps: a corpus is never held in memory.
 
 A finished spool is a folder `<key>/` with spool.json and, for each part, three flat files:
-`<part>.tokens` int32 [tokens], `<part>.starts` int64 [documents] (first token of each), `<part>.masked` int32 [documents]
-(tokens at its beginning that carry no loss). It is made in `<key>.partial/`, where state.json says how much of it counts.
+`<part>.tokens` int32 [tokens], `<part>.starts` int64 [documents] (first token of each), `<part>.masked` int64 [2 x ranges]
+(first, end, first, end, ... of tokens that carry no loss, in order). It is made in `<key>.partial/`, where state.json says
+how much of it counts.
 """
 
 import hashlib
@@ -21,19 +22,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from . import chat
 from .documents import Document, Reader, label
 from .files import locked, write_atomically
 from .sources import PARTS, Hub, LocalFile, Part, SourceError, Stdlib, fingerprint
 
-FORMAT = 3  # of the folder, and of how documents become tokens: part of the key
+FORMAT = 4  # of the folder, and of how documents become tokens: part of the key
 BATCH_DOCUMENTS = 1_000  # tokenised and written at once, or
 BATCH_CHARACTERS = 4_000_000  # whichever comes first
-_FILES: Mapping[str, type[np.signedinteger[Any]]] = {"tokens": np.int32, "starts": np.int64, "masked": np.int32}
+_FILES: Mapping[str, type[np.signedinteger[Any]]] = {"tokens": np.int32, "starts": np.int64, "masked": np.int64}
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Tokens of a source's part, where its documents start, and how many tokens of each beginning carry no loss."""
+    """Tokens of a source's part, where its documents start, and first, end, ... of the ranges that carry no loss."""
 
     tokens: np.ndarray
     starts: np.ndarray
@@ -43,10 +45,12 @@ class Stream:
         """(tokens, segments, scored) of a cut, [length] each: int64, int64 from 0 by document, bool."""
         first = int(np.searchsorted(self.starts, start, "right")) - 1
         end = int(np.searchsorted(self.starts, start + length, "left"))
-        places = np.arange(start, start + length)
-        starts = np.asarray(self.starts[first:end])
-        segments = np.searchsorted(starts, places, "right") - 1
-        scored = places - starts[segments] >= np.asarray(self.masked[first:end])[segments]
+        segments = np.searchsorted(np.asarray(self.starts[first:end]), np.arange(start, start + length), "right") - 1
+        scored = np.ones(length, dtype=bool)
+        begin = int(np.searchsorted(self.masked, start, "right")) // 2
+        stop = (int(np.searchsorted(self.masked, start + length, "left")) + 1) // 2
+        for masked, until in np.asarray(self.masked[2 * begin : 2 * stop]).reshape(-1, 2).tolist():
+            scored[max(masked - start, 0) : until - start] = False
         return np.asarray(self.tokens[start : start + length], dtype=np.int64), segments, scored
 
     def scored_rows(self, length: int, *, separate: bool) -> np.ndarray:
@@ -55,10 +59,15 @@ class Stream:
         A row's first token is never predicted; with `separate`, neither is a document's.
         """
         count = len(self.tokens) // length
-        if not separate and not self.masked.any():
+        if not separate and not len(self.masked):
             return np.arange(count)
-        begin = self.starts + np.maximum(self.masked, int(separate))
-        last = np.append(self.starts[1:], len(self.tokens)) - 1
+        masked = np.asarray(self.masked).reshape(-1, 2)
+        if separate:
+            masked = np.concatenate([masked, np.stack([self.starts, self.starts + 1], 1)])
+            masked = masked[np.argsort(masked[:, 0], kind="stable")]
+        # What lies between the masked ranges is scored: [begin, last].
+        begin = np.append(0, np.maximum.accumulate(masked[:, 1]))
+        last = np.append(masked[:, 0], len(self.tokens)) - 1
         begin += begin % length == 0
         last -= last % length == 0
         scored = (begin <= last) & (begin < count * length)
@@ -93,7 +102,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def stream(source: Stdlib | LocalFile | Hub, tokenizer: Any, *, part: Part, folder: Path, cache: Path | None) -> Stream:
-    """The tokenised part of a source, each document as [BOS] prompt text [EOS] where the tokenizer has them.
+    """The tokenised part of a source, each document as [BOS] prompt text [EOS] where the tokenizer has them; a conversation
+    as its chat template writes it.
 
     Kept under `cache` by fingerprint, settings and tokenizer; an interrupted spool goes on where it stopped. What streams
     is read once for all three parts. Raises SourceError if the part holds no text.
@@ -121,6 +131,8 @@ def ready(source: Stdlib | LocalFile | Hub, folder: Path, cache: Path) -> None:
 
 def _key(source: Stdlib | LocalFile | Hub, tokenizer: Any, parts: Sequence[Part], folder: Path) -> str:
     facts = [tokenizer_digest(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, list(parts)]
+    if not isinstance(source, Stdlib) and source.chat:
+        facts.append(tokenizer.chat_template)
     return f"{_source_key(source, folder)}-{_short(facts)}"
 
 
@@ -139,7 +151,13 @@ def _open(place: Path, source: Stdlib | LocalFile | Hub, part: Part) -> Stream:
     files = {name: place / f"{part}.{name}" for name in _FILES}
     if files["tokens"].stat().st_size == 0:
         raise SourceError(f"{label(source)}: the {part} part holds no document")
-    return Stream(**{name: np.asarray(np.memmap(path, dtype=_FILES[name], mode="r")) for name, path in files.items()})
+    found = {
+        name: np.asarray(np.memmap(path, dtype=_FILES[name], mode="r"))
+        if path.stat().st_size
+        else np.empty(0, _FILES[name])  # there is no memory map of nothing
+        for name, path in files.items()
+    }
+    return Stream(**found)
 
 
 def _spool(source: Stdlib | LocalFile | Hub, tokenizer: Any, parts: Sequence[Part], folder: Path, place: Path) -> Path:
@@ -165,7 +183,7 @@ def _spool(source: Stdlib | LocalFile | Hub, tokenizer: Any, parts: Sequence[Par
                     break
                 used += 1
                 left = ids if limit is None else ids[: limit - writing.tokens]
-                writing.add(document.part, left, min(masked, len(left)))
+                writing.add(document.part, left, masked)
             sizes = writing.flush()
             write_atomically(known, json.dumps({"reader": reader.state(), "bytes": sizes}).encode())
             bar.update((writing.tokens if limit else reader.rows) - bar.n)
@@ -193,7 +211,7 @@ def _batches(found: Iterator[Document]) -> Iterator[list[Document]]:
     size = 0
     for document in found:
         batch.append(document)
-        size += len(document.prompt) + len(document.text)
+        size += document.characters
         if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -201,15 +219,39 @@ def _batches(found: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _encode(batch: Sequence[Document], tokenizer: Any) -> tuple[list[list[int]], list[int]]:
-    """Tokens of each document, and how many of its first carry no loss. Prompt and text meet at a token boundary."""
+Ranges = list[tuple[int, int]]
+
+
+def _encode(batch: Sequence[Document], tokenizer: Any) -> tuple[list[list[int]], list[Ranges]]:
+    """Tokens of each document, and the ranges that carry no loss. Prompt and text meet at a token boundary.
+
+    Raises SourceError with the row whose conversation the tokenizer's chat template does not take.
+    """
+    if batch[0].turns:
+        special = chat.special_ids(tokenizer)
+        found = [_encode_chat(d, tokenizer, special) for d in batch]
+        return [ids for ids, _ in found], [masked for _, masked in found]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     with uncut(tokenizer) as backend:
         prompts = backend.encode_batch_fast([d.prompt for d in batch], add_special_tokens=False)
         texts = backend.encode_batch_fast([d.text for d in batch], add_special_tokens=False)
     ids = [start + p.ids + t.ids + end for p, t in zip(prompts, texts, strict=True)]
-    return ids, [len(start) + len(p.ids) if d.masked else 0 for d, p in zip(batch, prompts, strict=True)]
+    masked = [len(start) + len(p.ids) if d.masked else 0 for d, p in zip(batch, prompts, strict=True)]
+    return ids, [[(0, n)] if n else [] for n in masked]
+
+
+def _encode_chat(document: Document, tokenizer: Any, special: frozenset[int]) -> tuple[list[int], Ranges]:
+    try:
+        text, answers = chat.written(document.turns, tokenizer)
+    except ValueError as error:
+        raise SourceError(f"{document.name}: {error}") from error
+    with uncut(tokenizer) as backend:
+        encoding = backend.encode(text, add_special_tokens=False)
+    if not document.masked:
+        return encoding.ids, []
+    edges = [0, *(edge for said in chat.said(encoding, text, answers, special) for edge in said), len(encoding.ids)]
+    return encoding.ids, [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
 
 class _Writing:
@@ -237,11 +279,13 @@ class _Writing:
         """Tokens of all parts."""
         return sum(self._counts.values())
 
-    def add(self, part: Part, ids: Sequence[int], masked: int) -> None:
-        """One document."""
+    def add(self, part: Part, ids: Sequence[int], masked: Ranges) -> None:
+        """One document, cut off or whole; `masked` counts from its first token."""
         if not ids:
             return
-        for name, values in (("tokens", ids), ("starts", [self._counts[part]]), ("masked", [masked])):
+        begin = self._counts[part]
+        ranges = [begin + edge for a, b in masked if a < len(ids) for edge in (a, min(b, len(ids)))]
+        for name, values in (("tokens", ids), ("starts", [begin]), ("masked", ranges)):
             self._files[f"{part}.{name}"].write(np.asarray(values, dtype=_FILES[name]).tobytes())
         self._counts[part] += len(ids)
 

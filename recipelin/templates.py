@@ -84,6 +84,22 @@ class Template(Config):
         return _filled(chosen, row), _filled(self.response, row)
 
 
+class Chat(Config):
+    """Rows that hold a conversation: a column with a list of turns, which the tokenizer's own chat template writes.
+
+    With `loss: response` the assistant's answers carry loss, each with the token that ends its turn, and nothing else does.
+    (sft.py of arXiv 2606.16429 scores the whole turn: the header with the role and the line's end behind it, too.)
+    Sample YAML: `{column: messages}`, `{column: conversations, role: from, content: value, user: human, assistant: gpt}`
+    """
+
+    column: str = "messages"
+    role: str = Field("role", description="key of who speaks")
+    content: str = Field("content", description="key of what is said")
+    system: str = Field("system", description="what the rows call it; other roles keep their names")
+    user: str = Field("user", description="what the rows call it")
+    assistant: str = Field("assistant", description="what the rows call it")
+
+
 # Stanford Alpaca's two prompts, with and without an input, as LoLCATs trains on them (facts/peers.md §A.5).
 TEMPLATES: Mapping[str, Template] = {
     "alpaca": Template(

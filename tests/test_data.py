@@ -259,18 +259,21 @@ def test_masking_and_packing_equal_the_written_out_loop(make, separate, tmp_path
 
 
 def test_where_rows_are_scored_equals_counting(tmp_path):
-    """Stream.row and scored_rows beside loops, on random documents: empty prompts, no response, rows within one document."""
+    """Stream.row and scored_rows beside loops, on random documents and silent tokens: none, all, rows within one document."""
     draw = np.random.default_rng(0)
     for trial in range(200):
         sizes = draw.integers(1, 14, draw.integers(1, 12))
-        masked = np.array([draw.integers(0, n + 1) for n in sizes], dtype=np.int32) * (trial % 5 > 0)
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-        found = Stream(np.arange(sizes.sum(), dtype=np.int32), starts, masked)
+        silent = draw.random(sizes.sum()) < (0, 0.3, 0.5, 0.9, 1)[trial % 5]
+        edges = np.flatnonzero(np.diff(silent, prepend=False, append=False))
+        if trial % 2:  # ranges that touch, as of two documents
+            edges = np.repeat(np.flatnonzero(silent), 2) + np.tile([0, 1], silent.sum())
+        found = Stream(np.arange(sizes.sum(), dtype=np.int32), starts, edges)
         document = np.repeat(np.arange(len(sizes)), sizes)
         place = np.arange(sizes.sum()) - starts[document]
         for length in (2, 3, 7):
             for separate in (False, True):
-                carries = (place >= masked[document]) & ((place > 0) | (not separate))
+                carries = ~silent & ((place > 0) | (not separate))
                 rows = [r for r in range(len(place) // length) if carries[r * length + 1 : (r + 1) * length].any()]
                 assert found.scored_rows(length, separate=separate).tolist() == rows
             for start in range(len(place) - length + 1):
@@ -278,7 +281,7 @@ def test_where_rows_are_scored_equals_counting(tmp_path):
                 cut = slice(start, start + length)
                 assert tokens.tolist() == list(range(start, start + length))
                 assert segments.tolist() == (document[cut] - document[start]).tolist()
-                assert scored.tolist() == (place[cut] >= masked[document[cut]]).tolist()
+                assert scored.tolist() == (~silent[cut]).tolist()
 
 
 def test_a_part_without_any_response_is_said(tmp_path):

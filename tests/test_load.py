@@ -110,7 +110,7 @@ CASES = {
     "a stream without an end": ("eval:", HUB.replace("loss: response", "streaming: true"), "11:7: data.mix.0.tokens: streaming: true needs tokens"),
     "tokens of no stream": ("eval:", HUB.replace("loss: response", "tokens: 500"), "15:15: data.mix.0.tokens: belongs to streaming: true"),
     "shuffle of no stream": ("eval:", HUB.replace("loss: response", "shuffle: {seed: 1}"), "15:16: data.mix.0.shuffle: belongs to streaming: true"),
-    "unknown key of a dataset": ("eval:", HUB.replace("loss: response", "stream: true"), "15:7: data.mix.0.stream: unknown key; did you mean 'streaming'? Fields here: dataset, expected_tokens, field, loss, name, parts, revision,"),
+    "unknown key of a dataset": ("eval:", HUB.replace("loss: response", "stream: true"), "15:7: data.mix.0.stream: unknown key; did you mean 'streaming'? Fields here: chat, dataset, expected_tokens, field, loss, name, parts, revision,"),
     "text file with a template": ("eval:", "data: {mix: [{source: text, path: a.txt, template: alpaca}]}\neval:", "9:23: data.mix.0.source: text has no columns for a template"),
     "one document a file": ("eval:", "data: {mix: [{source: text, path: a.txt, documents: file}]}\neval:", "9:53: data.mix.0.documents: a file that is one document leaves two of the three parts (training, selection, test) empty; write paragraph"),
     "another kind of document": ("eval:", "data: {mix: [{source: text, path: a.txt, documents: lines}]}\neval:", "9:53: data.mix.0.documents: found the text 'lines'; expected 'paragraph'"),

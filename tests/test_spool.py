@@ -145,7 +145,8 @@ def test_a_stream_is_its_first_tokens(tokenizer, corpus, tmp_path):
 
 
 def test_nothing_of_a_corpus_is_held(tokenizer, corpus, tmp_path):
-    found = spool.stream(SOURCES["jsonl"], tokenizer, part="training", folder=corpus, cache=tmp_path)
+    masked = LocalFile(**{**SOURCES["parquet"].model_dump(), "loss": "response"})
+    found = spool.stream(masked, tokenizer, part="training", folder=corpus, cache=tmp_path)
     for array in (found.tokens, found.starts, found.masked):
         base = array
         while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):

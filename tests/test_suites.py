@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 import recipelin
 from recipelin.evals import EvalError
-from recipelin.evals.lm_eval import stock
+from recipelin.evals.lm_eval import ruler, stock
 from recipelin.evals.lm_eval.config import Config, Task
 from recipelin.evals.lm_eval.run import _manager, _result, _rolling_positions, preflight
 from recipelin.evals.retrieval.config import FILLER
@@ -37,7 +37,7 @@ def test_the_suites_are_covered():
     tasks = {n: len(lm_evals(s)[0].tasks) if lm_evals(s) else 0 for n, s in SUITES.items()}
     assert tasks == {
         "commonsense": 5, "mmlu-0shot": 1, "mmlu-5shot": 1, "pocket-claims": 0, "pocket-cost": 0, "pocket-recall": 0, "pocket": 2,
-        "pocket-copy": 0, "copy-4k": 0, "pocket-formats": 0, "wikitext-2": 0,
+        "pocket-copy": 0, "copy-4k": 0, "pocket-formats": 0, "wikitext-2": 0, "ruler-4k": 13,
         "recall-1k": 0, "recall-32k": 0, "recall-4k": 0, "taylor-calibrate": 12, "untangling-unpadded": 6, "untangling": 6,
     }  # fmt: skip
 
@@ -52,14 +52,14 @@ def test_stock_tasks_exist_with_their_metric_and_chance(name):
             leaves = stock.leaves(manager, task.task)
             assert len(leaves) == (57 if task.task == "mmlu" else 1)
             for leaf in leaves:
-                assert task.metric in stock.metrics(leaf), leaf["task"]
+                assert str(task.max_seq_length or task.metric) in stock.metrics(leaf), leaf["task"]
                 assert isinstance(leaf["dataset_path"], str)
                 choices = leaf.get("doc_to_choice")
                 options = len(choices) if isinstance(choices, list) else OPTIONS.get(task.task)
                 if leaf["output_type"] == "multiple_choice":
                     assert task.chance == 1 / options
-                elif leaf["output_type"] == "loglikelihood":
-                    assert task.chance == 0
+                elif leaf["output_type"] in ("loglikelihood", "generate_until"):
+                    assert task.chance == 0 and ruler.is_ruler(leaf) == (task.max_seq_length is not None)
                 else:
                     assert task.chance is None and task.metric == "word_perplexity"
 
@@ -78,6 +78,19 @@ def test_what_the_papers_average_over():
     (five,) = tasks["mmlu-5shot"]
     assert (five.shots, five.mean, five.metric) == (5, "subtasks", "acc")
     assert all(t.shots == 0 for n, each in tasks.items() if n != "mmlu-5shot" for t in each)
+
+
+def test_the_ruler_suite_is_lm_evals_group_and_its_items_are_made_from_what_is_there():
+    (evaluation,) = lm_evals(SUITES["ruler-4k"])
+    leaves = ruler.leaves(Task(task="ruler", metric="string_match", max_seq_length=4096))
+    assert [leaf["task"] for leaf in leaves] == [t.task for t in evaluation.tasks]
+    assert {t.max_seq_length for t in evaluation.tasks} == {evaluation.length} == {4096}
+    for leaf in leaves:  # what ruler.write takes over is all that there is
+        assert set(leaf) <= {*ruler._KEPT, "task", "tag", "dataset_path", "dataset_name", "custom_dataset", "process_results",
+                             "metric_list", "metadata"}  # fmt: skip
+        for function in ("custom_dataset", "process_results"):
+            file, _, name = leaf[function].rpartition(".")
+            assert f"def {name}(" in Path(f"{file}.py").read_text(encoding="utf-8")
 
 
 def test_retrieval_suites_fit_their_rows_on_both_sides_of_the_reach():

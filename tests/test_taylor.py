@@ -302,9 +302,10 @@ def test_a_candidate_is_tried_as_its_arm_starts(tmp_path, policy):
     probed = [getattr(s, "stage", s.step) for s in select.probe]
     start = ["swap", "switch", *["calibrate"] * 4, "align"]
     assert probed == {"single_keep_ppl": start, "kl_stage2": [*start, "transfer", "tune"], "lm_ppl": []}[policy]
-    assert select.data.only_part == "test" and select.data.first_rows is None
+    assert (select.data.only_part, select.data.order, select.data.first_rows) == ("test", "first", None)
     assert all(s.held_out == 0 for s in select.probe if isinstance(s, Calibrate))
-    assert all(s.data.only_part == "test" for s in select.probe if isinstance(s, Calibrate))
+    for step in (s for s in select.probe if isinstance(s, Calibrate) or getattr(s, "stage", "") == "align"):
+        assert (step.data.only_part, step.data.order, step.data.first_rows) == ("test", "first", 4)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +319,7 @@ def test_a_candidate_is_tried_as_its_arm_starts(tmp_path, policy):
         ("phase1: {write_gate: {ridge: 0.1}}", "ridge is of mode ridge"),
         ("phase1: {decay: {min_rate: 9}}", "is not below max_rate"),
         ("arm: taylor", "taylor_only"),
+        ("as_published: true, same_rows: false", "leave same_rows out"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_line(tmp_path, method, message):
@@ -338,6 +340,35 @@ def test_rows_that_come_again(tmp_path):
     rows = torch.cat([fixed.batch(i).input_ids for i in range(3)])
     assert torch.equal(rows[:3], rows[3:]) and torch.equal(rows[:2], free.batch(0).input_ids)
     assert fixed.rows == 3 and not torch.equal(free.batch(1).input_ids, fixed.batch(1).input_ids)
+
+
+def test_as_published_reads_the_first_tokens_of_the_test_part(tmp_path, home):
+    """4 x 64 in order, the same for every stage; held-out rows are those behind; a mixture is refused."""
+    from recipelin import data, hf
+    from recipelin.mistakes import PlanError
+    from recipelin.run import _Walk
+
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"text": "line {i} holds {i * 7}"}}\n' for i in range(200)))
+    mine = "{source: jsonl, path: t.jsonl, parts: {selection: [0, 1], test: [9, 199]}}"
+    text = RECIPE.replace("{source: python-stdlib}", mine).replace("METHOD", "as_published: true")
+    (tmp_path / "r.yaml").write_text(text + "schedule: {align: {steps: 2, batch: 4, length: 64}}\n")
+    loaded = load(tmp_path / "r.yaml")
+    walk = _Walk(loaded, plan(loaded), tmp_path, "cpu", fresh=False, published=None)
+    walk.tokenizer = hf.load_tokenizer(hf.__file__.replace("hf.py", "pocket"))
+    steps = [p.step for p in walk.plan.steps if isinstance(p.step, (Calibrate, Transfer))]
+    source = steps[0].data.mix[0]
+    tokens = data.stream(source, walk.tokenizer, part="test", folder=tmp_path, cache=None).tokens
+    expected = torch.from_numpy(tokens[: 3 * 4 * 64].astype("int64")).view(3, 4, 64)
+    assert len(steps) == 5
+    for step in steps:
+        for part, numbers in (("training", [0, 0, 0]), ("selection", [1, 2])):
+            found = walk._batches(step.data, part=part, length=64, batch=4, stage=step.step)
+            for number, batch in enumerate(numbers):
+                assert torch.equal(found.batch(number).input_ids, expected[batch]), (step.step, part)
+    mixture = RECIPE.replace("{source: python-stdlib}", "{source: python-stdlib}, {source: recall}")
+    (tmp_path / "m.yaml").write_text(mixture.replace("METHOD", "as_published: true"), encoding="utf-8")
+    with pytest.raises(PlanError, match=r"m.yaml:3.*as_published: order: first is of one source that is read"):
+        plan(load(tmp_path / "m.yaml"))
 
 
 def test_a_whole_run_at_tiny_size(tmp_path):

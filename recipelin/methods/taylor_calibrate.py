@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ..attention.gated_delta.config import STATE
 from ..attention.gated_delta.config import Config as GatedDelta
@@ -19,8 +19,8 @@ from ..base import Config as Base
 from ..compose import in_layers, transfer, tune
 from ..recipe import Recipe
 from ..schedule import Optimizer, Schedule, Validation
-from ..sources import Data
-from ..steps import BlockLoss, Calibrate, Choice, ConvertedLayers, Loss, Step, Swap, Switch, Trained
+from ..sources import Data, Rows
+from ..steps import BlockLoss, Calibrate, Choice, ConvertedLayers, Loss, Step, StepsError, Swap, Switch, Trained
 
 Arm = Literal["baseline", "zero_gate", "small_gate", "taylor_only", "alignment_only", "taylor_calibrate"]
 
@@ -62,6 +62,17 @@ class Config(Base):
     Stage `align` (phase 2): squared error of the block's output after o_proj, each layer fed the teacher's stream; trains q, k,
     v, decay and gates, o_proj and norm stay. Stages `transfer` (the paper's stage 1: block outputs, all of the layer) and
     `tune` (its stage 2: KL, all weights) are off unless the schedule has them; the paper's are in recipes/taylor-calibrate.
+    So is stage `sft`, last: next-token loss on the assistant's answers of conversations. The authors ship a script (sft.py:
+    togethercomputer/sft-mix-v0.2, default-with-system, AdamW at a constant rate after 100 steps of warm-up, clip 1) without its
+    settings; theirs pads each conversation to a row, here they are packed::
+
+        sft:
+          tokens: 50000000
+          length: 4096
+          clip: 1.0
+          optimizer: {lr: 1e-5}
+          decay: {name: constant, warmup: 100}
+          data: {mix: [{source: hub, dataset: ./sft-mix, chat: {column: conversations}, loss: response}]}
 
     Beside the authors' code: heads are copied whole (form: {kv_expand: row_interleave_legacy} brings their bug back); the value
     factor is fitted at the scale that the layer runs with; calibration, layer scores and `align`'s choice of the best step use
@@ -95,8 +106,8 @@ class Config(Base):
     )
     as_published: bool = Field(
         False,
-        description="calibration, layer scores and held-out rows come from the test part, which is also reported, as in arXiv "
-        "2606.16429; rows are drawn from it, where the authors take its first 1,024 tokens",
+        description="calibration and layer scores read the test part, which is also reported, from its first row on, as in arXiv "
+        "2606.16429 (the first 4 x 256 tokens; _get_calibration_data of its code); held-out rows are those behind them",
     )
     transfer_loss: BlockLoss = Field("l2norm", description="of stage `transfer` (the authors' code: l2norm)")
     loss: Loss = Field(
@@ -120,6 +131,8 @@ class Config(Base):
         for rule in self.rules:
             if why := self.form.refuses_calibration(rule.WHAT, rule):
                 raise ValueError(f"arm {self.arm}: {why}")
+        if self.as_published and not self.same_rows:
+            raise ValueError("as_published: its rows are the same in every step; leave same_rows out")
         return self
 
 
@@ -138,11 +151,12 @@ STAGES: dict[str, Schedule | None] = {
     ),
     "transfer": None,
     "tune": None,
+    "sft": None,
 }
 
 
 def steps(recipe: Recipe) -> tuple[Step, ...]:
-    """Swap, switch to the linear branch, the arm's calibrations, align, transfer, tune."""
+    """Swap, switch to the linear branch, the arm's calibrations, align, transfer, tune, sft."""
     method = recipe.method
     assert isinstance(method, Config)
     size = recipe.schedule["align"] or STAGES["align"]
@@ -165,6 +179,7 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
         found = transfer(recipe, "align", {"block_outputs": 1.0}, ("projections", *NEW, *_convolution(method)))
         aligned = tuple(s.model_copy(update={"data": data}) for s in found)
     started = (Swap(form="gated_delta", config=method.form), Switch(state=STATE), *calibrations, *aligned)
+    trained = (*NEW, "output_norm", *_convolution(method))
     layers = method.layers
     if isinstance(layers, Choice) and layers.scored:
         scored_on = _read(layers.data or recipe.data, method, None)
@@ -174,19 +189,39 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
         layers,
         *started,
         *transfer(recipe, "transfer", {"block_outputs": 1.0}, (*LAYER, *_convolution(method)), method.transfer_loss),
-        *tune(recipe, "tune", lora=None, trains=(*NEW, "output_norm", *_convolution(method)), loss=method.loss),
+        *tune(recipe, "tune", lora=None, trains=trained, loss=method.loss),
+        *_sft(recipe, trained),
         untrained=len(started),
     )
+
+
+def _sft(recipe: Recipe, trained: tuple[Trained, ...]) -> tuple[Step, ...]:
+    """Stage `sft`. Raises StepsError where it would read what has no answers."""
+    schedule = recipe.schedule["sft"]
+    whole = (
+        [s for s in schedule.data.mix if isinstance(s, Rows) and s.loss != "response"]
+        if schedule and schedule.data
+        else []
+    )
+    if schedule is not None and (schedule.data is None or whole):
+        found = "no data of its own" if schedule.data is None else "rows with loss: all"
+        raise StepsError(
+            f"schedule.sft: {found}; expected data: {{mix: [...]}} of sources with a chat (or a template) and loss: response"
+        )
+    return tune(recipe, "sft", lora=None, trains=trained)
 
 
 def _read(data: Data, method: Config, rows: int | None) -> Data:
     """The data block as calibration and scoring read it: which part, and how many rows."""
     changes: dict[str, object] = {}
     if method.as_published:
-        changes["only_part"] = "test"
+        changes |= {"only_part": "test", "order": "first"}
     if method.same_rows and rows is not None:
         changes["first_rows"] = rows
-    return data.model_copy(update=changes)
+    try:
+        return Data.model_validate({**dict(data), **changes})
+    except ValidationError as error:
+        raise StepsError(f"method.as_published: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
 
 def _convolution(method: Config) -> tuple[Trained, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from ... import data
 from ...exposure import exposed_share
@@ -21,28 +22,37 @@ from ...records import Item, Result
 from ...sources import fingerprint
 from ...spool import tokenizer_digest
 from .. import EvalError
+from ..greedy import cannot_generate
 from ..subject import Subject
-from . import stock
+from . import ruler, stock
 from .config import Config, Task
 
 
 def run(config: Config, subject: Subject) -> tuple[Result, ...]:
-    """A Result for each task; an item is a document, scored by the task's metric.
+    """A Result for each task; an item is a document, scored by the task's metric; what a model generates as well.
 
     Local tasks are written to `folder` as YAML and items, and the stock command on the exported model gives the same numbers:
     `lm_eval --model hf --model_args pretrained=RUN/model,trust_remote_code=True,dtype=float32 --include_path RUN/tasks
-    --tasks NAME --batch_size N`. Raises EvalError if lm-eval is not installed or does not know a task.
+    --tasks NAME --batch_size N`. Tasks that generate are left out in a state that keeps no cache: said on stderr.
+    Raises EvalError if lm-eval is not installed or does not know a task.
     """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ModuleNotFoundError as error:
         raise EvalError(f"lm_eval needs {error.name}: pip install 'recipelin[eval]'") from error
+    config = _without_generation(config, subject)
+    if not config.tasks:
+        return ()
     with _quiet():
         prepare(config, subject.tokenizer, seed=subject.seed, folder=subject.folder, base=subject.base)
-        manager = _manager(config, [subject.folder] if any(t.next_line for t in config.tasks) else [])
+        manager = _manager(config, [subject.folder] if any(_is_local(t) for t in config.tasks) else [])
         wrapped = HFLM(
-            pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=config.batch, device=subject.device
+            pretrained=subject.model,
+            tokenizer=subject.tokenizer,
+            batch_size=config.batch,
+            device=subject.device,
+            max_length=_beyond(config, subject.model),
         )
         outcomes: dict[tuple[int, int | None], Any] = {}
         # Tasks that are asked alike go in one call: each call costs lm-eval half a second of its own.
@@ -71,24 +81,87 @@ def run(config: Config, subject: Subject) -> tuple[Result, ...]:
 
 def preflight(config: Config, *, tokenizer: Any, seeds: Sequence[int], base: Path) -> None:
     """Raises EvalError, before any work, for a stock task that lm-eval lacks, whose metric it does not declare, or whose
-    dataset is not here and cannot be fetched; SourceError for texts that do not give a local task's items."""
+    dataset is not here and cannot be fetched; SourceError for texts that do not give a local task's items.
+
+    RULER's items are made, where they are not there yet.
+    """
     try:
         manager = _manager(config, [])
     except ModuleNotFoundError as error:
         raise EvalError(f"lm_eval needs {error.name}: pip install 'recipelin[eval]'") from error
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
-            prepare(config, tokenizer, seed=seed, folder=Path(folder), base=base)
+            for task in config.tasks:
+                if task.next_line is not None:
+                    write_task(task, tokenizer, folder=Path(folder), base=base, seed=seed)
     asked = [t for t in config.tasks if t.next_line is None]
     every = [(task, leaf) for task in asked for leaf in stock.leaves(manager, task.task)]
+    _refuse(every)
     for task, leaf in every:
-        if task.metric not in stock.metrics(leaf):
+        if task.max_seq_length is None:
+            with _quiet(show=False):
+                stock.fetch(leaf)
+    made = [
+        (leaf, task.max_seq_length, seed) for seed in seeds for task, leaf in every if task.max_seq_length is not None
+    ]
+    bar = tqdm(made, desc="RULER items", unit="task", file=sys.stderr, disable=None, leave=False)
+    for leaf, length, seed in bar:
+        bar.set_postfix_str(f"{leaf['task']}@{length}")
+        ruler.items(leaf, length, tokenizer, seed=seed)
+
+
+def _refuse(every: Sequence[tuple[Task, dict[str, Any]]]) -> None:
+    """Raises EvalError for a task that does not fit its settings in lm-eval, and for one that is asked for twice at once."""
+    owners: dict[tuple[Any, ...], str] = {}
+    for task, leaf in every:
+        name = repr(leaf["task"])
+        if ruler.is_ruler(leaf) != (task.max_seq_length is not None):
             raise EvalError(
-                f"task {leaf['task']!r} has no metric {task.metric!r}; it has {', '.join(stock.metrics(leaf))}"
+                f"task {name} makes its items for a length; give metric: string_match and max_seq_length"
+                if task.max_seq_length is None
+                else f"task {name} is none of RULER's; max_seq_length and string_match are theirs"
             )
-    for _, leaf in every:
-        with _quiet(show=False):
-            stock.fetch(leaf)
+        declared, asked = stock.metrics(leaf), str(task.max_seq_length or task.metric)
+        if asked not in declared:
+            what = "length" if task.max_seq_length else "metric"
+            raise EvalError(
+                f"task {name} has no {what} {asked if task.max_seq_length else repr(asked)}; it has {', '.join(declared)}"
+            )
+        filters = stock.filters(leaf)
+        if task.filter not in (filters if len(filters) > 1 else (None, *filters)):
+            found = "none is given" if task.filter is None else f"found {task.filter!r}"
+            raise EvalError(f"task {name}: filter: {found}; it has {', '.join(filters)}")
+        # lm-eval takes no task twice in one call; a task that is asked for twice alike is one.
+        call = (leaf["task"], task.shots, task.limit, task.max_seq_length)
+        if (other := owners.setdefault(call, task.task)) != task.task:
+            raise EvalError(f"task {name} is asked for twice, by {other!r} and by {task.task!r}; leave one out")
+
+
+def _is_local(task: Task) -> bool:
+    """Whether it is written beside the run: a next-line task, or RULER's."""
+    return task.next_line is not None or task.max_seq_length is not None
+
+
+def _without_generation(config: Config, subject: Subject) -> Config:
+    """Without the tasks whose answers are generated, where the model keeps no cache in its state."""
+    why = cannot_generate(subject.model)
+    if not why:
+        return config
+    manager = _manager(config, [])
+    left = [
+        t
+        for t in config.tasks
+        if t.next_line is None and any(x["output_type"] == "generate_until" for x in stock.leaves(manager, t.task))
+    ]
+    for task in left:
+        print(f"    {task.row}: state {subject.state.name}: {why}: left out", file=sys.stderr)
+    return config.model_copy(update={"tasks": tuple(t for t in config.tasks if t not in left)})
+
+
+def _beyond(config: Config, model: Any) -> int | None:
+    """Tokens that lm-eval may feed the model, where rows are longer than its context; None: its context, as lm-eval finds it."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    return config.length if context is not None and config.length is not None and config.length > context else None
 
 
 def _manager(config: Config, own: list[Path]) -> Any:
@@ -104,10 +177,14 @@ def prepare(config: Config, tokenizer: Any, *, seed: int, folder: Path, base: Pa
     for task in config.tasks:
         if task.next_line is not None:
             write_task(task, tokenizer, folder=folder, base=base, seed=seed)
+        elif task.max_seq_length is not None:
+            ruler.write(task, tokenizer, folder=folder, seed=seed)
 
 
 def task_name(task: Task, seed: int) -> str:
     """A local task's name says its draw, since its items differ with the seed; draw 0 has the plain name."""
+    if task.max_seq_length is not None:
+        return ruler.local_name(task.task, task.max_seq_length, seed)
     return task.task if task.next_line is None or seed == 0 else f"{task.task}_seed{seed}"
 
 
@@ -163,7 +240,7 @@ def _result(task: Task, name: str, outcome: Any, wrapped: Any, exposed_from: int
         raise EvalError(f"lm-eval gave no items for {name!r}")
     items: list[Item] = []
     for leaf in leaves:
-        samples = outcome["samples"][leaf]
+        samples = [s for s in outcome["samples"][leaf] if task.filter is None or s["filter"] == task.filter]
         for number, sample in enumerate(samples):
             item = _item(task, leaf, number, sample, wrapped, exposed_from)
             if len(leaves) > 1:
@@ -173,7 +250,7 @@ def _result(task: Task, name: str, outcome: Any, wrapped: Any, exposed_from: int
     is_loss = task.metric == "word_perplexity"
     mean = sum(i.score * i.weight for i in items) / sum(i.weight for i in items)
     return Result(
-        task=task.task,
+        task=task.row,
         metric="word_log_loss" if is_loss else task.metric,
         value=mean,
         stderr=_stderr(items, mean, is_loss=is_loss),
@@ -186,7 +263,7 @@ def _result(task: Task, name: str, outcome: Any, wrapped: Any, exposed_from: int
 
 
 def _stderr(items: Sequence[Item], mean: float, *, is_loss: bool) -> float:
-    """Of a ratio of two sums for words; else of subtasks of fixed sizes (or one task), each a binomial sample."""
+    """Of a ratio of two sums for words; else of subtasks of fixed sizes (or one task), each a sample of its own."""
     total = sum(i.weight for i in items)
     if is_loss:
         return math.sqrt(sum((i.weight * (i.score - mean)) ** 2 for i in items)) / total
@@ -196,12 +273,13 @@ def _stderr(items: Sequence[Item], mean: float, *, is_loss: bool) -> float:
     variance = 0.0
     for group in groups.values():
         own = sum(i.score for i in group) / len(group)
-        variance += (sum(i.weight for i in group) / total) ** 2 * own * (1 - own) / max(1, len(group) - 1)
+        spread = sum((i.score - own) ** 2 for i in group) / len(group)  # own (1 - own) where items are right or wrong
+        variance += (sum(i.weight for i in group) / total) ** 2 * spread / max(1, len(group) - 1)
     return math.sqrt(variance)
 
 
 def _item(task: Task, name: str, number: int, sample: Any, wrapped: Any, exposed_from: int | None) -> Item:
-    score = sample.get(task.metric)
+    score = sample.get(str(task.max_seq_length or task.metric))
     if score is None:
         raise EvalError(
             f"task {name!r} has no metric {task.metric!r} for each item; it has {', '.join(_metrics(sample))}"
@@ -215,6 +293,12 @@ def _item(task: Task, name: str, number: int, sample: Any, wrapped: Any, exposed
         length = len(wrapped.tok_encode(context))
         exposed = exposed_share(_rolling_positions(length, wrapped.max_length), exposed_from)
         return Item(id=id, score=-log_likelihood / words, length=length, exposed=exposed, weight=words)
+    if generation := _generation(sample["arguments"]):
+        start = min(len(wrapped.tok_encode(context)), wrapped.max_length - generation.get("max_gen_toks", 256))
+        made = wrapped.tok_encode(str(sample["resps"][0][0]), add_special_tokens=False)
+        positions = range(start, start + max(1, len(made)))
+        exposed = exposed_share(positions, exposed_from)
+        return Item(id=id, score=float(score), length=positions.stop, exposed=exposed)
     # As lm-eval splits a request: white space at the end of the context belongs to what is scored.
     start = len(wrapped.tok_encode(context.rstrip())) if context.rstrip() else 0
     stop = len(wrapped.tok_encode(context + continuation))
@@ -245,6 +329,13 @@ def _texts(arguments: Any, index: int) -> tuple[str, str]:
     one = arguments[f"gen_args_{index}"] if isinstance(arguments, dict) else arguments[index]
     pair = list(one.values()) if isinstance(one, dict) else list(one)
     return str(pair[0]), pair[1] if len(pair) > 1 and isinstance(pair[1], str) else ""
+
+
+def _generation(arguments: Any) -> dict[str, Any] | None:
+    """How an answer was generated; None where continuations were scored."""
+    one = arguments["gen_args_0"] if isinstance(arguments, dict) else arguments[0]
+    pair = list(one.values()) if isinstance(one, dict) else list(one)
+    return pair[1] if len(pair) > 1 and isinstance(pair[1], dict) else None
 
 
 @contextmanager

@@ -77,10 +77,19 @@ def metrics(settings: dict[str, Any]) -> Sequence[str]:
     return [str(m["metric"]) for m in settings.get("metric_list") or ()]
 
 
+def filters(settings: dict[str, Any]) -> Sequence[str]:
+    """The ways to read an answer off that a task has; `none` where it has no list of them."""
+    return [str(f["name"]) for f in settings.get("filter_list") or ()] or ["none"]
+
+
 def fetch(settings: dict[str, Any]) -> None:
     """Make sure that a task's dataset is here. Raises EvalError with its name and what to do where there is no network."""
     import datasets
 
+    if "custom_dataset" in settings:
+        raise EvalError(
+            f"task {settings['task']!r} makes its items by code of its own; of such tasks only RULER's are known here"
+        )
     path, name = settings["dataset_path"], settings.get("dataset_name")
     try:
         datasets.load_dataset(path=path, name=name, **(settings.get("dataset_kwargs") or {}))
