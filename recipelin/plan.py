@@ -66,18 +66,8 @@ class Plan(Config):
 _UNHASHED = {"checkpoint_every", "log_every", "expected_tokens"}
 # A field that came later: at this value it says what was always done, so hashes of published Records hold.
 _UNHASHED_AT_DEFAULT: Mapping[str, object] = {
-    "slot": "marked",
-    "block_loss": "mse",
-    "curve": None,
-    "rule": None,
-    "held_out": 0,
-    "only_part": None,
-    "first_rows": None,
-    "copied": None,
-    "order": "drawn",
-    "chat": None,
-    "filter": None,
-    "max_seq_length": None,
+    **{"slot": "marked", "block_loss": "mse", "held_out": 0, "order": "drawn"},
+    **dict.fromkeys(("curve", "rule", "only_part", "first_rows", "copied", "chat", "filter", "max_seq_length")),
 }
 _UNHASHED_OF_MODEL = {"architecture", "beyond_context", "converted"}  # the Swap has the last
 
