@@ -61,7 +61,7 @@ def check_claims(path: Path) -> Claims:
 def _planned(recipe: str, grids: dict[str, tuple[Loaded, ...]]) -> Plan | str:
     """A recipe's plan, of one of its seeds, or what is wrong with the name."""
     try:
-        found = points(recipe, known=grids)
+        found = points(recipe, grids=grids)
         alike = list(dict.fromkeys(but_seed(p.recipe.name) for p in found))  # in the order of the grid
         if len(alike) > 1:
             text = f"{recipe} is {len(alike)} recipes; name one point of its grid: "
