@@ -1,4 +1,4 @@
-"""Token curves: how many training tokens a target takes, and what a budget reaches (no torch)."""
+"""Token curves: what a target takes in training tokens or in compute, and what a budget reaches (no torch)."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from .measures import kind_of
 from .records import CurveRow, Record, Row
-from .tablespec import Column
+from .tablespec import OfCurve, Target
 
 Bound = Literal["", "at most", "more than"]
 
@@ -23,6 +23,14 @@ class Point(NamedTuple):
 
     tokens: int
     value: float
+
+
+class Spent(NamedTuple):
+    """What the steps before a stage read and cost, and what a token of the stage costs, in FLOPs by the plan's estimates."""
+
+    tokens: float
+    flops: float
+    flops_a_token: float
 
 
 def tokens_to(points: Sequence[Point], target: float, *, larger: bool) -> Budget:
@@ -53,13 +61,36 @@ def median(budgets: Sequence[Budget]) -> Budget:
     return ordered[len(ordered) // 2]
 
 
-def curve(record: Record, column: Column, state: str) -> tuple[CurveRow, ...]:
+def spent(record: Record, stage: str) -> Spent:
+    """What a run had spent before `stage`: choosing layers, calibrating, earlier stages; evaluations while it trains are none
+    of it. A stage that stopped early counts for what it read. Raises ValueError for a stage, or a cost, that is not known.
+    """
+    planned = record.plan.get("steps")
+    assert isinstance(planned, list), "every Plan has steps"
+    tokens = flops = 0.0
+    for each, made in zip(planned, record.steps, strict=True):
+        step, cost = each["step"], each["cost"]
+        own = step.get("stage") == stage
+        if cost["flops"] is None or not cost["tokens"]:
+            if own or step["step"] in ("transfer", "tune", "calibrate"):
+                raise ValueError(f"{record.name}: the plan does not know what {step.get('stage', step['step'])} costs")
+            continue  # swaps and switches
+        if own:
+            return Spent(tokens, flops, cost["flops"] / cost["tokens"])
+        read = made.report.get("tokens", cost["tokens"])
+        assert isinstance(read, (int, float))
+        tokens += read
+        flops += cost["flops"] * read / cost["tokens"]
+    raise ValueError(f"{record.name} has no stage {stage!r}")
+
+
+def curve(record: Record, column: OfCurve, state: str) -> tuple[CurveRow, ...]:
     """The lines of a Record that a column asks for, by tokens."""
     found = [row for row in record.curves if row.state == state and _fits(row, column)]
     return tuple(sorted(found, key=lambda row: row.tokens))
 
 
-def _fits(row: Row, column: Column) -> bool:
+def _fits(row: Row, column: OfCurve) -> bool:
     stage = column.stage is None or not isinstance(row, CurveRow) or row.stage == column.stage
     suite = column.suite is None or row.suite == column.suite
     metric = column.metric is None or row.metric == column.metric
@@ -71,21 +102,20 @@ def series(rows: Sequence[CurveRow]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{r.stage}: {r.task} of {r.suite} ({r.metric})" for r in rows))
 
 
-def target(record: Record, column: Column, rows: Sequence[CurveRow]) -> float | None:
-    """A column's target in the recorded unit; None where the Record has no teacher to multiply.
+def target(record: Record, wanted: Target, rows: Sequence[CurveRow]) -> float | None:
+    """A target in the recorded unit; None where the Record has no teacher to multiply.
 
     `value`: a perplexity, or a score in percent. `teacher`: times the teacher's perplexity, or its score.
     """
-    assert column.tokens_to is not None
     first = rows[0]
     loss = kind_of(first) == "log_loss"
-    if (value := column.tokens_to.value) is not None:
+    if (value := wanted.value) is not None:
         return math.log(value) if loss else float(value) / 100
     own = [r.value for r in record.rows if r.state == "teacher" and _same(r, first)]
     if not own:
         return None
-    assert column.tokens_to.teacher is not None
-    mean, times = sum(own) / len(own), float(column.tokens_to.teacher)
+    assert wanted.teacher is not None
+    mean, times = sum(own) / len(own), float(wanted.teacher)
     return mean + math.log(times) if loss else mean * times
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from .claimestimate import RESAMPLES, Bound, Estimate, Unit, agreement, combined, from_curves
 from .claimspec import RATIOS, Claim, Claims, Expected, Other, Value, read_value
 from .measures import Measure
 from .mistakes import listed, nearest
@@ -16,7 +17,6 @@ from .verdict import ENOUGH
 
 Word = Literal["shown", "opposite", "equal", "undecided", "not testable", "not run"]
 
-RESAMPLES = 10_000  # the smallest p, 2/10,001, stays below 0.05 after Holm over 250 claims; with 2,000 over 50
 ALPHA = 0.05
 FEW = 5  # seeds
 
@@ -24,18 +24,9 @@ RULE = (
     "shown: for greater, less: Holm's p is under 0.05 and the effect lies in that direction, beyond the margin; for equal: "
     "the whole interval lies within the margin. opposite: Holm's p is under 0.05 and the effect lies beyond the margin in the "
     "other direction (for equal: in either). equal: a difference was expected, and the whole interval lies within the margin. "
-    "not testable: under 100 exposed items, or a ratio whose denominator may be 0. Else undecided, which is no equality."
+    "not testable: under 100 exposed items, a ratio whose denominator may be 0, or a budget that some seeds bound from below "
+    "and some from above. Else undecided, which is no equality; so is what a bound (≥, ≤) leaves open."
 )
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """An effect: its interval, its p, the unit ("points", "nats" or "%"), and the seeds of each recipe."""
-
-    interval: Interval
-    p: float
-    unit: str
-    seeds: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -51,13 +42,15 @@ class Judged:
     missing: tuple[str, ...] = ()
 
 
-def read(interval: Interval, adjusted: float, expected: Expected, margin: float) -> Word:
-    """How an effect reads against what was expected of it. See `RULE`."""
+def read(interval: Interval, adjusted: float, expected: Expected, margin: float, bound: Bound = "") -> Word:
+    """How an effect reads against what was expected of it. See `RULE`; a bound speaks for its own side alone."""
+    if bound and (interval.value > margin) != (bound == "at least"):
+        return "undecided"
     within = -margin <= interval.low and interval.high <= margin
     if adjusted < ALPHA and abs(interval.value) > margin:
         up = interval.value > 0
         return "shown" if expected == ("greater" if up else "less") else "opposite"
-    if within:
+    if within and not bound:
         return "shown" if expected == "equal" else "equal"
     return "undecided"
 
@@ -70,7 +63,7 @@ def judge_claims(spec: Claims, records: Sequence[Published]) -> tuple[Judged, ..
     sources: dict[tuple[str, int | None], Source] = {}
     found: list[Judged] = []
     for claim in spec.claims:
-        margin, limit = spec.margin_of(claim), claim.effect.column.reach
+        margin, limit = spec.margin_of(claim), claim.effect.column.reach if claim.effect.column else None
         for name in claim.effect.recipes:
             if (name, limit) not in sources:
                 sources[name, limit] = source_of((name,), records, limit=limit)
@@ -91,26 +84,32 @@ def judge_claims(spec: Claims, records: Sequence[Published]) -> tuple[Judged, ..
 def _decided(judged: Judged, adjusted: float) -> Judged:
     if judged.estimate is None:
         return judged
-    word = read(judged.estimate.interval, adjusted, judged.claim.expect, judged.margin)
+    estimate = judged.estimate
+    word = read(estimate.interval, adjusted, judged.claim.expect, judged.margin, estimate.bound)
     return replace(judged, word=word, adjusted=adjusted)
 
 
 def _estimate(claim: Claim, sources: Sequence[Source]) -> Estimate | str:
     """The effect, or why it cannot be tested."""
     effect, value = claim.effect, read_value(claim.effect.value)
-    values = (value, effect.other) if isinstance(effect.minus, Other) else (value,)
+    if effect.column is None:
+        return agreement(claim, sources[0])
+    if effect.column.of_curve:
+        return from_curves(claim, sources)
+    values = effect.values
     sides = [
         _measure(claim, name, source, each.states)
         for name, source, each in zip(effect.recipes, sources, values, strict=True)
     ]
     first = sides[0]
-    if any(side.items != first.items for side in sides):
-        common = len(set(first.items) & set(sides[1].items))
-        raise TableError(
-            f"claim {claim.id}: {effect.recipes[0]} and {effect.recipes[1]} were not measured on the same items of "
-            f"{effect.column}: {first.n} and {sides[1].n}, {common} in common; they need the same suite, eval.seeds and, "
-            "for recall near or far, window (or give reach)"
-        )
+    for name, side in zip(effect.recipes, sides, strict=True):
+        if side.items != first.items:
+            common = len(set(first.items) & set(side.items))
+            raise TableError(
+                f"claim {claim.id}: {effect.recipes[0]} and {name} were not measured on the same items of "
+                f"{effect.column}: {first.n} and {side.n}, {common} in common; they need the same suite, eval.seeds and, "
+                "for recall near or far, window (or give reach)"
+            )
     if effect.exposed:
         kept = first.are_exposed()
         for side in sides[1:]:
@@ -127,7 +126,7 @@ def _estimate(claim: Claim, sources: Sequence[Source]) -> Estimate | str:
         drawn.append(draws)
     ratio, loss = value.kind in RATIOS, first.kind == "log_loss"
     if len(drawn) > 1:
-        found = drawn[0] - drawn[1]
+        found = combined(drawn)
     elif value.kind == "state" and loss:
         raise TableError(
             f"claim {claim.id}: a log-loss alone is compared with another state or recipe, not with a number"
@@ -137,12 +136,13 @@ def _estimate(claim: Claim, sources: Sequence[Source]) -> Estimate | str:
     interval = found.interval()
     if not ratio and not loss and interval.high - interval.low < 1e-9:  # but for rounding, no draw varies
         interval = opened(interval, least=-1.0, most=1.0)
-    unit = "%" if ratio else "nats" if loss else "points"
+    unit: Unit = "%" if ratio else "nats" if loss else "points"
     return Estimate(interval, found.p_value(), unit, tuple(side.seeds for side in sides))
 
 
 def _measure(claim: Claim, name: str, source: Source, states: Sequence[str]) -> Measure:
     """What the Records of a recipe say about the claim's column. Raises TableError if they do not."""
+    assert claim.effect.column is not None
     measure = find(claim.effect.column, source.measures, where=f"claim {claim.id}: {claim.effect.column}")
     record = source.chosen[0].place.name
     if measure is None:
@@ -190,7 +190,12 @@ def _draws(claim: Claim, measure: Measure, value: Value) -> Draws | None:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 COLUMNS = ("claim", "effect [95 %]", "expected", "margin", "n", "seeds", "p", "p, Holm", "reads")
-UNITS = {"points": (100.0, 1, "fraction"), "%": (100.0, 0, "fraction"), "nats": (1.0, 3, "nats")}
+UNITS = {
+    "points": (100.0, 1, "fraction"),
+    "%": (100.0, 0, "fraction"),
+    "nats": (1.0, 3, "nats"),
+    "times": (1.0, 3, "nats"),
+}
 
 
 def claims_table(spec: Claims, records: Sequence[Published]) -> Table:
@@ -225,6 +230,8 @@ def _summary(judged: Sequence[Judged]) -> str:
 def _unit(judged: Judged) -> str:
     if judged.estimate:
         return judged.estimate.unit
+    if judged.claim.effect.column and judged.claim.effect.column.tokens_to:
+        return "times"
     return "%" if read_value(judged.claim.effect.value).kind in RATIOS else ""
 
 
@@ -253,10 +260,14 @@ def _p(quantity: str, value: float, n: int) -> Cell:
 
 
 def _bracketed(judged: Judged) -> str:
-    """`+12.5 [+10.2, +14.4] points`"""
+    """`+12.5 [+10.2, +14.4] points`, `≥ x3.2 [2.8, 3.7]`"""
     assert judged.estimate is not None
     factor, digits, _ = UNITS[judged.estimate.unit]
     x = judged.estimate.interval
+    if judged.estimate.unit == "times":
+        low, high = (f"{math.exp(v):.3g}" for v in (x.low, x.high))
+        mark = {"": "", "at least": "≥ ", "at most": "≤ "}[judged.estimate.bound]
+        return f"{mark}x{math.exp(x.value):.3g} [{low}, {high}]"
 
     def shown(value: float) -> str:
         text = signed(value * factor, digits)
@@ -267,6 +278,8 @@ def _bracketed(judged: Judged) -> str:
 
 def _margin(judged: Judged) -> str:
     unit = _unit(judged)
+    if unit == "times":
+        return f"x{math.exp(judged.margin):.3g}"
     return f"{judged.margin * UNITS[unit][0]:g}" if unit else f"{judged.margin:g}"
 
 
@@ -283,7 +296,9 @@ def _sentence(judged: Judged) -> str:
         parts.append(f"Not testable: {_ended(judged.reason)}")
     if judged.estimate and len(judged.estimate.seeds) > 1:
         same = len(set(judged.estimate.seeds)) == 1
-        parts.append("Paired by items and seeds." if same else "Paired by items; the seeds are not the same.")
+        what = "" if claim.effect.column and claim.effect.column.of_curve else "items and "
+        alike = f"Paired by {what}seeds."
+        parts.append(alike if same else "Paired by items; the seeds are not the same." if what else "Not paired.")
     if judged.missing:
         parts.append(f"No Record of {', '.join(judged.missing)}.")
     parts += [f"Source: {_ended(claim.paper)}"] if claim.paper else []
@@ -315,6 +330,23 @@ def _legend(judged: Sequence[Judged]) -> tuple[str, ...]:
         "an equality is decided by its own 95 % interval (two one-sided tests at 2.5 %), not adjusted for the number of "
         "claims; a single one wrong by more than the margin reads so in at most 2.5 % of repetitions.",
     ]
+    columns = [j.claim.effect.column for j in judged]
+    if any(c and c.of_curve for c in columns):
+        lines.append(
+            "after so many tokens, and budgets: measured while a stage trained, without items; [95 %] and p are over seeds alone "
+            "(t, paired), n: the rows that were read, the same in every seed."
+        )
+    if any(c and c.tokens_to for c in columns):
+        lines.append(
+            "x: the other recipe's budget over this one's, geometric mean over seeds; above 1 this one needs less. A budget is "
+            "read between checkpoints on a line in log-loss; ≥, ≤: the target was met at the first checkpoint, or not at the "
+            "last, so the ratio is no less, or no more. FLOPs: the plan's estimates, without evaluations."
+        )
+    if None in columns:
+        lines.append(
+            "agreement of layers: share of layers kept as softmax that two seeds have in common, mean over pairs, less that of "
+            "random choices; its p is against random choices, n: seeds."
+        )
     if any(j.estimate and min(map(len, j.estimate.seeds)) < FEW for j in judged):
         lines.append(
             "*: under five seeds; of one seed the interval says nothing about other students trained in the same way."

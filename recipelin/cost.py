@@ -196,6 +196,12 @@ class Counting:
         keys = next((s.state.most_keys for s in reversed(before) if isinstance(s, Switch)), None)
         operator = self._operator(schedule.length if keys is None else min(keys, schedule.length))
         per_token = factor * self._forward(schedule.length) + 3.0 * operator
+        if isinstance(step, Transfer) and "projections" in step.trains:
+            swap = (
+                self._swap()
+            )  # the layer's own beside the teacher's: forward, and backward to the weights or through o_proj
+            assert swap is not None
+            per_token += 4.0 * families.parameters(self.arch)["attention"] * self._layers(swap)
         if isinstance(step, Tune) and schedule.gradient_checkpointing:
             per_token += self._forward(schedule.length)
         total = families.parameters(self.arch)["total"] + self._added()

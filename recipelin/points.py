@@ -10,15 +10,22 @@ from .naming import values_of
 from .strict_yaml import Mistake, RecipeError
 
 
-def points(name: str | Path, *, allow_code: Sequence[str] = ()) -> tuple[Loaded, ...]:
+def points(
+    name: str | Path, *, allow_code: Sequence[str] = (), grids: dict[str, tuple[Loaded, ...]] | None = None
+) -> tuple[Loaded, ...]:
     """`pocket/windows`: every point of the grid. `pocket/windows/window=8`: those with this value, whatever the other axes.
+
+    `grids`: those expanded before, by the recipe's name, for callers that ask for many points of one; new ones are added.
 
     Raises RecipeError, with the nearest name for a point that the grid does not have.
     """
     base, _, choice = str(name).rpartition("/")
     if not base or "=" not in choice or os.path.isfile(name):
         return expand(load_base(name, allow_code=allow_code), allow_code=allow_code)
-    every = expand(load_base(base, allow_code=allow_code), allow_code=allow_code)
+    grids = {} if grids is None else grids
+    if base not in grids:
+        grids[base] = expand(load_base(base, allow_code=allow_code), allow_code=allow_code)
+    every = grids[base]
     found = tuple(p for p in every if set(choice.split(",")) <= values_of(p.recipe.name))
     if not found:
         known = [f"{base}/{p.recipe.name.rpartition('/')[2]}" for p in every if p.point]

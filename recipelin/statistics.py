@@ -172,6 +172,19 @@ def mean(
     return Draws(float(each.mean()), draws, items)
 
 
+def over_seeds(values: Sequence[float], seeds: tuple[int, ...], *, n: int, resamples: int = RESAMPLES) -> Draws:
+    """Mean of one value a seed, with draws over seeds alone, as `_seed_weights` says: the items, if any, are held fixed.
+
+    Students of the same seeds share their draws, so that differences are paired. Raises ValueError for fewer than two.
+    """
+    import numpy as np
+
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} seed: how much seeds differ is not known from fewer than two")
+    each = np.asarray(values, dtype=np.float64)
+    return Draws(float(each.mean()), each.mean() + _seed_weights(seeds, resamples) @ each, n)
+
+
 def mean_interval(
     scores: "Array",
     *,

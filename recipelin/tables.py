@@ -168,7 +168,8 @@ def _of_curve(column: Column, state: str, source: Source) -> _Ours | None:
             value = budget.reached(rows, column.at_tokens)
             found += [] if value is None else [Budget(value)]
             continue
-        wanted = budget.target(record, column, rows)
+        assert column.tokens_to is not None
+        wanted = budget.target(record, column.tokens_to, rows)
         if wanted is None:
             raise TableError(
                 f"column {column.label!r}: {record.name} has no teacher, whose value the target multiplies"

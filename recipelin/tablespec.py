@@ -59,13 +59,15 @@ class Measured(Config):
         return self
 
 
+Positive = Annotated[Decimal, Field(gt=0)] | Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)]
+"""A number as printed (a table spec keeps its decimals) or plain (a claims spec)."""
+
+
 class Target(Config):
     """What is to be reached. Sample YAML: `{value: 12.5}` (a perplexity, or a score in percent), `{teacher: 1.1}`"""
 
-    value: Annotated[Decimal, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
-    teacher: Annotated[Decimal, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = Field(
-        None, description="times the teacher's perplexity, or its score"
-    )
+    value: Positive | None = None
+    teacher: Positive | None = Field(None, description="times the teacher's perplexity, or its score")
 
     @model_validator(mode="after")
     def _one(self) -> "Target":
@@ -74,7 +76,29 @@ class Target(Config):
         return self
 
 
-class Column(Measured):
+class OfCurve(Measured):
+    """The same, and what was measured while a stage trained (schedule: curve): tokens to a target, or what a budget reached.
+
+    Sample YAML: `{task: perplexity, tokens_to: {teacher: 1.1}}`, `{task: perplexity, at_tokens: 66000000, stage: tune}`
+    """
+
+    tokens_to: Target | None = Field(None, description="millions of training tokens to reach it, first met")
+    at_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="the value once so many tokens were read")
+    stage: str | None = Field(None, description="whose tokens; needed only where two stages have a curve")
+
+    @model_validator(mode="after")
+    def _of_a_stage(self) -> "OfCurve":
+        if self.stage is not None and not self.of_curve:
+            raise ValueError("`stage` says whose tokens; give tokens_to or at_tokens beside it")
+        return self
+
+    @property
+    def of_curve(self) -> bool:
+        """Whether it is read off what was measured while a stage trained."""
+        return self.tokens_to is not None or self.at_tokens is not None
+
+
+class Column(OfCurve):
     """What a column shows: a task, recall near or far, the mean of columns, or the recovery of a column; of a task that was
     measured while a stage trained (schedule: curve) also the training tokens to a target, or what a budget reached.
 
@@ -97,9 +121,6 @@ class Column(Measured):
     )
     recovery_of: str | None = None
     corrected: bool = Field(False, description="recovery corrected for guessing")
-    tokens_to: Target | None = Field(None, description="millions of training tokens to reach it, first met")
-    at_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="the value once so many tokens were read")
-    stage: str | None = Field(None, description="whose tokens; needed only where two stages have a curve")
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Column":
@@ -110,14 +131,7 @@ class Column(Measured):
         curves = [n for n in ("tokens_to", "at_tokens", "value") if getattr(self, n) is not None]
         if len(curves) > 1 or (self.of_curve and self.task is None):
             raise ValueError("give one of tokens_to, at_tokens and value, the first two with a task")
-        if self.stage is not None and not self.of_curve:
-            raise ValueError("`stage` says whose tokens; give tokens_to or at_tokens beside it")
         return self
-
-    @property
-    def of_curve(self) -> bool:
-        """Whether it shows what was measured while a stage trained."""
-        return self.tokens_to is not None or self.at_tokens is not None
 
 
 class TableRow(Config):

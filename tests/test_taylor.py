@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from recipelin import families
 from recipelin.attention.captured import Captured
 from recipelin.attention.gated_delta.calibration import constant_from, lookback
 from recipelin.attention.gated_delta.config import Config, WriteGate
@@ -21,8 +22,9 @@ from recipelin.attention.gated_delta.rules import (
 )
 from recipelin.load import load
 from recipelin.plan import plan
+from recipelin.points import points
 from recipelin.stages import calibrate
-from recipelin.steps import Calibrate, Swap, Transfer
+from recipelin.steps import Calibrate, Swap, Transfer, Tune
 from recipelin.strict_yaml import RecipeError
 from recipelin.swap import forms, recording, swap
 
@@ -267,6 +269,7 @@ def made_of(tmp_path, method, more=""):
         ("arm: small_gate", ["small_gate"], []),
         ("arm: taylor_only", PHASE1, []),
         ("arm: alignment_only", [], ["align"]),
+        ("arm: zero_gate_alignment", ["zero_gate"], ["align"]),
         ("arm: taylor_calibrate", PHASE1, ["align"]),
         ("arm: taylor_calibrate, phase1: {value: null, decay: null}", ["write_gate", "output_gate"], ["align"]),
     ],
@@ -397,3 +400,32 @@ def test_a_whole_run_at_tiny_size(tmp_path):
         assert one["after"]["error"] == other["before"]["error"], "the same held-out rows"
     assert reports[0]["lookback"] and reports[1]["target"] and reports[2]["sigma"] and reports[3]["alpha"] > 0
     assert all(math.isfinite(r.value) for r in record.rows)
+
+
+def test_what_alignment_costs_by_hand(tmp_path):
+    """A token: the teacher's stream, the rule and what is new three times, and the layer's own q, k, v, o forward and back."""
+    planned = made_of(tmp_path, "arm: alignment_only")
+    architecture, align = planned.architecture, next(p for p in planned.steps if isinstance(p.step, Transfer))
+    form = next(p.step for p in planned.steps if isinstance(p.step, Swap)).config
+    converted = architecture.num_hidden_layers - 1
+    attention = families.parameters(architecture)["attention"]
+    stream = architecture.num_hidden_layers * (attention + families.parameters(architecture)["mlp"])
+    stream += architecture.vocab_size * architecture.hidden_size
+    heads, d, length = architecture.num_attention_heads, architecture.head_dim, align.step.schedule.length
+    softmax = 2 * length * d * heads * architecture.num_hidden_layers
+    rule = heads * (10 * 32 * d + 32**2 + 6 * d * d) + 2 * form.added(architecture)
+    assert form.added(architecture) > 0
+    each = 2 * stream + softmax + converted * (3 * rule + 4 * attention)
+    assert align.cost.flops == pytest.approx(align.cost.tokens * each)
+
+
+def test_the_rivals_of_claim_14_need_equal_states():
+    """fp32 bytes of a layer: heads x d x d against the window's keys and values and F x (d + 1) sums a key head."""
+    delta, window = (plan(points(f"pocket/claims/taylor-{name}/seed=1")[0]) for name in ("delta", "window"))
+    a, features = delta.architecture, next(p.step for p in window.steps if isinstance(p.step, Swap)).config.feature_map
+    assert a == window.architecture and features.key_heads == "key" and window.hybrid is not None
+    ring = 2 * a.num_key_value_heads * window.hybrid.window * a.head_dim
+    sums = a.num_key_value_heads * features.size(a.head_dim) * (a.head_dim + 1)
+    assert 4 * a.num_attention_heads * a.head_dim**2 == 24_576 and 4 * (ring + sums) == 25_088
+    read = [sum(p.cost.tokens for p in each.steps if isinstance(p.step, (Transfer, Tune))) for each in (delta, window)]
+    assert read[0] == read[1] == 400 * 4 * 256

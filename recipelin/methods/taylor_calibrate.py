@@ -22,7 +22,16 @@ from ..schedule import Optimizer, Schedule, Validation
 from ..sources import Data, Rows
 from ..steps import BlockLoss, Calibrate, Choice, ConvertedLayers, Loss, Step, StepsError, Swap, Switch, Trained
 
-Arm = Literal["baseline", "zero_gate", "small_gate", "taylor_only", "alignment_only", "taylor_calibrate"]
+Arm = Literal[
+    "baseline",
+    "zero_gate",
+    "small_gate",
+    "taylor_only",
+    "alignment_only",
+    "zero_gate_alignment",
+    "taylor_calibrate",
+]
+ALIGNED: tuple[Arm, ...] = ("alignment_only", "zero_gate_alignment", "taylor_calibrate")
 
 
 class Phase1(Base):
@@ -57,6 +66,7 @@ class Config(Base):
     | zero_gate, small_gate | output gate 0; as drawn, times 0.02 | no |
     | taylor_only | phase 1, closed form | no |
     | alignment_only | as drawn | yes |
+    | zero_gate_alignment | output gate 0 | yes: ours, what phase 1 must beat |
     | taylor_calibrate | phase 1 | yes |
 
     Stage `align` (phase 2): squared error of the block's output after o_proj, each layer fed the teacher's stream; trains q, k,
@@ -74,10 +84,10 @@ class Config(Base):
           decay: {name: constant, warmup: 100}
           data: {mix: [{source: hub, dataset: ./sft-mix, chat: {column: conversations}, loss: response}]}
 
-    Beside the authors' code: heads are copied whole (form: {kv_expand: row_interleave_legacy} brings their bug back); the value
-    factor is fitted at the scale that the layer runs with; calibration, layer scores and `align`'s choice of the best step use
-    the training and selection parts, never what is reported. One optimiser trains all layers: the gradient norm is clipped,
-    and the best step kept, over all of them, where the authors do so layer by layer.
+    Beside the authors' code: heads are copied whole (form: {kv_expand: row_interleave_legacy} brings their bug back);
+    calibration, layer scores and `align`'s choice of the best step use the training and selection parts, never what is
+    reported. One optimiser trains all layers: the gradient norm is clipped, and the best step kept, over all of them, where the
+    authors do so layer by layer.
 
     Sample YAML: `{name: taylor_calibrate, arm: taylor_only, layers: {keep: 0.25}, phase1: {write_gate: {mode: ridge}}}`
     """
@@ -117,14 +127,19 @@ class Config(Base):
     @property
     def without(self) -> tuple[str, ...]:
         """Stages that the arm does not have, whatever the schedule says."""
-        return () if self.arm in ("alignment_only", "taylor_calibrate") else ("align",)
+        return () if self.arm in ALIGNED else ("align",)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The calibrations of the arm, in their order."""
         if self.arm in ("taylor_only", "taylor_calibrate"):
             return self.phase1.rules
-        return {"zero_gate": (ZeroGateRule(),), "small_gate": (self.small_gate,)}.get(self.arm, ())
+        gates: dict[Arm, tuple[Rule, ...]] = {
+            "zero_gate": (ZeroGateRule(),),
+            "zero_gate_alignment": (ZeroGateRule(),),
+            "small_gate": (self.small_gate,),
+        }
+        return gates.get(self.arm, ())
 
     @model_validator(mode="after")
     def _form_has_it(self) -> "Config":

@@ -150,9 +150,12 @@ class Config(Form):
         return {**found, "k_proj": found["q_proj"], "v_proj": found["q_proj"]}
 
     def flops(self, architecture: Architecture, keys: int) -> float:
-        """10 C d + C^2 + 6 d^2 a head with chunk C: five products of C x C with C x d, one solve, three with the state."""
+        """10 C d + C^2 + 6 d^2 a head with chunk C: five products of C x C with C x d, one solve, three with the state; and 2
+        for each weight more than the teacher's attention has (gates, repeated heads).
+        """
         d = architecture.head_dim
-        return float(architecture.num_attention_heads * (10 * CHUNK * d + CHUNK**2 + 6 * d * d))
+        rule = architecture.num_attention_heads * (10 * CHUNK * d + CHUNK**2 + 6 * d * d)
+        return float(rule + 2 * max(0, self.added(architecture)))
 
     def saved(self, architecture: Architecture) -> int:
         """q, k, v, output and output gate; g and beta."""
