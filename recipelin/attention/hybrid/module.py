@@ -170,6 +170,7 @@ class HybridAttention(nn.Module):
         if self.drop is not None:
             options |= {"window_keep": self.drop.keep, "on_drop": self.drop.on_drop}
         previous = None if layer is None else layer.state
+        phi_k: Tensor | None
         if layer is None and self.needs_no_features(options):
             phi_q = phi_k = q.new_zeros(*q.shape[:3], 0)
         else:
