@@ -37,7 +37,7 @@ plans: .venv/.run  ## the plan of every recipe
 tables: .venv/.run  ## makes every table anew from results/records and compares it with the committed one
 	$(BIN)/recipelin table results/tables --check
 
-claims: .venv/.run  ## runs every recipe of results/tables/pocket-claims.yaml that has no Record yet (JOBS=2: two side by side)
+claims: .venv/.run  ## runs every recipe of results/tables/pocket*-claims.yaml that has no Record yet (JOBS=2: two side by side)
 	$(BIN)/python .ci/claims.py --jobs $(or $(JOBS),1)
 
 catalogue: .venv/.run  ## makes recipes/README.md anew

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs every recipe that a claims spec names: what is published or finished is left out, what was interrupted goes on.
 
-`make claims`, `make claims JOBS=2`, or `python .ci/claims.py [SPEC] [--jobs N] [--device D] [--plan] [--dirty]`. It publishes
+`make claims`, `make claims JOBS=2`, or `python .ci/claims.py [SPEC...] [--jobs N] [--device D] [--plan] [--dirty]`. It publishes
 nothing; it ends with the commands that do. With several jobs each runs on one thread, its output in a log under the home of runs:
 on two cores two runs side by side are faster than one on two threads.
 """
@@ -28,7 +28,7 @@ from recipelin.steps import Evaluate
 from recipelin.strict_yaml import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
-SPEC = ROOT / "results" / "tables" / "pocket-claims.yaml"
+SPECS = [ROOT / "results" / "tables" / f"{name}.yaml" for name in ("pocket-claims", "pocket-taylor-claims")]
 ENDED = "record, items, table, model, logs: "  # how `recipelin run` names the folder of a run that ended
 
 
@@ -50,15 +50,14 @@ class Todo:
 def main() -> int:
     """0: all are run. 1: one failed. 2: the spec, a recipe or the checkout is not fit. 130: interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("spec", nargs="?", type=Path, default=SPEC)
+    parser.add_argument("specs", nargs="*", type=Path, default=SPECS, metavar="SPEC")
     parser.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="N", help="runs side by side")
     parser.add_argument("--device", default="auto", help="as in recipelin run")
     parser.add_argument("--plan", action="store_true", help="only show what would run, and its cost")
     parser.add_argument("--dirty", action="store_true", help="run though nothing of it could be published")
     arguments = parser.parse_args()
     try:
-        records = arguments.spec.resolve().parent.parent / "records"  # where `recipelin table` looks
-        every = list(todo(check_claims(arguments.spec).recipes, records, home()))
+        every = list(todo(arguments.specs, home()))
     except (RecipeError, PlanError, RecordError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -83,19 +82,21 @@ def main() -> int:
     ]
     if folders:
         print(f"\nto publish: recipelin publish {' '.join(map(str, folders))}")
-    print(f"then: recipelin table {arguments.spec} > {arguments.spec.with_suffix('.md')}")
+    for spec in arguments.specs:
+        print(f"then: recipelin table {spec} > {spec.with_suffix('.md')}")
     return 0
 
 
-def todo(recipes: Sequence[str], records: Path, runs: Path) -> Iterator[Todo]:
+def todo(specs: Sequence[Path], runs: Path) -> Iterator[Todo]:
     """Every point of every recipe, once, in order. A Record counts if it is finished, clean and of the present plan."""
 
     def fits(record: Record, planned: Plan) -> bool:
         return record.status == "finished" and record.dirty is False and record.plan_hash == planned.hash
 
     seen: set[str] = set()
-    for recipe in recipes:
-        for point in points(recipe):
+    for spec in specs:
+        records = spec.resolve().parent.parent / "records"  # where `recipelin table` looks
+        for point in (point for recipe in check_claims(spec).recipes for point in points(recipe)):
             planned = plan(point)
             folder = default_folder(planned.name, planned.hash)
             if folder in seen:

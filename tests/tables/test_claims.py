@@ -344,8 +344,9 @@ def test_the_table_is_made_anew_to_the_same_bytes(tmp_path: Path, capsys: Any, b
     assert "Note: Best explanation: recall rows." in " ".join(markdown.split())
 
 
-def test_the_shipped_claims_fit_their_recipes_and_a_terminal() -> None:
-    path = ROOT / "results" / "tables" / "pocket-claims.yaml"
+@pytest.mark.parametrize("name", ["pocket-claims", "pocket-taylor-claims"])
+def test_the_shipped_claims_fit_their_recipes_and_a_terminal(name: str) -> None:
+    path = ROOT / "results" / "tables" / f"{name}.yaml"
     spec = check_claims(path)
     assert spec.name == path.stem
     assert max(map(len, render(claims_table(spec, []), "markdown").splitlines())) <= 140
