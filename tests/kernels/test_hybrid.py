@@ -83,6 +83,19 @@ def test_chunked_equals_the_definition_with_dropped_windows(on_drop, join):
         assert_same(with_gradients(x, kernel="chunked", chunk=16, **options), definition)
 
 
+@pytest.mark.parametrize("join", JOINS)
+def test_autocast_changes_nothing(join):
+    """A tuned bf16 model calls the operator within it, in rows of several chunks; so does a backward pass within."""
+    x = Inputs((6, 2), 41, dtype=torch.float32)
+    options = dict(window=6, join=join, kernel="chunked", chunk=8)
+    expected = with_gradients(x, **options), attend(x, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = with_gradients(x, **options)
+        with torch.no_grad():
+            alone = attend(x, **options)
+    assert torch.equal(alone, expected[1]) and all(map(torch.equal, found, expected[0]))
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 8, 40, 41, 64])
 def test_result_does_not_depend_on_the_chunk_size(chunk):
     x = Inputs()
