@@ -322,19 +322,19 @@ def key_gradient(
         for q0 in range(first, begin, o.rows):
             k_total, v_total = _to_keys(
                 k_total, v_total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
-                q_position, q_segment, stats + at, terms + at, bests + at, plane, g_mix,
+                q_position, q_segment, stats + at, terms + at, bests, at, plane, g_mix,
                 length, lead, kept, anchor, scale, True, False, K, V, o,
             )  # fmt: skip
         for q0 in range(begin, soft_end, o.rows):
             k_total, v_total = _to_keys(
                 k_total, v_total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
-                q_position, q_segment, stats + at, terms + at, bests + at, plane, g_mix,
+                q_position, q_segment, stats + at, terms + at, bests, at, plane, g_mix,
                 length, lead, kept, anchor, scale, True, V and o.has_linear and o.show_linear, K, V, o,
             )  # fmt: skip
         for q0 in range(soft_end, end, o.rows):
             k_total, v_total = _to_keys(
                 k_total, v_total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
-                q_position, q_segment, stats + at, terms + at, bests + at, plane, g_mix,
+                q_position, q_segment, stats + at, terms + at, bests, at, plane, g_mix,
                 length, lead, kept, anchor, scale, False, V and o.has_linear and o.show_linear, K, V, o,
             )  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * keys
@@ -365,7 +365,7 @@ def key_gradient(
 @triton.jit
 def _to_keys(
     k_total, v_total, q, q_t, dy, dy_t, fq, fq_t, fk, fk_t, phi, key, values, j, kp, ks, q0,
-    q_position, q_segment, stats, terms, bests, plane, mix,
+    q_position, q_segment, stats, terms, bests, at, plane, mix,
     length, lead, kept, anchor, scale, SOFT: tl.constexpr, LINEAR: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     o: tl.constexpr,
 ):  # fmt: skip
@@ -388,7 +388,7 @@ def _to_keys(
                 dx = tl.where(hidden, 0.0, dx)
             ds = a * (dx + sigma[None, :])
             if o.through:
-                best = tl.load(bests + i, mask=real, other=0)
+                best = tl.load(bests + at + i, mask=real, other=0)
                 row = mix * tl.load(terms + 4 * plane + i, mask=real, other=0.0)
                 ds -= tl.where(soft & (j[:, None] == best[None, :]), row[None, :], 0.0)
             k_total = weighed(ds, query, k_total, o)
