@@ -97,8 +97,8 @@ def sum_queries(
     first = tl.program_id(2) * o.tile
     segment = goes_on(q_segment + b * length, number * o.stored, o)
     plane = (batches * heads).to(tl.int64) * length
-    total = tl.zeros([o.tile, o.width_block], tl.float32)
-    alone = tl.zeros([o.tile], tl.float32)
+    total = tl.full([o.tile, o.width_block], 0.0, tl.float32)
+    alone = tl.full([o.tile], 0.0, tl.float32)
     for one in range(0, o.map_group):
         h = p * o.map_group + one
         x = fq + b.to(tl.int64) * fq_b + h.to(tl.int64) * fq_h
@@ -153,7 +153,7 @@ def query_gradient(
     sigma = tl.load(terms + 2 * plane + at + i, mask=real, other=0.0)
     near = tl.maximum(q0 + lead - o.span, 0)
     stop = tl.minimum(q0 + o.rows, length) + lead
-    total = tl.zeros([o.rows, o.width_block], tl.float32)
+    total = tl.full([o.rows, o.width_block], 0.0, tl.float32)
     if o.sinks > 0 and o.has_sinks:
         if (near > 0) | (o.ahead > 0):
             j, kp, ks = sink_columns(k_position, k_segment, q0 + lead, near, o)
@@ -217,7 +217,7 @@ def query_features_gradient(
     factor = tl.load(terms + plane + at + i, mask=real, other=0.0)
     shift = tl.load(terms + 3 * plane + at + i, mask=real, other=0.0)
     extra = tl.load(terms + 4 * plane + at + i, mask=real, other=0.0)
-    total = tl.zeros([o.rows, o.tile], tl.float32)
+    total = tl.full([o.rows, o.tile], 0.0, tl.float32)
     number = q0 // o.stored
     near = tl.maximum(q0 + lead - o.span, 0)
     far = near
@@ -247,7 +247,7 @@ def query_features_gradient(
         j = start + tl.arange(0, o.columns)
         kp, ks = places(k_position, k_segment, j, stop, o)
         soft, linear, _hidden = sets(qp[:, None], qs[:, None], kp[None, :], ks[None, :], kept, anchor, o)
-        db = shift[:, None] + tl.zeros([o.rows, o.columns], tl.float32)
+        db = shift[:, None] + tl.full([o.rows, o.columns], 0.0, tl.float32)
         if o.show_linear:
             values = take(v, j, v_t, ks >= 0, 0, o.width, o.width_block)
             db = tl.dot(out, tl.trans(values), db, input_precision=o.precision)
@@ -288,8 +288,8 @@ def key_gradient(
     key = take(k, j, k_t, real, 0, o.width, o.width_block)
     values = take(v, j, v_t, real, 0, o.width, o.width_block)
     plane = (batches * heads).to(tl.int64) * length
-    k_total = tl.zeros([o.columns, o.width_block], tl.float32)
-    v_total = tl.zeros([o.columns, o.width_block], tl.float32)
+    k_total = tl.full([o.columns, o.width_block], 0.0, tl.float32)
+    v_total = tl.full([o.columns, o.width_block], 0.0, tl.float32)
 
     first = tl.maximum(j0 - lead, 0) // o.rows * o.rows
     soft_stop = tl.minimum(j0 + o.columns - lead + o.span, length)
@@ -353,7 +353,7 @@ def key_gradient(
                         kept = tl.load(keep + b * heads + p * o.map_group).to(tl.int32)
                     counts = enters(kp, ks, segment, kept, o)
                     at = ((b * groups * maps + p).to(tl.int64) * states + number + 1) * o.features
-                    for start in tl.static_range(0, o.features, o.tile):
+                    for start in range(0, o.features, o.tile):
                         f = start + tl.arange(0, o.tile)
                         phi_k = fk + b.to(tl.int64) * fk_b + p.to(tl.int64) * fk_h
                         phi = take(phi_k, j, fk_t, counts, start, o.features, o.tile)
@@ -374,7 +374,7 @@ def _to_keys(
     real = qs >= 0
     soft, linear, hidden = sets(qp[None, :], qs[None, :], kp[:, None], ks[:, None], kept, anchor, o)
     out = take(dy, i, dy_t, real, 0, o.width, o.width_block)
-    weights = tl.zeros([o.columns, o.rows], tl.float32)
+    weights = tl.full([o.columns, o.rows], 0.0, tl.float32)
     if SOFT:
         soft = soft & (j >= q0 + lead - o.span)[:, None]  # sinks farther back: `sink_gradient`
         query = take(q, i, q_t, real, 0, o.width, o.width_block)
@@ -424,7 +424,7 @@ def key_features_gradient(
     kp, ks = places(k_position + b * (keys + o.ahead), k_segment + b * (keys + o.ahead), j, keys, o)
     values = take(v, j, v_t, ks >= 0, 0, o.width, o.width_block)
     plane = (batches * heads).to(tl.int64) * length
-    total = tl.zeros([o.columns, o.tile], tl.float32)
+    total = tl.full([o.columns, o.tile], 0.0, tl.float32)
     number = tl.maximum(j0 - lead + o.span, 0) // o.stored
     first = tl.maximum(j0 - lead, 0) // o.rows * o.rows
     if not o.near_pairs:
@@ -448,7 +448,7 @@ def key_features_gradient(
             out = take(d, i, dy_t, real, 0, o.width, o.width_block)
             factor = tl.load(t + plane + i, mask=real, other=0.0)
             shift = tl.load(t + 3 * plane + i, mask=real, other=0.0)
-            db = shift[None, :] + tl.zeros([o.columns, o.rows], tl.float32)
+            db = shift[None, :] + tl.full([o.columns, o.rows], 0.0, tl.float32)
             if o.show_linear:
                 db = tl.dot(values, tl.trans(out), db, input_precision=o.precision)
             db = tl.where(linear, factor[None, :] * db, 0.0)
@@ -499,9 +499,9 @@ def sink_gradient(
     kept = 1
     if o.drops:
         kept = tl.load(keep + tl.program_id(1)).to(tl.int32)
-    k_total = tl.zeros([o.sink_block, o.width_block], tl.float32)
-    v_total = tl.zeros([o.sink_block, o.width_block], tl.float32)
-    f_total = tl.zeros([o.sink_block, o.tile], tl.float32)
+    k_total = tl.full([o.sink_block, o.width_block], 0.0, tl.float32)
+    v_total = tl.full([o.sink_block, o.width_block], 0.0, tl.float32)
+    f_total = tl.full([o.sink_block, o.tile], 0.0, tl.float32)
     begin = tl.program_id(0) * queries
     for q0 in range(begin, tl.minimum(begin + queries, length), o.rows):
         near = tl.maximum(q0 + lead - o.span, 0)

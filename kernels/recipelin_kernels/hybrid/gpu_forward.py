@@ -67,8 +67,8 @@ def sum_keys(
     kept = 1
     if o.drops:
         kept = tl.load(keep + tl.program_id(1)).to(tl.int32)  # then phi_k is of query heads, if it matters
-    total = tl.zeros([o.tile, o.width_block], tl.float32)
-    alone = tl.zeros([o.tile], tl.float32)
+    total = tl.full([o.tile, o.width_block], 0.0, tl.float32)
+    alone = tl.full([o.tile], 0.0, tl.float32)
     for at in range(start, stop, o.columns):
         j = at + tl.arange(0, o.columns)
         kp, ks = places(k_position, k_segment, j, stop, o)
@@ -93,7 +93,7 @@ def scan(parts, out, q_segment, maps, length, states, size, backward: tl.constex
     q_segment += b * length
     column = tl.program_id(1) * block + tl.arange(0, block)
     row = tl.program_id(0).to(tl.int64) * states
-    total = tl.zeros([block], tl.float32)
+    total = tl.full([block], 0.0, tl.float32)
     before = -1
     for step in range(0, states):
         number = step
@@ -198,17 +198,17 @@ def output(
 
     top = tl.full([o.rows], HIDDEN, tl.float32)
     best = tl.full([o.rows], 0, tl.int32)
-    a_mass = tl.zeros([o.rows], tl.float32)
-    b_mass = tl.zeros([o.rows], tl.float32)
-    w_mass = tl.zeros([o.rows], tl.float32)
-    a_sum = tl.zeros([o.rows, o.width_block], tl.float32)
-    b_sum = tl.zeros([o.rows, o.width_block], tl.float32)
+    a_mass = tl.full([o.rows], 0.0, tl.float32)
+    b_mass = tl.full([o.rows], 0.0, tl.float32)
+    w_mass = tl.full([o.rows], 0.0, tl.float32)
+    a_sum = tl.full([o.rows, o.width_block], 0.0, tl.float32)
+    b_sum = tl.full([o.rows, o.width_block], 0.0, tl.float32)
 
     if o.sums:
         if (number > 0) | o.initial:
             sees = qs == goes_on(q_segment, number * o.stored, o)
             at = ((b * (heads // o.map_group) + p).to(tl.int64) * states + number) * o.features
-            for first in tl.static_range(0, o.features, o.tile):
+            for first in range(0, o.features, o.tile):
                 x = take(fq, i, fq_t, sees & (qs >= 0), first, o.features, o.tile)
                 f = first + tl.arange(0, o.tile)
                 held = tl.load(mass + at + f, mask=f < o.features, other=0.0)

@@ -152,8 +152,8 @@ def sets(qp, qs, kp, ks, kept, anchor, o: tl.constexpr):
 
 @triton.jit
 def softmax_weights(s, soft, top):
-    """2^(s - top), of the softmax set; s and top in base 2."""
-    return tl.where(soft, tl.exp2(tl.maximum(s - top, LEAST)), 0.0)
+    """2^(s - top), of the softmax set; s and top in base 2. Outside the set s - top may be anything."""
+    return tl.where(soft, tl.exp2(tl.minimum(tl.maximum(s - top, LEAST), 0.0)), 0.0)
 
 
 @triton.jit
@@ -179,7 +179,7 @@ def pairs(phi, fq, fq_t, i, i_real, fk, fk_t, j, j_real, o: tl.constexpr):
     """
     x = take(fk, j, fk_t, j_real, 0, o.features, o.tile)
     b = tl.dot(phi, tl.trans(x), input_precision=o.precision)
-    for first in tl.static_range(o.tile, o.features, o.tile):
+    for first in range(o.tile, o.features, o.tile):
         x = take(fk, j, fk_t, j_real, first, o.features, o.tile)
         more = take(fq, i, fq_t, i_real, first, o.features, o.tile)
         b = tl.dot(more, tl.trans(x), b, input_precision=o.precision)
