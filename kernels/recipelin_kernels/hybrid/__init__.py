@@ -184,9 +184,7 @@ def hybrid_attention(
     if state is None and reach is not None and (length <= reach or int(own.position.max()) < reach):
         options = replace(options, reach=None)  # no key of the call is that far
     covered = plain and not asked and options.reach is None and length <= options.span
-    ran = resolve_kernel(
-        kernel, q.device, covered=covered, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1]
-    )
+    ran = resolve_kernel(kernel, q.device, covered=covered, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1])
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
     if key_mask is not None:
         real = key_mask[:, None, :, None]

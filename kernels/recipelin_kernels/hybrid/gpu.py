@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import gpu_backward, gpu_forward
+from . import gpu_backward, gpu_backward_keys, gpu_forward
 from .chunked import Past
 from .gpu_parts import Form
 from .gpu_support import interpreted
@@ -75,7 +75,7 @@ class Call:
     options: Options
     keep: Tensor | None
     q_rows: tuple[Tensor, Tensor]  # positions and segments, int32 [B, T] each; of a plain call empty
-    k_rows: tuple[Tensor, Tensor]
+    k_rows: tuple[Tensor, Tensor]  # of the keys; those in front stand before them in memory
     sums: Tensor | None  # the state's that the call goes on from [B,H,F,D+1]
     lead: int
     ahead: int  # sinks of the state in front of the keys
@@ -111,9 +111,7 @@ def make_call(
             torch.cat((past.sink_rows.position, k_rows.position), 1),
             torch.cat((past.sink_rows.segment, k_rows.segment), 1),
         )
-    near_linear = o.has("linear") and (
-        o.cover == "all" or (keep is not None and o.on_drop == "linear_covers_all")
-    )
+    near_linear = o.has("linear") and (o.cover == "all" or (keep is not None and o.on_drop == "linear_covers_all"))
     form = Form(
         join=o.join,
         signed=o.signed,
@@ -155,16 +153,14 @@ def make_call(
         if plain:
             return tuple(torch.empty(0, dtype=torch.int32, device=q.device) for _ in range(2))  # type: ignore[return-value]
         batch = q.shape[0]
-        return tuple(
-            x.to(torch.int32).expand(batch, -1).contiguous() for x in (rows.position, rows.segment)
-        )  # type: ignore[return-value]
+        return tuple(x.to(torch.int32).expand(batch, -1).contiguous() for x in (rows.position, rows.segment))  # type: ignore[return-value]
 
     return Call(
         form=form,
         options=options,
         keep=None if keep is None else keep.to(torch.uint8).contiguous(),
         q_rows=places(q_rows),
-        k_rows=places(k_rows),
+        k_rows=tuple(x[:, ahead:] if ahead else x for x in places(k_rows)),  # type: ignore[arg-type]
         sums=past.sums if past is not None and o.sums_up else None,
         lead=0 if past is None else past.lead,
         ahead=ahead,
@@ -367,7 +363,7 @@ def _backward(call: Call, x: Tensors, kept: Kept, dy: Tensor, wants: frozenset[s
             for n in ("k", "v")
         )
         call.launch(
-            gpu_backward.key_gradient, (blocks, batch * key_heads),
+            gpu_backward_keys.key_gradient, (blocks, batch * key_heads),
             x.q, x.k, x.v, x.fq, x.fk, dy, call.keep, *spots, kept.stats, terms, kept.bests, x.mix, value, dk, dv,
             *_strides(x.q, x.k, x.v, x.fq, x.fk, dy), heads, batch, length, keys, lead, states, origin, anchor, scale,
             K=dk is not None, V=dv is not None,
@@ -377,7 +373,7 @@ def _backward(call: Call, x: Tensors, kept: Kept, dy: Tensor, wants: frozenset[s
         kind = torch.float32 if sinks and o.join == "replace" else x.fk.dtype
         found["fk"] = torch.empty(x.fk.shape, dtype=kind, device=dy.device)
         call.launch(
-            gpu_backward.key_features_gradient, (blocks, batch * maps, tiles),
+            gpu_backward_keys.key_features_gradient, (blocks, batch * maps, tiles),
             x.v, x.fq, dy, call.keep, *spots, terms, value, mass, found["fk"],
             *_strides(x.v, x.fq, dy), heads, batch, length, keys, lead, states, origin, anchor,
         )  # fmt: skip
@@ -402,7 +398,7 @@ def _add_sinks(call: Call, x: Tensors, kept: Kept, dy: Tensor, terms: Tensor, fo
     dk, dv = (torch.empty(batch, heads, parts, o.sinks, width, **exact) for _ in range(2))
     dfk = torch.empty(batch, heads, parts, o.sinks, features, **exact) if o.join == "replace" else None
     call.launch(
-        gpu_backward.sink_gradient, (parts, batch * heads, tiles),
+        gpu_backward_keys.sink_gradient, (parts, batch * heads, tiles),
         x.q, x.k, x.v, x.fq, dy, call.keep, *call.q_rows, *call.k_rows, kept.stats, terms, kept.bests, x.mix,
         dk, dv, dfk, *_strides(x.q, x.k, x.v, x.fq, dy), heads, length, keys, call.lead, parts, queries,
         call.options.anchor, call.options.scale,

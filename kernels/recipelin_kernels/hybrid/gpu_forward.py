@@ -84,7 +84,9 @@ def sum_keys(
 
 
 @triton.jit
-def scan(parts, out, q_segment, maps, length, states, size, backward: tl.constexpr, block: tl.constexpr, o: tl.constexpr):
+def scan(
+    parts, out, q_segment, maps, length, states, size, backward: tl.constexpr, block: tl.constexpr, o: tl.constexpr
+):
     """out[n] = parts[n] + out[n - 1] (backward: out[n + 1]) where the segment goes on. Grid: (B maps, blocks of `size`).
 
     parts, out [B maps, states, size], parts in float32; they may be one tensor.
@@ -251,7 +253,7 @@ def output(
         g = tl.load(mix + h).to(tl.float32)
     if o.join == "absolute":
         c = tl.load(log_scale + h).to(tl.float32)
-    a_factor, b_factor, den, _live, a_weight, b_weight = factors(top, a_mass, b_mass, w_mass, g, c, o)
+    a_factor, b_factor, _den, _live, a_weight, b_weight = factors(top, a_mass, b_mass, w_mass, g, c, o)
     inside = i < length
     out = row * length
     total = a_factor[:, None] * a_sum + b_factor[:, None] * b_sum
