@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import gpu_support
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
-from .gpu_support import PROVEN, why_not
 from .reference import hybrid_attention_reference
 from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, one_of, rows
 from .state import HybridState, check_lead, check_state, continued, empty_state, filled, next_state, settled
@@ -50,14 +50,14 @@ def resolve_kernel(
     """
     one_of("kernel", kernel, KERNELS)
     if kernel == "gpu":
-        reason = why_not(device, dtype, width, features)
+        reason = gpu_support.why_not(device, dtype, width, features)
         if reason:
             raise RuntimeError(f"kernel='gpu': {reason}; use 'chunked', which runs on every device")
     if kernel == "auto":
         if covered:
             return "sdpa"
-        asked = PROVEN and torch.device(device).type == "cuda"
-        return "gpu" if asked and not why_not(device, dtype, width, features) else "chunked"
+        asked = gpu_support.PROVEN and torch.device(device).type == "cuda"
+        return "gpu" if asked and not gpu_support.why_not(device, dtype, width, features) else "chunked"
     return kernel
 
 
@@ -126,8 +126,8 @@ def hybrid_attention(
     (facts/peers.md A.6): for T <= w all keys are in W and in L; blocks end with the call; a state goes on by a sliding
     window of w, one token at a time. It takes no padding, segments, sinks, other cover or join.
 
-    Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that is not in this
-    build.
+    Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that cannot run
+    here. `gpu` (Triton) computes what `chunked` does, forward and backward; its precision: gpu.py.
     """
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)

@@ -35,7 +35,7 @@ def why_not(
     """Why the kernels do not take such a call; empty where they do. What is None is not asked for."""
     device = torch.device(device)
     if not _installed():
-        return "triton is not installed: pip install 'recipelin[gpu]'"
+        return "Triton is not installed: pip install 'recipelin[gpu]'"
     if interpreted():
         if device.type != "cpu":
             return f"TRITON_INTERPRET=1 runs kernels on the CPU, and the tensors are on {device}"
