@@ -28,7 +28,7 @@ def enters(kp, ks, segment, kept, o: tl.constexpr):
     if o.sinks > 0 and not o.cover_all:
         later = kp >= o.sinks
         if o.drops and o.drop_covers:
-            later = later | (kept == 0)
+            later = later | (kept + 0 * kp == 0)  # the interpreter of Triton 3.9 cannot spread a truth value
         counts = counts & later
     return counts
 

@@ -137,9 +137,10 @@ def sets(qp, qs, kp, ks, kept, anchor, o: tl.constexpr):
     if not o.cover_all:
         linear = reached & (near == 0) & (far_sink == 0)
     if o.drops:
+        dropped = kept + 0 * distance == 0
         if o.drop_covers:
-            linear = (reached & (kept == 0)) | (linear & (kept != 0))
-        soft = soft & (kept != 0)
+            linear = linear | (reached & dropped)
+        soft = soft & (dropped == 0)
     if not o.has_linear:
         linear = linear & (distance < 0)
     hidden = near & (distance < 0)
