@@ -34,10 +34,13 @@ CASES: dict[str, dict[str, Any]] = {
     "float32": {"dtype": torch.float32},
     "fp16": {"dtype": torch.float16},
     "d 64": {"width": 64},
+    "d 256, F 256": {"width": 256, "features": 256},
     "replace, sinks": {"join": "replace", "sinks": 4},
     "average, terraced, left padding": {"join": "average", "shape": "terraced", "padded": True, "sinks": 4},
     "absolute": {"join": "absolute"},
     "reach": {"reach": 200},
+    "one head, one token": {"heads": 1, "key_heads": 1, "length": 1},
+    "one head": {"heads": 1, "key_heads": 1},
     "dropped windows": {"drop": True, "sinks": 4},
 }  # fmt: skip
 
@@ -59,7 +62,7 @@ def compiled(self: gpu.Call, kernel: Any, grid: tuple[int, ...], *arguments: Any
     """In the place of `Call.launch`."""
     if 0 in grid:
         return
-    how = vars(gpu.LAUNCHES[kernel.__name__])
+    how = self.how(kernel.__name__)
     begun = time.monotonic()
     made = kernel.warmup(*arguments, o=self.form, grid=grid, **more, **how)
     seconds = time.monotonic() - begun
@@ -87,10 +90,9 @@ fits: list[bool] = []
 
 def call(
     *, dtype: torch.dtype = torch.bfloat16, feature_dtype: torch.dtype | None = None, width: int = 128, features: int = 128,
-    learns: bool = True, padded: bool = False, drop: bool = False, **options: Any,
+    heads: int = 8, key_heads: int = 2, length: int = 600, learns: bool = True, padded: bool = False, drop: bool = False,
+    **options: Any,
 ) -> None:  # fmt: skip
-    heads, key_heads, length = 8, 2, 600
-
     def normal(h: int, w: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(1, h, length, w).to(kind).requires_grad_(learns)
 

@@ -51,11 +51,11 @@ class OnGpu:
     def _chunked(self, *inputs: torch.Tensor) -> Any:
         return hybrid_attention(*inputs, window=self.window, kernel="chunked")
 
-    def _sdpa(self, *inputs: torch.Tensor) -> Any:
+    def _sdpa(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     def _fla(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fq: torch.Tensor, fk: torch.Tensor, _: Any

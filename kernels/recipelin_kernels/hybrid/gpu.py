@@ -25,16 +25,26 @@ from .rows import Options, Rows
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes: queries and keys of a program, queries between stored states, features at once; powers of two."""
+    """Queries and keys of a program, queries between stored states, features at once; powers of two. At most so many
+    stages of loads (`Launch`)."""
 
     rows: int = 64
     columns: int = 64
     stored: int = 256
     tile: int = 128
+    stages: int = 3
 
 
+SMALL = Blocks(32, 32, 256, 64, 1)  # what is in fp32, or wider than 128, fits an H100's 227 KiB so
 # In the interpreter small ones, so that short rows have several of each.
 INTERPRETED = Blocks(16, 16, 32, 32)
+
+
+def fitting(dtype: torch.dtype, width: int) -> Blocks:
+    """Sizes for inputs of a dtype and head_dim."""
+    if interpreted():
+        return INTERPRETED
+    return SMALL if dtype != torch.bfloat16 or width > 128 else Blocks()
 
 
 @dataclass(frozen=True)
@@ -80,13 +90,18 @@ class Call:
     lead: int
     ahead: int  # sinks of the state in front of the keys
     segmented: bool
+    stages: int
     stored_dtype: torch.dtype  # of states: bf16 for bf16 inputs, else fp32 (fp16 could overflow)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
         if 0 in grid:
             return
-        how = {} if interpreted() else vars(LAUNCHES[kernel.__name__])
+        how = {} if interpreted() else self.how(kernel.__name__)
         kernel[grid](*arguments, o=self.form, **more, **how)
+
+    def how(self, kernel: str) -> dict[str, int]:
+        launch = LAUNCHES[kernel]
+        return {"num_warps": launch.num_warps, "num_stages": min(launch.num_stages, self.stages)}
 
 
 def make_call(
@@ -144,7 +159,7 @@ def make_call(
         columns=blocks.columns,
         stored=blocks.stored,
         sink_block=_power(o.sinks),
-        precision="ieee" if q.dtype == torch.float32 else "tf32",
+        precision="tf32x3" if q.dtype == torch.float32 else "tf32",
         near_linear=near_linear,
         near_pairs=near_linear or o.join == "replace",
     )
@@ -165,6 +180,7 @@ def make_call(
         lead=0 if past is None else past.lead,
         ahead=ahead,
         segmented=segmented,
+        stages=blocks.stages,
         stored_dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32,
     )
 
@@ -251,7 +267,7 @@ def _forward(call: Call, x: Tensors, *, components: bool, learns: bool) -> Kept:
     o, x = call.form, x.own(call)
     batch, heads, length, width = x.q.shape
     value, mass = _states(call, x)
-    like = dict(dtype=x.q.dtype, device=x.q.device)
+    like: dict[str, Any] = dict(dtype=x.q.dtype, device=x.q.device)
     y_soft = learns and o.join != "absolute"
     kept = Kept(
         y=torch.empty(batch, heads, length, width, **like),
@@ -311,7 +327,7 @@ def _backward(call: Call, x: Tensors, kept: Kept, dy: Tensor, wants: frozenset[s
     blocks = triton.cdiv(keys - origin, o.columns)
     spots = (*call.q_rows, *call.k_rows)
     dy = dy.to(x.q.dtype)
-    exact = dict(dtype=torch.float32, device=dy.device)
+    exact: dict[str, Any] = dict(dtype=torch.float32, device=dy.device)
     found: dict[str, Tensor] = {}
 
     terms = torch.empty(5, batch, heads, length, **exact)
@@ -394,7 +410,7 @@ def _add_sinks(call: Call, x: Tensors, kept: Kept, dy: Tensor, terms: Tensor, fo
     # In packed rows sinks differ from block to block of queries; else a program takes a kilotoken.
     queries = o.rows if call.segmented else max(1024, o.rows)
     parts, tiles = triton.cdiv(length, queries), triton.cdiv(features, o.tile) if o.join == "replace" else 1
-    exact = dict(dtype=torch.float32, device=dy.device)
+    exact: dict[str, Any] = dict(dtype=torch.float32, device=dy.device)
     dk, dv = (torch.empty(batch, heads, parts, o.sinks, width, **exact) for _ in range(2))
     dfk = torch.empty(batch, heads, parts, o.sinks, features, **exact) if o.join == "replace" else None
     call.launch(
@@ -444,8 +460,9 @@ def hybrid_attention_gpu(
 ) -> list[Tensor]:
     """y, and with `components` the three parts, as the reference has them.
 
-    bf16: products of bf16, summed in fp32; features may be fp32 beside it, whose pairs are then taken in tf32. fp16:
-    what multiplies values in tf32. fp32: exact products. States are summed in fp32, and stored in bf16 for bf16.
+    bf16: products of bf16, summed in fp32; features may be fp32 beside it, whose pairs are then taken in tf32. fp16: what
+    multiplies values in tf32. fp32: three products of tf32 in the place of one, which keep 21 bits or more. States are
+    summed in fp32, and stored in bf16 for bf16.
     Of a row's equally large scores the first has the maximum's gradient (the reference shares it among them).
     """
     given = q.dtype
@@ -458,7 +475,7 @@ def hybrid_attention_gpu(
         phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)
     call = make_call(
         options, q, k, phi_q, phi_k, window_keep, q_rows, k_rows, past, plain, segmented,
-        blocks or (INTERPRETED if interpreted() else Blocks()),
+        blocks or fitting(kind, q.shape[-1]),
     )  # fmt: skip
     if call.form.ahead:
         assert past is not None

@@ -96,7 +96,7 @@ def sum_queries(
     p = tl.program_id(1) % maps
     first = tl.program_id(2) * o.tile
     segment = goes_on(q_segment + b * length, number * o.stored, o)
-    plane = (batches * heads).to(tl.int64) * length
+    plane = tl.cast(batches * heads + 0 * b, tl.int64) * length
     total = tl.full([o.tile, o.width_block], 0.0, tl.float32)
     alone = tl.full([o.tile], 0.0, tl.float32)
     for one in range(0, o.map_group):

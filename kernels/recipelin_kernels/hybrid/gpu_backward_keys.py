@@ -32,7 +32,7 @@ def key_gradient(
     real = ks >= 0
     key = take(k, j, k_t, real, 0, o.width, o.width_block)
     values = take(v, j, v_t, real, 0, o.width, o.width_block)
-    plane = (batches * heads).to(tl.int64) * length
+    plane = tl.cast(batches * heads + 0 * b, tl.int64) * length
     k_total = tl.full([o.columns, o.width_block], 0.0, tl.float32)
     v_total = tl.full([o.columns, o.width_block], 0.0, tl.float32)
 
@@ -168,7 +168,7 @@ def key_features_gradient(
     q_segment += b * length
     kp, ks = places(k_position + b * (keys + o.ahead), k_segment + b * (keys + o.ahead), j, keys, o)
     values = take(v, j, v_t, ks >= 0, 0, o.width, o.width_block)
-    plane = (batches * heads).to(tl.int64) * length
+    plane = tl.cast(batches * heads + 0 * b, tl.int64) * length
     total = tl.full([o.columns, o.tile], 0.0, tl.float32)
     number = tl.maximum(j0 - lead + o.span, 0) // o.stored
     first = tl.maximum(j0 - lead, 0) // o.rows * o.rows
