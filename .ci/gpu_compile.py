@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from recipelin_kernels import hybrid_attention
-from recipelin_kernels.hybrid import gpu, gpu_support
+from recipelin_kernels.hybrid import gpu_call, gpu_support
 
 SHARED = 227 * 1024  # bytes that a program may have on an H100
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -58,7 +58,7 @@ class NoGpu:
         return GPUTarget("cuda", 90, 32)
 
 
-def compiled(self: gpu.Call, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
+def compiled(self: gpu_call.Call, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
     """In the place of `Call.launch`."""
     if 0 in grid:
         return
@@ -116,7 +116,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     driver.set_active(NoGpu())
     gpu_support.why_not = lambda *_: ""
-    gpu.Call.launch = compiled  # type: ignore[method-assign]
+    gpu_call.Call.launch = compiled  # type: ignore[method-assign]
     for name, case in CASES.items():
         if arguments.only in (None, name):
             print(f"{name}{', forward' if arguments.forward else ''}", flush=True)

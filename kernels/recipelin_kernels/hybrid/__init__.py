@@ -221,6 +221,8 @@ def hybrid_attention(
     elif ran == "gpu":
         from .gpu import hybrid_attention_gpu
 
+        if chunk is not None:
+            raise ValueError(f"chunk={chunk}: kernel 'gpu' has blocks of its own; chunks are of 'chunked'")
         packed = segment_ids is not None
         parts = hybrid_attention_gpu(
             *arguments, own, k_rows, past=past, plain=plain, segmented=packed, components=components
