@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test check plans tables claims catalogue wheel bench clean
+.PHONY: help demo test test-gpu gpu-compile check plans tables claims catalogue wheel bench clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 .venv/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +22,12 @@ demo: .venv/.run  ## converts the pocket teacher twice and shows both tables
 
 test: .venv/.dev  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+test-gpu: .venv/.dev  ## the Triton kernels on a CUDA device, nothing skipped (JOBS=8: so many compile at once; needs a CUDA build of torch in .venv)
+	RECIPELIN_TEST_GPU=1 $(BIN)/python -m pytest -n $(or $(JOBS),4) tests/kernels/test_hybrid_gpu.py tests/kernels/on_gpu_hybrid.py
+
+gpu-compile: .venv/.dev  ## compiles the Triton kernels for an H100, without one: registers, spills, shared memory
+	PYTHONPATH=.:kernels $(BIN)/python .ci/gpu_compile.py
 
 check: .venv/.dev  ## style, types, every recipe, suite, table and claims spec, and the catalogue
 	$(BIN)/ruff format --check .

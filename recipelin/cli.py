@@ -284,14 +284,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     bench = command(
         "bench",
         _bench,
-        "measure the operators' speed and memory against every bar, on one thread of this machine's CPU",
+        "measure the operators' speed and memory against every bar, on one thread of this machine's CPU or on its GPU",
         "--quick",
+        "--device cuda",
         "--only hybrid/sdpa-forward",
         "--write",
     )
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose bars (default: cpu)")
     bench.add_argument("--quick", action="store_true", help="three rounds a bar")
     bench.add_argument("--only", metavar="NAME", help="one bar, or all that begin with NAME/ (hybrid, decode, ...)")
-    bench.add_argument("--write", action="store_true", help="keep the result as kernels/bench/record.md and .json")
+    bench.add_argument(
+        "--write", action="store_true", help="keep the result as kernels/bench/record.md and .json (cuda: record-cuda)"
+    )
     return parser, commands
 
 

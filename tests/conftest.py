@@ -1,8 +1,13 @@
 """What many tests need: a tiny model of the pocket's shape, its tokenizer, and a home for finished steps of their own."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+GPU = os.environ.get("RECIPELIN_TEST_GPU") == "1"  # `make test-gpu`
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported, by whomever
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ def test_every_file_of_bars_has_some_and_every_bar_can_be_measured():
     assert {name.partition("/")[0] for name in names} == set(lookup.names("bars"))
     for bar in bars:
         if isinstance(bar, Bar):
-            assert set(bar.ratio) <= set(bar.cases) and (bar.reach or 1) > 0
+            assert set(bar.ratio) <= {*bar.cases, *bar.floors} and (bar.reach or 1) > 0
             assert all(callable(case.make) and case.steps >= 1 for case in bar.cases.values())
         else:
             assert isinstance(bar, Fact)
@@ -36,6 +36,8 @@ def test_one_bar_from_the_command_line(capsys):
     ("arguments", "words"),
     [
         (["--only", "hybrid/short-65"], "did you mean 'hybrid/short-64'"),
+        (["--device", "cuda"], "no CUDA device"),
+        (["--only", "gpu/floor"], "no bar 'gpu/floor'"),
         (["--write", "--quick"], "a record holds every bar"),
         (["--write", "--only", "decode"], "a record holds every bar"),
     ],

@@ -1,4 +1,4 @@
-"""`recipelin bench`: every bar of speed and memory, measured on this machine (no torch until one is measured)."""
+"""`recipelin bench`: every bar of speed and memory of one device of this machine (no torch until one is measured)."""
 
 import argparse
 import importlib.util
@@ -8,22 +8,25 @@ from pathlib import Path
 from ..finding import CHECKOUT
 from ..mistakes import nearest
 
-RECORD = Path("kernels/bench/record.md")  # of a checkout; the same numbers beside it as JSON
+# Of a checkout; the same numbers beside it as JSON.
+RECORDS = {"cpu": Path("kernels/bench/record.md"), "cuda": Path("kernels/bench/record-cuda.md")}
 
 
 def bench_command(arguments: argparse.Namespace) -> int:
     """Measure the bars, print them, and with `write` keep them as a record. Exit 2 before any work if that cannot be."""
-    target = CHECKOUT.parent / RECORD if CHECKOUT.is_dir() else None
+    asked = RECORDS[arguments.device]
+    target = CHECKOUT.parent / asked if CHECKOUT.is_dir() else None
     if arguments.write and target is None:
-        return _refused(f"--write: the record is {RECORD} of a checkout, and this is an installed copy; leave it out")
+        return _refused(f"--write: the record is {asked} of a checkout, and this is an installed copy; leave it out")
     if arguments.write and (arguments.quick or arguments.only):
         return _refused("--write: a record holds every bar, measured in full; leave out --quick and --only")
     if importlib.util.find_spec("torch") is None:
         return _refused("bench needs torch, which is not installed: pip install 'recipelin[run]'")
+    from . import cuda
     from .measure import find_bars, measure
     from .record import Record, as_json, as_markdown, table
 
-    bars = find_bars()
+    bars = [bar for bar in find_bars() if bar.device == arguments.device]
     if arguments.only:
         names = [bar.name for bar in bars]
         bars = [bar for bar in bars if bar.name == arguments.only or bar.name.startswith(f"{arguments.only}/")]
@@ -32,7 +35,9 @@ def bench_command(arguments: argparse.Namespace) -> int:
             return _refused(
                 f"--only: no bar {arguments.only!r}{nearest(arguments.only, names + groups)}; there are {', '.join(names)}"
             )
-    begun = Record.begin(quick=arguments.quick)
+    if arguments.device == "cuda" and (reason := cuda.missing()):
+        return _refused(f"--device cuda: {reason}")
+    begun = Record.begin(quick=arguments.quick, gpu=cuda.name() if arguments.device == "cuda" else "")
     found = []
     for number, bar in enumerate(bars):
         print(f"\r\x1b[K[{number + 1}/{len(bars)}] {bar.name}", end="", file=sys.stderr, flush=True)

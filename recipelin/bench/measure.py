@@ -1,5 +1,9 @@
-"""How a bar is measured: alternating rounds in one process, one thread; peak memory in a process of its own."""
+"""How a bar is measured: alternating rounds in one process, one thread; peak memory in a process of its own.
 
+Bars of a GPU: cuda.py.
+"""
+
+import importlib.util
 import json
 import os
 import statistics
@@ -12,8 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from .. import lookup
+from . import cuda
 
 Unit = Literal["ms", "us", "MiB"]
+Device = Literal["cpu", "cuda"]
 SCALE = {"ms": 1e3, "us": 1e6}
 LEAST_SECONDS = (
     0.02  # a shorter call is repeated until a round takes that long: the process clock ticks in microseconds
@@ -38,6 +44,7 @@ class Bar:
 
     ratio: (numerator, denominator), names of `cases`. reach: at least that much, or `at_most`; None: recorded only.
     bound: what keeps it from more, for the record where it is missed. `peak` compares memory instead of time.
+    floors: seconds that a ratio may name in place of a case. needs: a package without which it is not measured.
     """
 
     name: str
@@ -50,6 +57,9 @@ class Bar:
     unit: Unit = "ms"
     bound: str = ""
     slow: bool = False  # a round takes seconds: fewer of them
+    device: Device = "cpu"
+    floors: Mapping[str, float] = field(default_factory=dict)
+    needs: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Fact:
     name: str
     about: str
     find: Callable[[bool], Mapping[str, float]]
+    device: Device = "cpu"
 
 
 @dataclass(frozen=True)
@@ -93,13 +104,18 @@ def measure(bar: Bar | Fact, *, quick: bool = False) -> Measured:
     """One bar. quick: three rounds, where a record takes eleven (five where a round is slow)."""
     if isinstance(bar, Fact):
         return Measured(bar.name, bar.about, values=dict(bar.find(quick)))
+    if bar.needs and importlib.util.find_spec(bar.needs) is None:
+        return Measured(bar.name, f"{bar.about} (not measured: {bar.needs} is not installed)", bar.reach, bar.at_most)
+    on_cuda = bar.device == "cuda"
     if bar.peak:
-        values = {name: peak(case) for name, case in bar.cases.items()}
+        values = {name: (cuda.peak if on_cuda else peak)(case) for name, case in bar.cases.items()}
         ratios, rounds = [values[bar.ratio[0]] / values[bar.ratio[1]]], 1
     else:
         rounds = 3 if quick else (5 if bar.slow else 11)
-        seconds = times({n: c.make() for n, c in bar.cases.items()}, rounds)
+        calls = {n: c.make() for n, c in bar.cases.items()}
+        seconds = (cuda.times if on_cuda else times)(calls, rounds)
         seconds = {n: [s / bar.cases[n].steps for s in found] for n, found in seconds.items()}
+        seconds |= {name: [floor] * rounds for name, floor in bar.floors.items()}
         values = {name: statistics.median(found) * SCALE[bar.unit] for name, found in seconds.items()}
         pairs = zip(*(seconds[name] for name in bar.ratio), strict=True)
         ratios = sorted(one / other for one, other in pairs)

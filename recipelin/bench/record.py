@@ -26,14 +26,16 @@ class Record:
     """Mean number of runnable processes over the last minute, at the start and at the end."""
     quick: bool
     bars: tuple[Measured, ...] = ()
+    gpu: str = ""
+    """Of bars of a GPU, its name."""
 
     @classmethod
-    def begin(cls, *, quick: bool) -> "Record":
+    def begin(cls, *, quick: bool, gpu: str = "") -> "Record":
         source = provenance(CHECKOUT.parent)
         load = os.getloadavg()[0]
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return cls(
-            now, source.commit, source.dirty, processor(), os.cpu_count() or 1, versions(), (load, load), quick
+            now, source.commit, source.dirty, processor(), os.cpu_count() or 1, versions(), (load, load), quick, gpu=gpu
         )  # fmt: skip
 
     def end(self, bars: Sequence[Measured]) -> "Record":
@@ -58,16 +60,23 @@ def as_markdown(record: Record) -> str:
     v = record.versions
     missed = [m for m in record.bars if m.met is False]
     asked = [m for m in record.bars if m.met is not None]
+    device, clock, memory = "a CPU", "CPU time of the process", "in a process of its own"
+    command, file = "recipelin bench", "record.json"
+    where = f"{record.processor}, one thread of {record.cores} cores"
+    if record.gpu:
+        device, clock, memory = "a GPU", "time between two events of the GPU", "of torch's allocator"
+        command, file = "recipelin bench --device cuda", "record-cuda.json"
+        where = f"{record.gpu} beside {record.cores} cores of {record.processor}"
+    changed = " with changes" if record.dirty else ""
     lines = [
-        "# Speed and memory of the operators on a CPU",
+        f"# Speed and memory of the operators on {device}",
         "",
-        f"{record.date}, commit {record.commit or 'unknown'}{' with changes' if record.dirty else ''}, "
-        f"{record.processor}, one thread of {record.cores} cores, load {record.load[0]:.1f} at the start, "
+        f"{record.date}, commit {record.commit or 'unknown'}{changed}, {where}, load {record.load[0]:.1f} at the start, "
         f"{record.load[1]:.1f} at the end; Python {v['python']}, torch {v['torch']}. float32 where nothing else is said.",
         "",
-        "A bar is the median of the ratios of alternating rounds in one process, in CPU time of the process; beside it the "
+        f"A bar is the median of the ratios of alternating rounds in one process, in {clock}; beside it the "
         "quartiles of the ratios and the median of each case. Memory is the peak of one call beyond its inputs, results "
-        "included, in a process of its own. Made by `recipelin bench --write`; the same numbers are in `record.json`.",
+        f"included, {memory}. Made by `{command} --write`; the same numbers are in `{file}`.",
         "",
         f"{len(asked) - len(missed)} of {len(asked)} bars are met.",
         "",

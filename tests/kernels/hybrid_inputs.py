@@ -18,7 +18,17 @@ class Inputs:
 
     names = ("q", "k", "v", "phi_q", "phi_k", "mix", "log_scale")
 
-    def __init__(self, heads=(6, 2), length=41, batch=2, per_key_head=False, seed=0, dtype=torch.float64):
+    def __init__(
+        self,
+        heads=(6, 2),
+        length=41,
+        batch=2,
+        per_key_head=False,
+        seed=0,
+        dtype=torch.float64,
+        dim=DIM,
+        features=FEATURES,
+    ):
         make = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -26,18 +36,25 @@ class Inputs:
 
         h, g = heads
         self.q, self.k, self.v = (
-            normal(batch, h, length, DIM),
-            normal(batch, g, length, DIM),
-            normal(batch, g, length, DIM),
+            normal(batch, h, length, dim),
+            normal(batch, g, length, dim),
+            normal(batch, g, length, dim),
         )
-        self.map = normal(g if per_key_head else h, DIM, FEATURES)
-        self.phi_q = normal(batch, h, length, FEATURES).softmax(-1)
+        self.map = normal(g if per_key_head else h, dim, features)
+        self.phi_q = normal(batch, h, length, features).softmax(-1)
         self.phi_k = self.features(self.k)
         self.mix, self.log_scale = normal(h).sigmoid(), normal(h)
 
     def features(self, k: Tensor) -> Tensor:
         """phi_k_fn: keys [B,Hkv,n,D] -> features [B,H or Hkv,n,F]."""
         return (k.repeat_interleave(self.map.shape[0] // k.shape[1], 1) @ self.map).softmax(-1)
+
+    def like(self, dtype: torch.dtype, device: str = "cpu") -> "Inputs":
+        """The same numbers, rounded to dtype."""
+        made = object.__new__(Inputs)
+        for name in (*self.names, "map"):
+            setattr(made, name, getattr(self, name).to(device, dtype))
+        return made
 
     def tensors(self) -> list[Tensor]:
         return [getattr(self, n) for n in self.names]
@@ -55,9 +72,9 @@ def with_gradients(x: Inputs, real: Tensor | None = None, **options) -> list[Ten
     """y, the components, and the gradients to every input (zeros where there is none)."""
     leaves = [t.detach().clone().requires_grad_() for t in x.tensors()]
     y, parts = hybrid_attention(*leaves[:6], **{"log_scale": leaves[6], "components": True, **options})
-    weight = torch.cos(torch.arange(y.numel(), dtype=y.dtype)).view_as(y)
+    weight = torch.cos(torch.arange(y.numel(), dtype=torch.float64, device=y.device)).to(y.dtype).view_as(y)
     grads = torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True)
-    seen = torch.ones(y.shape[0], y.shape[2], dtype=torch.bool) if real is None else real
+    seen = torch.ones(y.shape[0], y.shape[2], dtype=torch.bool, device=y.device) if real is None else real
     shown = [p.detach() * seen[:, None, :, None] for p in (parts.window, parts.linear)] + [
         parts.linear_share.detach() * seen[:, None]
     ]

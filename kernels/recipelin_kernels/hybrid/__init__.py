@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import gpu_support
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
 from .reference import hybrid_attention_reference
@@ -31,18 +32,32 @@ class Components:
     linear_share: Tensor
 
 
-def resolve_kernel(kernel: str, device: torch.device | str, *, covered: bool = False) -> str:
-    """The implementation that a call takes: what `auto` means here. Raises for one that is not in this build.
+def resolve_kernel(
+    kernel: str,
+    device: torch.device | str,
+    *,
+    covered: bool = False,
+    dtype: torch.dtype | None = None,
+    width: int | None = None,
+    features: int | None = None,
+) -> str:
+    """The implementation that a call takes: what `auto` means here. Raises for one that cannot run.
 
     covered: the window covers the sequence and nothing else is asked for: y is causal softmax, and `auto` is `sdpa`.
+    `gpu`, the Triton kernels, takes CUDA tensors (or CPU ones under TRITON_INTERPRET=1) of float32, bfloat16 and float16,
+    `width` up to 256 and up to 1024 `features`. `auto` takes it on CUDA where it can run, once it is proven there
+    (gpu_support.py); else `chunked`.
     """
     one_of("kernel", kernel, KERNELS)
     if kernel == "gpu":
-        raise RuntimeError(
-            "kernel='gpu': this build has no Triton kernel of hybrid_attention; use 'chunked', which runs on CUDA too"
-        )
+        reason = gpu_support.why_not(device, dtype, width, features)
+        if reason:
+            raise RuntimeError(f"kernel='gpu': {reason}; use 'chunked', which runs on every device")
     if kernel == "auto":
-        return "sdpa" if covered else "chunked"
+        if covered:
+            return "sdpa"
+        asked = gpu_support.PROVEN and torch.device(device).type == "cuda"
+        return "gpu" if asked and not gpu_support.why_not(device, dtype, width, features) else "chunked"
     return kernel
 
 
@@ -111,8 +126,8 @@ def hybrid_attention(
     (facts/peers.md A.6): for T <= w all keys are in W and in L; blocks end with the call; a state goes on by a sliding
     window of w, one token at a time. It takes no padding, segments, sinks, other cover or join.
 
-    Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that is not in this
-    build.
+    Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that cannot run
+    here. `gpu` (Triton) computes what `chunked` does, forward and backward; its precision: gpu.py.
     """
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)
@@ -169,7 +184,7 @@ def hybrid_attention(
     if state is None and reach is not None and (length <= reach or int(own.position.max()) < reach):
         options = replace(options, reach=None)  # no key of the call is that far
     covered = plain and not asked and options.reach is None and length <= options.span
-    ran = resolve_kernel(kernel, q.device, covered=covered)
+    ran = resolve_kernel(kernel, q.device, covered=covered, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1])
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
     if key_mask is not None:
         real = key_mask[:, None, :, None]
@@ -203,6 +218,15 @@ def hybrid_attention(
             q.to(exact), k.to(exact), v.to(exact), is_causal=True, scale=options.scale, enable_gqa=gqa
         ).to(q.dtype)
         parts = [_Beside.apply(y, phi_q, phi_k, mix, log_scale) if learns else y]
+    elif ran == "gpu":
+        from .gpu import hybrid_attention_gpu
+
+        if chunk is not None:
+            raise ValueError(f"chunk={chunk}: kernel 'gpu' has blocks of its own; chunks are of 'chunked'")
+        packed = segment_ids is not None
+        parts = hybrid_attention_gpu(
+            *arguments, own, k_rows, past=past, plain=plain, segmented=packed, components=components
+        )
     else:
         parts = hybrid_attention_chunked(
             *arguments, own, k_rows, past=past, plain=plain, components=components, chunk=chunk

@@ -96,7 +96,9 @@ class Config(Form):
         description="where the teacher has a window of its own (Mistral): `cut` ends the linear branch there too, exact, with "
         "a state of that many keys; `ignore` lets it see all keys, with a small state",
     )
-    kernel: Literal["auto", "reference", "chunked"] = Field("auto", description="the operator's implementation")
+    kernel: Literal["auto", "reference", "chunked", "gpu"] = Field(
+        "auto", description="the operator's implementation; gpu: Triton kernels, unproven on a GPU so far"
+    )
 
     def features(self, architecture: Architecture) -> int:
         """F: features of one head (both signs together)."""

@@ -92,7 +92,11 @@ class HybridAttention(nn.Module):
     @property
     def kernel(self) -> str:
         """The implementation of hybrid_attention that runs."""
-        return resolve_kernel(self.config.kernel, self.q_proj.weight.device)
+        weight = self.q_proj.weight
+        features = self.config.features(self.architecture)
+        return resolve_kernel(
+            self.config.kernel, weight.device, dtype=weight.dtype, width=self.head_dim, features=features
+        )
 
     @property
     def is_softmax(self) -> bool:

@@ -1,0 +1,128 @@
+"""Compiles the Triton kernels for an H100 without one: registers, spills and shared memory of each (`make gpu-compile`).
+
+The operator is called on CPU tensors; in the place of a launch its kernel is compiled for sm_90. It shows that kernels
+compile and fit, nothing of their results or speed. Exit 1 where one does not fit.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from recipelin_kernels import hybrid_attention
+from recipelin_kernels.hybrid import gpu_call, gpu_support
+
+SHARED = 227 * 1024  # bytes that a program may have on an H100
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+CASES: dict[str, dict[str, Any]] = {
+    "F 128": {},
+    "F 256": {"features": 256},
+    "float32 features": {"feature_dtype": torch.float32},
+    "float32": {"dtype": torch.float32},
+    "fp16": {"dtype": torch.float16},
+    "d 64": {"width": 64},
+    "d 256, F 256": {"width": 256, "features": 256},
+    "replace, sinks": {"join": "replace", "sinks": 4},
+    "average, terraced, left padding": {"join": "average", "shape": "terraced", "padded": True, "sinks": 4},
+    "absolute": {"join": "absolute"},
+    "reach": {"reach": 200},
+    "one head, one token": {"heads": 1, "key_heads": 1, "length": 1},
+    "one head": {"heads": 1, "key_heads": 1},
+    "dropped windows": {"drop": True, "sinks": 4},
+}  # fmt: skip
+
+
+class NoGpu:
+    """What Triton asks of a driver before it compiles."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def compiled(self: gpu_call.Call, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
+    """In the place of `Call.launch`."""
+    if 0 in grid:
+        return
+    how = self.how(kernel.__name__)
+    begun = time.monotonic()
+    made = kernel.warmup(*arguments, o=self.form, grid=grid, **more, **how)
+    seconds = time.monotonic() - begun
+    if seconds < 0.02:
+        return  # known from a case before
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(made.asm["ptx"])
+        file.flush()
+        command = [PTXAS, "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers, spilled = (
+        int(re.findall(pattern, said)[-1]) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill st")
+    )
+    shared = made.metadata.shared
+    fits.append(shared <= SHARED)
+    print(
+        f"  {kernel.__name__:24} {how['num_warps']} warps {how['num_stages']} stages {registers:4} registers "
+        f"{spilled:5} bytes spilled {shared / 1024:4.0f} KiB shared {seconds:5.1f} s{'' if fits[-1] else '  DOES NOT FIT'}",
+        flush=True,
+    )
+
+
+fits: list[bool] = []
+
+
+def call(
+    *, dtype: torch.dtype = torch.bfloat16, feature_dtype: torch.dtype | None = None, width: int = 128, features: int = 128,
+    heads: int = 8, key_heads: int = 2, length: int = 600, learns: bool = True, padded: bool = False, drop: bool = False,
+    **options: Any,
+) -> None:  # fmt: skip
+    def normal(h: int, w: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(1, h, length, w).to(kind).requires_grad_(learns)
+
+    x = [normal(h, width) for h in (heads, key_heads, key_heads)]
+    x += [normal(heads, features, feature_dtype or dtype) for _ in range(2)]
+    if padded:
+        options["key_mask"] = torch.arange(length)[None] >= 5
+    if drop:
+        options["window_keep"] = torch.ones(1, heads, dtype=torch.bool)
+    log_scale = torch.zeros(heads, requires_grad=learns)
+    y = hybrid_attention(*x, torch.rand(heads), window=64, log_scale=log_scale, kernel="gpu", **options)
+    if learns:
+        y.sum().backward()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", choices=sorted(CASES), help="one case")
+    parser.add_argument("--forward", action="store_true", help="without gradients")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    driver.set_active(NoGpu())
+    gpu_support.why_not = lambda *_: ""
+    gpu_call.Call.launch = compiled  # type: ignore[method-assign]
+    for name, case in CASES.items():
+        if arguments.only in (None, name):
+            print(f"{name}{', forward' if arguments.forward else ''}", flush=True)
+            call(learns=not arguments.forward, **case)
+    return 0 if all(fits) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

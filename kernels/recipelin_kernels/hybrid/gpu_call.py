@@ -1,0 +1,171 @@
+"""What the Triton kernels of one call are compiled for and launched with."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .chunked import Past
+from .gpu_parts import Form
+from .gpu_support import interpreted
+from .rows import Options, Rows
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Queries and keys of a program, queries between stored states, features at once; powers of two. At most so many
+    stages of loads (`Launch`)."""
+
+    rows: int = 64
+    columns: int = 64
+    stored: int = 256
+    tile: int = 128
+    stages: int = 3
+
+
+SMALL = Blocks(32, 32, 256, 64, 1)  # what is in fp32, or wider than 128, fits an H100's 227 KiB so
+# In the interpreter small ones, so that short rows have several of each.
+INTERPRETED = Blocks(16, 16, 32, 32)
+
+
+def fitting(dtype: torch.dtype, width: int) -> Blocks:
+    """Sizes for inputs of a dtype and head_dim."""
+    if interpreted():
+        return INTERPRETED
+    return SMALL if dtype != torch.bfloat16 or width > 128 else Blocks()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is compiled for a GPU."""
+
+    num_warps: int
+    num_stages: int
+
+
+LAUNCHES = {
+    "sum_keys": Launch(4, 3),
+    "scan": Launch(4, 1),
+    "output": Launch(8, 2),
+    "row_terms": Launch(4, 1),
+    "sum_queries": Launch(4, 2),
+    "query_gradient": Launch(8, 2),
+    "query_features_gradient": Launch(8, 2),
+    "key_gradient": Launch(8, 2),
+    "key_features_gradient": Launch(8, 2),
+    "sink_gradient": Launch(4, 2),
+}
+
+
+def power(n: int, least: int = 16) -> int:
+    return max(least, triton.next_power_of_2(n))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call without what carries gradient."""
+
+    form: Form
+    options: Options
+    keep: Tensor | None
+    q_rows: tuple[Tensor, Tensor]  # positions and segments, int32 [B, T] each; of a plain call empty
+    k_rows: tuple[Tensor, Tensor]  # of the keys; those in front stand before them in memory
+    sums: Tensor | None  # the state's that the call goes on from [B,H,F,D+1]
+    lead: int
+    ahead: int  # sinks of the state in front of the keys
+    segmented: bool
+    stages: int
+    stored_dtype: torch.dtype  # of states: bf16 for bf16 inputs, else fp32 (fp16 could overflow)
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
+        if 0 in grid:
+            return
+        how = {} if interpreted() else self.how(kernel.__name__)
+        kernel[grid](*arguments, o=self.form, **more, **how)
+
+    def how(self, kernel: str) -> dict[str, int]:
+        launch = LAUNCHES[kernel]
+        return {"num_warps": launch.num_warps, "num_stages": min(launch.num_stages, self.stages)}
+
+
+def make_call(
+    options: Options,
+    q: Tensor,
+    k: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    keep: Tensor | None,
+    q_rows: Rows,
+    k_rows: Rows,
+    past: Past | None,
+    plain: bool,
+    segmented: bool,
+    blocks: Blocks,
+) -> Call:
+    heads, width, features = q.shape[1], q.shape[-1], phi_q.shape[-1]
+    o, ahead = options, 0
+    if past is not None and o.sinks and o.has("sinks"):
+        ahead = o.sinks
+        k_rows = Rows(
+            torch.cat((past.sink_rows.position, k_rows.position), 1),
+            torch.cat((past.sink_rows.segment, k_rows.segment), 1),
+        )
+    near_linear = o.has("linear") and (o.cover == "all" or (keep is not None and o.on_drop == "linear_covers_all"))
+    form = Form(
+        join=o.join,
+        signed=o.signed,
+        through=o.join == "shared" and o.max_gradient == "through",
+        terraced=o.shape == "terraced",
+        window=o.window,
+        sinks=o.sinks,
+        reach=o.reach or 0,
+        span=o.span,
+        cover_all=o.cover == "all",
+        drops=keep is not None,
+        drop_covers=o.on_drop == "linear_covers_all",
+        has_window=o.has("window"),
+        has_sinks=o.has("sinks"),
+        has_linear=o.has("linear"),
+        show_window=o.shown("window"),
+        show_sinks=o.shown("sinks"),
+        show_linear=o.shown("linear"),
+        sums=o.sums_up,
+        initial=past is not None and o.sums_up,
+        ahead=ahead,
+        plain=plain,
+        width=width,
+        features=features,
+        width_block=power(width),
+        tile=min(power(features), blocks.tile),
+        group=heads // k.shape[1],
+        map_group=heads // phi_k.shape[1],
+        rows=blocks.rows,
+        columns=blocks.columns,
+        stored=blocks.stored,
+        sink_block=power(o.sinks),
+        precision="tf32x3" if q.dtype == torch.float32 else "tf32",
+        near_linear=near_linear,
+        near_pairs=near_linear or o.join == "replace",
+    )
+
+    def places(rows: Rows) -> tuple[Tensor, Tensor]:
+        if plain:
+            return tuple(torch.empty(0, dtype=torch.int32, device=q.device) for _ in range(2))  # type: ignore[return-value]
+        batch = q.shape[0]
+        return tuple(x.to(torch.int32).expand(batch, -1).contiguous() for x in (rows.position, rows.segment))  # type: ignore[return-value]
+
+    return Call(
+        form=form,
+        options=options,
+        keep=None if keep is None else keep.to(torch.uint8).contiguous(),
+        q_rows=places(q_rows),
+        k_rows=tuple(x[:, ahead:] if ahead else x for x in places(k_rows)),  # type: ignore[arg-type]
+        sums=past.sums if past is not None and o.sums_up else None,
+        lead=0 if past is None else past.lead,
+        ahead=ahead,
+        segmented=segmented,
+        stages=blocks.stages,
+        stored_dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32,
+    )

@@ -1,0 +1,279 @@
+"""Triton kernels of hybrid attention, forward: sums of blocks of keys, states out of them, then the output."""
+
+import triton
+import triton.language as tl
+
+from .gpu_parts import (
+    HIDDEN,
+    LEAST,
+    factors,
+    floored,
+    over,
+    pairs,
+    places,
+    put,
+    scores,
+    sets,
+    sink_columns,
+    softmax_weights,
+    take,
+    weighed,
+)
+
+
+@triton.jit
+def enters(kp, ks, segment, kept, o: tl.constexpr):
+    """Which keys the states count: of the segment that goes on; sinks only where the linear set covers them."""
+    counts = (ks == segment) & (ks >= 0)
+    if o.sinks > 0 and not o.cover_all:
+        later = kp >= o.sinks
+        if o.drops and o.drop_covers:
+            later = later | (kept + 0 * kp == 0)  # the interpreter of Triton 3.9 cannot spread a truth value
+        counts = counts & later
+    return counts
+
+
+@triton.jit
+def goes_on(q_segment, index, o: tl.constexpr):
+    """The segment of the query at which a state is stored."""
+    if o.plain:
+        return 0
+    else:
+        return tl.load(q_segment + index)
+
+
+@triton.jit
+def sum_keys(
+    fk, v, keep, q_segment, k_position, k_segment, value, mass,
+    fk_b, fk_h, fk_t, v_b, v_h, v_t,
+    maps, length, keys, lead, states,
+    o: tl.constexpr,
+):  # fmt: skip
+    """sum phi_k [v, 1] over the keys that state n + 1 has and state n has not. Grid: (states - 1, B maps, tiles).
+
+    value [B maps, states, F, D] and mass [B maps, states, F] in float32, of which this fills 1 .. states - 1.
+    """
+    number = tl.program_id(0) + 1
+    b = tl.program_id(1) // maps
+    p = tl.program_id(1) % maps
+    first = tl.program_id(2) * o.tile
+    start = tl.maximum((number - 1) * o.stored + lead - o.span, 0)
+    stop = tl.maximum(number * o.stored + lead - o.span, 0)
+    fk += b.to(tl.int64) * fk_b + p.to(tl.int64) * fk_h
+    v += b.to(tl.int64) * v_b + (p * o.map_group // o.group).to(tl.int64) * v_h
+    k_position += b * (keys + o.ahead)
+    k_segment += b * (keys + o.ahead)
+    segment = goes_on(q_segment + b * length, number * o.stored, o)
+    kept = 1
+    if o.drops:
+        kept = tl.load(keep + tl.program_id(1)).to(tl.int32)  # then phi_k is of query heads, if it matters
+    total = tl.full([o.tile, o.width_block], 0.0, tl.float32)
+    alone = tl.full([o.tile], 0.0, tl.float32)
+    for at in range(start, stop, o.columns):
+        j = at + tl.arange(0, o.columns)
+        kp, ks = places(k_position, k_segment, j, stop, o)
+        counts = enters(kp, ks, segment, kept, o)
+        phi = take(fk, j, fk_t, counts, first, o.features, o.tile)
+        alone += tl.sum(phi.to(tl.float32), 0)
+        if o.show_linear:
+            total = weighed(tl.trans(phi), take(v, j, v_t, ks >= 0, 0, o.width, o.width_block), total, o)
+    row = tl.program_id(1).to(tl.int64) * states + number
+    f = first + tl.arange(0, o.tile)
+    put(value + row * o.features * o.width, f, o.width, f < o.features, 0, o.width, o.width_block, total)
+    tl.store(mass + row * o.features + f, alone, mask=f < o.features)
+
+
+@triton.jit
+def scan(
+    parts, out, q_segment, maps, length, states, size, backward: tl.constexpr, block: tl.constexpr, o: tl.constexpr
+):
+    """out[n] = parts[n] + out[n - 1] (backward: out[n + 1]) where the segment goes on. Grid: (B maps, blocks of `size`).
+
+    parts, out [B maps, states, size], parts in float32; they may be one tensor.
+    """
+    b = tl.program_id(0) // maps
+    q_segment += b * length
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    row = tl.program_id(0).to(tl.int64) * states
+    total = tl.full([block], 0.0, tl.float32)
+    before = -1
+    for step in range(0, states):
+        number = step
+        if backward:
+            number = states - 1 - step
+        now = goes_on(q_segment, number * o.stored, o)
+        at = (row + number) * size + column
+        part = tl.load(parts + at, mask=column < size, other=0.0)
+        carried = (step > 0) & (now == before) & (now >= 0)
+        total = tl.where(carried, total, 0.0) + part
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=column < size)
+        before = now + 0
+
+
+@triton.jit
+def _columns(
+    top, best, a_mass, b_mass, w_mass, a_sum, b_sum,
+    query, phi, fq, fq_t, i, qp, qs, k, k_t, v, v_t, fk, fk_t, j, kp, ks,
+    kept, anchor, scale, SOFT: tl.constexpr, LINEAR: tl.constexpr, BEST: tl.constexpr, o: tl.constexpr,
+):  # fmt: skip
+    """One block of columns: the sums go on. best: the column of the row maximum."""
+    soft, linear, hidden = sets(qp[:, None], qs[:, None], kp[None, :], ks[None, :], kept, anchor, o)
+    real = ks >= 0
+    values = take(v, j, v_t, real, 0, o.width, o.width_block)
+    if LINEAR or o.join == "replace":
+        b = pairs(phi, fq, fq_t, i, qs >= 0, fk, fk_t, j, real, o)
+    if SOFT:
+        key = take(k, j, k_t, real, 0, o.width, o.width_block)
+        s = tl.where(soft, scores(query, key, scale, o), HIDDEN)
+        new = tl.maximum(top, tl.max(s, 1))
+        if BEST:
+            least = tl.min(tl.where(soft & (s == new[:, None]), j[None, :] + 0 * i[:, None], 2147483647), 1)
+            best = tl.where(new > top, least, best)
+        a = softmax_weights(s, soft, new[:, None])
+        shrink = tl.exp2(tl.maximum(top - new, LEAST))
+        a_mass = a_mass * shrink + tl.sum(a, 1)
+        if not (o.show_window and o.show_sinks):
+            a = tl.where(hidden, 0.0, a)
+        a_sum = weighed(a, values, a_sum * shrink[:, None], o)
+        top = new
+        if o.join == "replace":
+            w_mass += tl.sum(tl.where(soft, b, 0.0), 1)
+    if LINEAR:
+        b = tl.where(linear, b, 0.0)
+        b_mass += tl.sum(b, 1)
+        if o.show_linear:
+            b_sum = weighed(b, values, b_sum, o)
+    return top, best, a_mass, b_mass, w_mass, a_sum, b_sum
+
+
+@triton.jit
+def output(
+    q, k, v, fq, fk, mix, log_scale, keep, q_position, q_segment, k_position, k_segment, value, mass,
+    y, y_soft, y_linear, share, stats, bests,
+    q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fq_b, fq_h, fq_t, fk_b, fk_h, fk_t,
+    heads, length, keys, lead, states, anchor, scale,
+    COMPONENTS: tl.constexpr, SOFT_OUT: tl.constexpr, STATS: tl.constexpr, BEST: tl.constexpr, o: tl.constexpr,
+):  # fmt: skip
+    """y of `rows` queries of one head. Grid: (ceil(T / rows), B H).
+
+    The columns are the sinks before the span, the keys between the stored state and the span (linear alone), and the
+    span. y, y_soft, y_linear [B,H,T,D], share [B,H,T], stats [4,B,H,T] (top in base 2, masses of softmax, linear and, in
+    `replace`, the window's linear mass), bests [B,H,T] int32.
+
+    On the chip, d = 128, rows = columns = 64, in float32: both sums 64 KiB, scores and pairs 32 KiB, in 8 warps 96
+    registers a thread; a state is read in tiles of 64 to 128 features and never held as a whole.
+    """
+    q0 = tl.program_id(0) * o.rows
+    b = tl.program_id(1) // heads
+    h = tl.program_id(1) % heads
+    row = tl.program_id(1).to(tl.int64)
+    p = h // o.map_group
+    q += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
+    fq += b.to(tl.int64) * fq_b + h.to(tl.int64) * fq_h
+    k += b.to(tl.int64) * k_b + (h // o.group).to(tl.int64) * k_h
+    v += b.to(tl.int64) * v_b + (h // o.group).to(tl.int64) * v_h
+    fk += b.to(tl.int64) * fk_b + p.to(tl.int64) * fk_h
+    q_position += b * length
+    q_segment += b * length
+    k_position += b * (keys + o.ahead)
+    k_segment += b * (keys + o.ahead)
+    kept = 1
+    if o.drops:
+        kept = tl.load(keep + tl.program_id(1)).to(tl.int32)
+
+    i = q0 + tl.arange(0, o.rows)
+    qp, qs = places(q_position, q_segment, i, length, o)
+    query = take(q, i, q_t, qs >= 0, 0, o.width, o.width_block)
+    phi = take(fq, i, fq_t, qs >= 0, 0, o.features, o.tile)
+    number = q0 // o.stored
+    near = tl.maximum(q0 + lead - o.span, 0)
+    far = near
+    if o.sums:
+        far = tl.maximum(number * o.stored + lead - o.span, 0)
+    stop = tl.minimum(q0 + o.rows, length) + lead
+    both = stop
+    if not o.near_pairs:
+        both = near
+        if o.has_linear:
+            both = tl.maximum(tl.minimum(q0 + o.rows + lead - o.window, stop), near)
+    after = near + (both - near + o.columns - 1) // o.columns * o.columns
+
+    top = tl.full([o.rows], HIDDEN, tl.float32)
+    best = tl.full([o.rows], 0, tl.int32)
+    a_mass = tl.full([o.rows], 0.0, tl.float32)
+    b_mass = tl.full([o.rows], 0.0, tl.float32)
+    w_mass = tl.full([o.rows], 0.0, tl.float32)
+    a_sum = tl.full([o.rows, o.width_block], 0.0, tl.float32)
+    b_sum = tl.full([o.rows, o.width_block], 0.0, tl.float32)
+
+    if o.sums:
+        if (number > 0) | o.initial:
+            sees = qs == goes_on(q_segment, number * o.stored, o)
+            at = ((b * (heads // o.map_group) + p).to(tl.int64) * states + number) * o.features
+            for first in range(0, o.features, o.tile):
+                x = take(fq, i, fq_t, sees & (qs >= 0), first, o.features, o.tile)
+                f = first + tl.arange(0, o.tile)
+                held = tl.load(mass + at + f, mask=f < o.features, other=0.0)
+                b_mass += tl.sum(x.to(tl.float32) * held[None, :], 1)
+                if o.show_linear:
+                    s = take(value + at * o.width, f, o.width, f < o.features, 0, o.width, o.width_block)
+                    b_sum = weighed(x, s, b_sum, o)
+        for at in range(far, near, o.columns):
+            j = at + tl.arange(0, o.columns)
+            kp, ks = places(k_position, k_segment, j, near, o)
+            top, best, a_mass, b_mass, w_mass, a_sum, b_sum = _columns(
+                top, best, a_mass, b_mass, w_mass, a_sum, b_sum, query, phi, fq, fq_t, i, qp, qs,
+                k, k_t, v, v_t, fk, fk_t, j, kp, ks, kept, anchor, scale, False, True, BEST, o,
+            )  # fmt: skip
+    if o.sinks > 0 and o.has_sinks:
+        if (near > 0) | (o.ahead > 0):
+            j, kp, ks = sink_columns(k_position, k_segment, q0 + lead, near, o)
+            top, best, a_mass, b_mass, w_mass, a_sum, b_sum = _columns(
+                top, best, a_mass, b_mass, w_mass, a_sum, b_sum, query, phi, fq, fq_t, i, qp, qs,
+                k, k_t, v, v_t, fk, fk_t, j, kp, ks, kept, anchor, scale, True, False, BEST, o,
+            )  # fmt: skip
+    for at in range(near, both, o.columns):
+        j = at + tl.arange(0, o.columns)
+        kp, ks = places(k_position, k_segment, j, stop, o)
+        top, best, a_mass, b_mass, w_mass, a_sum, b_sum = _columns(
+            top, best, a_mass, b_mass, w_mass, a_sum, b_sum, query, phi, fq, fq_t, i, qp, qs,
+            k, k_t, v, v_t, fk, fk_t, j, kp, ks, kept, anchor, scale, True, o.has_linear, BEST, o,
+        )  # fmt: skip
+    for at in range(after, stop, o.columns):
+        j = at + tl.arange(0, o.columns)
+        kp, ks = places(k_position, k_segment, j, stop, o)
+        top, best, a_mass, b_mass, w_mass, a_sum, b_sum = _columns(
+            top, best, a_mass, b_mass, w_mass, a_sum, b_sum, query, phi, fq, fq_t, i, qp, qs,
+            k, k_t, v, v_t, fk, fk_t, j, kp, ks, kept, anchor, scale, True, False, BEST, o,
+        )  # fmt: skip
+
+    g = 0.0
+    c = 0.0
+    if o.join == "shared":
+        g = tl.load(mix + h).to(tl.float32)
+    if o.join == "absolute":
+        c = tl.load(log_scale + h).to(tl.float32)
+    a_factor, b_factor, _den, _live, a_weight, b_weight = factors(top, a_mass, b_mass, w_mass, g, c, o)
+    inside = i < length
+    out = row * length
+    total = a_factor[:, None] * a_sum + b_factor[:, None] * b_sum
+    put(y + out * o.width, i, o.width, inside, 0, o.width, o.width_block, total)
+    if SOFT_OUT:
+        alone = over(1.0, a_mass)
+        put(y_soft + out * o.width, i, o.width, inside, 0, o.width, o.width_block, a_sum * alone[:, None])
+    if COMPONENTS:
+        linear, _live = floored(b_mass, o)
+        alone = over(1.0, linear)
+        put(y_linear + out * o.width, i, o.width, inside, 0, o.width, o.width_block, b_sum * alone[:, None])
+        part = b_factor * b_mass
+        if o.join == "average" or o.join == "sum":
+            part = b_weight / tl.maximum(a_weight + b_weight, 0.5)
+        tl.store(share + out + i, part, mask=inside)
+    if STATS:
+        plane = tl.num_programs(1).to(tl.int64) * length
+        tl.store(stats + out + i, top, mask=inside)
+        tl.store(stats + plane + out + i, a_mass, mask=inside)
+        tl.store(stats + 2 * plane + out + i, b_mass, mask=inside)
+        tl.store(stats + 3 * plane + out + i, w_mass, mask=inside)
+        if BEST:
+            tl.store(bests + out + i, best, mask=inside)

@@ -1,0 +1,245 @@
+"""What the Triton kernels of hybrid attention share: tiles, who sees whom, pairs of features, factors of a row.
+
+Imported only where a kernel runs: triton need not be installed for anything else.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .rows import LOG2E, SIGNED_FLOOR
+
+HIDDEN = tl.constexpr(-1e30)  # the score of a key outside the softmax set; never an argument of exp2
+LEAST = tl.constexpr(-122.0)  # 2^-122 = exp(-85): below it a weight is 0 beside the row's largest, which is 1
+MOST = tl.constexpr(69.0)  # no factor of `absolute` is larger than exp(69)
+TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal float32
+FLOOR = tl.constexpr(SIGNED_FLOOR)
+BASE2 = tl.constexpr(LOG2E)
+
+
+class Form(NamedTuple):
+    """What a kernel is compiled for. Sizes of blocks are powers of two; a state is stored every `stored` queries."""
+
+    join: str
+    signed: bool
+    through: bool  # the row maximum carries gradient (`shared`)
+    terraced: bool
+    window: int
+    sinks: int
+    reach: int  # 0: none
+    span: int  # keys that are looked at one by one for softmax's sake, as in `Options.span`
+    cover_all: bool
+    drops: bool  # window_keep is given
+    drop_covers: bool  # where it is False, the linear set covers all keys
+    has_window: bool
+    has_sinks: bool
+    has_linear: bool
+    show_window: bool
+    show_sinks: bool
+    show_linear: bool
+    sums: bool  # keys before the span go on to count, in states
+    initial: bool  # the first state is not zero
+    ahead: int  # columns before column 0: the sinks of the state that the call goes on from
+    plain: bool  # no padding, no segments, no state: position is index
+    width: int
+    features: int
+    width_block: int
+    tile: int  # features at once
+    group: int  # query heads of a key head
+    map_group: int  # query heads of a head of phi_k
+    rows: int
+    columns: int
+    stored: int
+    sink_block: int
+    precision: str  # of products whose inputs are float32
+    near_linear: bool  # the linear set may hold keys of the window
+    near_pairs: bool  # the same, or `replace` asks for their features
+
+
+@triton.jit
+def take(base, index, stride, real, first, count: tl.constexpr, size: tl.constexpr):
+    """Columns first .. first + size - 1 of the rows `index`; 0 where a row is not real or a column not below `count`."""
+    column = first + tl.arange(0, size)
+    if count % size == 0:
+        return tl.load(base + index[:, None] * stride + column[None, :], mask=real[:, None], other=0.0)
+    mask = real[:, None] & (column < count)[None, :]
+    return tl.load(base + index[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def put(base, index, stride, real, first, count: tl.constexpr, size: tl.constexpr, x):
+    """`take` the other way round."""
+    column = first + tl.arange(0, size)
+    mask = real[:, None] & (column < count)[None, :]
+    tl.store(base + index[:, None] * stride + column[None, :], x.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def places(position, segment, index, count, o: tl.constexpr):
+    """Positions and segments of `index`; segment -1: padding, or not in 0 .. count - 1."""
+    inside = (index >= 0) & (index < count)
+    if o.plain:
+        return index, tl.where(inside, 0, -1)
+    else:
+        return tl.load(position + index, mask=inside, other=0), tl.load(segment + index, mask=inside, other=-1)
+
+
+@triton.jit
+def sink_columns(position, segment, first, before, o: tl.constexpr):
+    """Of the segment of key `first`: index, position and segment of its sinks that lie before column `before`."""
+    n = tl.arange(0, o.sink_block)
+    if o.plain:
+        there = (n < o.sinks) & (n < before)
+        return n, n, tl.where(there, 0, -1)
+    else:
+        index = first - tl.load(position + first) + n
+        there = (n < o.sinks) & (index >= 0) & (index < before)
+        if o.ahead > 0:
+            earlier = (n < o.sinks) & (index < 0)
+            index = tl.where(earlier, n - o.sinks, index)
+            there = there | earlier
+        index = tl.where(there, index, 0)
+        return (
+            index,
+            tl.load(position + index, mask=there, other=0),
+            tl.load(segment + index, mask=there, other=-1),
+        )
+
+
+@triton.jit
+def sets(qp, qs, kp, ks, kept, anchor, o: tl.constexpr):
+    """The softmax set, the linear set and what of the softmax set is not shown.
+
+    qp, qs: positions and segments of queries, [rows, 1] or [1, rows]; kp, ks of keys the other way round.
+    """
+    distance = qp - kp
+    seen = (qs == ks) & (ks >= 0) & (distance >= 0)
+    if o.terraced and o.window > 0:
+        # anchor < window: with one block more, nothing that is divided is negative.
+        q_block = (qp - anchor + o.window) // o.window
+        k_block = (kp - anchor + o.window) // o.window
+        near = seen & (q_block - k_block <= 1)
+    else:
+        near = seen & (distance < o.window)
+    reached = seen
+    if o.reach > 0:
+        near = near & (distance < o.reach)
+        reached = seen & (distance < o.reach)
+    sink = seen & (kp < o.sinks)
+    far_sink = sink & (near == 0)
+    soft = near & (distance < 0)
+    if o.has_window:
+        soft = soft | near
+    if o.has_sinks:
+        soft = soft | sink
+    linear = reached
+    if not o.cover_all:
+        linear = reached & (near == 0) & (far_sink == 0)
+    if o.drops:
+        dropped = kept + 0 * distance == 0
+        if o.drop_covers:
+            linear = linear | (reached & dropped)
+        soft = soft & (dropped == 0)
+    if not o.has_linear:
+        linear = linear & (distance < 0)
+    hidden = near & (distance < 0)
+    if not o.show_window:
+        hidden = hidden | (near & (sink == 0))
+    if not o.show_sinks:
+        hidden = hidden | far_sink
+    return soft, linear, hidden
+
+
+@triton.jit
+def softmax_weights(s, soft, top):
+    """2^(s - top), of the softmax set; s and top in base 2. Outside the set s - top may be anything."""
+    return tl.where(soft, tl.exp2(tl.minimum(tl.maximum(s - top, LEAST), 0.0)), 0.0)
+
+
+@triton.jit
+def scores(query, key, scale, o: tl.constexpr):
+    """query . key in base 2, [rows, columns]."""
+    return tl.dot(query, tl.trans(key), input_precision=o.precision) * (scale * BASE2)
+
+
+@triton.jit
+def weighed(weights, x, total, o: tl.constexpr):
+    """total + weights @ x in float32. bf16 x: weights rounded to bf16; fp16, which could overflow: both in tf32."""
+    if x.dtype == tl.float16:
+        return tl.dot(weights.to(tl.float32), x.to(tl.float32), total, input_precision=o.precision)
+    else:
+        return tl.dot(weights.to(x.dtype), x, total, input_precision=o.precision)
+
+
+@triton.jit
+def pairs(phi, fq, fq_t, i, i_real, fk, fk_t, j, j_real, o: tl.constexpr):
+    """phi_q . phi_k, [rows, columns] in float32. phi: the first tile of phi_q's rows, which stays on the chip.
+
+    With both sides exchanged: [columns, rows].
+    """
+    x = take(fk, j, fk_t, j_real, 0, o.features, o.tile)
+    b = tl.dot(phi, tl.trans(x), input_precision=o.precision)
+    for first in range(o.tile, o.features, o.tile):
+        x = take(fk, j, fk_t, j_real, first, o.features, o.tile)
+        more = take(fq, i, fq_t, i_real, first, o.features, o.tile)
+        b = tl.dot(more, tl.trans(x), b, input_precision=o.precision)
+    return b
+
+
+@triton.jit
+def over(x, y):
+    """x / y, and 0 where y is 0."""
+    empty = y == 0.0
+    return tl.where(empty, 0.0, x / tl.where(empty, 1.0, y))
+
+
+@triton.jit
+def floored(x, o: tl.constexpr):
+    """The divisor of a row: of signed features at least 1e-6 away from 0 (0 stays 0); 1 where that changes nothing."""
+    if o.signed:
+        size = tl.abs(x)
+        held = tl.where(x < 0.0, -1.0, 1.0) * tl.maximum(size, FLOOR)
+        return tl.where(size > 0.0, held, x), tl.where(size >= FLOOR, 1.0, 0.0)
+    else:
+        return x, x * 0.0 + 1.0
+
+
+@triton.jit
+def factors(top, a_mass, b_mass, w_mass, mix, log_scale, o: tl.constexpr):
+    """A, B, den, live, weights of rows: y = A sum a v + B sum b v, A and B with the denominator in them.
+
+    top: in base 2. live: 0 where a signed denominator is held at its floor. The last two are the branches' weights in
+    `average` and `sum`, else 1.
+    """
+    one = a_mass * 0.0 + 1.0
+    if o.join == "average" or o.join == "sum":
+        a = tl.where(tl.abs(a_mass) >= TINY, 1.0, 0.0)
+        b = tl.where(tl.abs(b_mass) >= TINY, 1.0, 0.0)
+        a_weight = a
+        b_weight = b
+        if o.join == "average":
+            a_weight = a / (1.0 + b)
+            b_weight = b / (1.0 + a)
+        linear, live = floored(b_mass, o)
+        # Where a weight is 0 the mass may be, but need not be, 0.
+        a_factor = tl.where(a_weight > 0.0, over(a_weight, a_mass), 0.0)
+        b_factor = tl.where(b_weight > 0.0, over(b_weight, linear), 0.0)
+        return a_factor, b_factor, one, live, a_weight, b_weight
+    else:
+        b_factor = one
+        if o.join == "shared":
+            a_factor = one * mix
+        elif o.join == "replace":
+            a_factor = over(w_mass, a_mass)
+        else:
+            natural = top / BASE2
+            soft = tl.where(a_mass > 0.0, natural, HIDDEN)
+            size = tl.abs(b_mass)
+            linear = tl.where(size > 0.0, log_scale + tl.log(tl.maximum(size, TINY)), HIDDEN)
+            level = tl.maximum(soft, linear)
+            level = tl.where(level == HIDDEN, 0.0, level)
+            a_factor = tl.exp(tl.minimum(tl.maximum(natural - level, LEAST / BASE2), 0.0))
+            b_factor = tl.exp(tl.minimum(tl.maximum(log_scale - level, LEAST / BASE2), MOST))
+        den, live = floored(a_factor * a_mass + b_factor * b_mass, o)
+        return over(a_factor, den), over(b_factor, den), den, live, one, one

@@ -1,0 +1,55 @@
+"""Whether the Triton kernels of hybrid attention can run: asked without importing triton."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+WIDEST = 256  # head_dim: a block of 64 rows of it in float32 is 64 KiB
+MOST_FEATURES = 1024
+# Whether `make test-gpu` has passed on a GPU: not yet. Until then the kernels, which have run in Triton's interpreter
+# alone, are taken only by name, and `auto` on CUDA is `chunked`.
+PROVEN = False
+LEAST_CAPABILITY = (8, 0)  # bf16 and tf32 products
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is on: kernels then run on a CPU, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def why_not(
+    device: torch.device | str, dtype: torch.dtype | None = None, width: int | None = None, features: int | None = None
+) -> str:
+    """Why the kernels do not take such a call; empty where they do. What is None is not asked for."""
+    device = torch.device(device)
+    if not _installed():
+        return "Triton is not installed: pip install 'recipelin[gpu]'"
+    if interpreted():
+        if device.type != "cpu":
+            return f"TRITON_INTERPRET=1 runs kernels on the CPU, and the tensors are on {device}"
+    elif device.type != "cuda":
+        return f"Triton kernels need a CUDA device, found {device} (on a CPU, TRITON_INTERPRET=1 interprets them)"
+    elif torch.version.hip is not None:
+        return "the Triton kernels were never compiled for ROCm"
+    elif _capability(device.index) < LEAST_CAPABILITY:
+        found = ".".join(map(str, _capability(device.index)))
+        return f"the Triton kernels need compute capability 8.0 (Ampere) or newer, found {found}"
+    if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the Triton kernels take float32, bfloat16 and float16, found {dtype}"
+    if width is not None and width > WIDEST:
+        return f"the Triton kernels take head_dim up to {WIDEST}, found {width}"
+    if features is not None and features > MOST_FEATURES:
+        return f"the Triton kernels take up to {MOST_FEATURES} features, found {features}"
+    return ""

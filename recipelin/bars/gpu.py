@@ -1,0 +1,122 @@
+"""Hybrid attention's Triton kernels against flash attention, fla and the arithmetic of an H100 (`bench --device cuda`)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from recipelin_kernels import hybrid_attention
+
+from ..bench.measure import Bar, Fact
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """A layer of Llama-3.1-8B's shape in bf16, features given. kind: `gpu`, `chunked`, `sdpa` (flash) or `fla`."""
+
+    kind: str
+    length: int
+    backward: bool = False
+    features: int = 128
+    window: int = 64
+    heads: int = 32
+    key_heads: int = 8
+    width: int = 128
+    steps: int = 1
+
+    def make(self) -> Callable[[], object]:
+        draw = torch.Generator("cuda").manual_seed(0)
+
+        def normal(heads: int, width: int) -> torch.Tensor:
+            x = torch.randn(1, heads, self.length, width, generator=draw, device="cuda")
+            return x.to(torch.bfloat16)
+
+        inputs = [normal(h, self.width) for h in (self.heads, self.key_heads, self.key_heads)]
+        if self.kind != "sdpa":
+            inputs += [normal(self.heads, self.features).softmax(-1) for _ in range(2)]
+            inputs.append(torch.full((self.heads,), 0.1, device="cuda"))
+        attend = getattr(self, f"_{self.kind}")
+        if not self.backward:
+            return lambda: _without_gradient(attend, inputs)
+        dy = normal(self.heads, self.width)
+        for x in inputs:
+            x.requires_grad_()
+        return lambda: torch.autograd.grad(attend(*inputs), inputs, dy)
+
+    def _gpu(self, *inputs: torch.Tensor) -> Any:
+        return hybrid_attention(*inputs, window=self.window, kernel="gpu")
+
+    def _chunked(self, *inputs: torch.Tensor) -> Any:
+        return hybrid_attention(*inputs, window=self.window, kernel="chunked")
+
+    def _sdpa(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def _fla(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fq: torch.Tensor, fk: torch.Tensor, _: Any
+    ) -> Any:
+        """Without a window, q and k: its own layout [B,T,H,.], values repeated for the heads, no denominator."""
+        from fla.ops.linear_attn import chunk_linear_attn  # type: ignore[import-not-found]
+
+        fq, fk, v = (x.transpose(1, 2) for x in (fq, fk, v.repeat_interleave(self.heads // self.key_heads, 1)))
+        return chunk_linear_attn(fq, fk, v, scale=1.0, normalize=False)[0]
+
+
+@torch.no_grad()
+def _without_gradient(attend: Callable[..., Any], inputs: list[torch.Tensor]) -> object:
+    return attend(*inputs)
+
+
+def _over(other: str, length: int, backward: bool = False, **shape: Any) -> dict[str, OnGpu]:
+    return {other: OnGpu(other, length, backward, **shape), "ours": OnGpu("gpu", length, backward, **shape)}
+
+
+_SHAPE = "32 heads over 8, d 128, F 128, window 64, bf16"
+_FLOOR = (
+    7.2e-9  # seconds a token: 4.72 + 1.05 MFLOP at 800 TFLOP/s, F 128 with fused maps (facts: a Llama-3.1-8B layer)
+)
+_UNFUSED = (
+    "features are read, not made: with F 128 they are 8 KB of phi_q and twice 8 KB of phi_k a token beside 20 KB of q, k, v and "
+    "y, and states a further 20 KB: 65 KB, 22 ns at 3 TB/s. Fused maps would take 24 KB of it."
+)
+_UNFUSED_256 = (
+    "as with F 128; features then are 48 KB a token and states 40 KB: 108 KB, 36 ns at 3 TB/s, so that the bar needs fused maps "
+    "and a state less often than every 256 tokens."
+)
+_CUDA: dict[str, Any] = {"device": "cuda"}
+
+BARS: list[Bar | Fact] = [
+    Bar("gpu/floor", f"T 32768, {_SHAPE}: times the arithmetic's floor of 7.2 ns a token, forward",
+        {"ours": OnGpu("gpu", 32768)}, ("ours", "floor"), 2.5, at_most=True, floors={"floor": _FLOOR * 32768},
+        bound=_UNFUSED, **_CUDA),
+    Bar("gpu/floor-256", "the same with F 256, against the same 7.2 ns",
+        {"ours": OnGpu("gpu", 32768, features=256)}, ("ours", "floor"), 2.5, at_most=True,
+        floors={"floor": _FLOOR * 32768}, bound=_UNFUSED_256, **_CUDA),
+    *(
+        Bar(f"gpu/sdpa-forward-{size}k", f"T {1024 * size}, {_SHAPE}: times as fast as flash attention, forward",
+            _over("sdpa", 1024 * size), ("sdpa", "ours"), reach, slow=size > 64, **_CUDA)
+        for size, reach in ((4, 4), (32, 25), (128, 100))
+    ),
+    *(
+        Bar(f"gpu/sdpa-both-{size}k", f"T {1024 * size}: the same, forward and backward",
+            _over("sdpa", 1024 * size, True), ("sdpa", "ours"), reach, **_CUDA)
+        for size, reach in ((4, 3), (32, 20))
+    ),
+    Bar("gpu/fla", "T 32768, window 0: time over fla's chunk_linear_attn, forward (which has no denominator)",
+        {"fla": OnGpu("fla", 32768, window=0), "ours": OnGpu("gpu", 32768, window=0)}, ("ours", "fla"), 1.3,
+        at_most=True, needs="fla", **_CUDA),
+    Bar("gpu/chunked-forward", "T 4096: times as fast as the chunked form in torch, forward",
+        _over("chunked", 4096), ("chunked", "ours"), 1, slow=True, **_CUDA),
+    Bar("gpu/chunked-both", "the same, forward and backward",
+        _over("chunked", 4096, True), ("chunked", "ours"), 1, slow=True, **_CUDA),
+    Bar("gpu/growth", "T 65536 over T 32768, time, forward",
+        {str(n): OnGpu("gpu", n) for n in (32768, 65536)}, ("65536", "32768"), 2.1, at_most=True, **_CUDA),
+    Bar("gpu/growth-memory-both", "T 65536 over T 32768, peak memory, forward and backward",
+        {str(n): OnGpu("gpu", n, True) for n in (32768, 65536)}, ("65536", "32768"), 2.1, at_most=True, peak=True,
+        **_CUDA),
+]  # fmt: skip

@@ -1,0 +1,205 @@
+"""The Triton kernels are the definition: in Triton's interpreter here, on a GPU by `make test-gpu`."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from recipelin_kernels import hybrid_attention, resolve_kernel
+from recipelin_kernels.hybrid import gpu_support
+from tests.conftest import GPU
+from tests.kernels.hybrid_inputs import Inputs, assert_same, attend, padding, with_gradients
+
+DEVICE = "cuda" if GPU else "cpu"
+if GPU:
+    assert torch.cuda.is_available(), "make test-gpu needs a CUDA device"
+    torch.backends.cuda.matmul.allow_tf32 = False
+else:
+    pytest.importorskip("triton", reason="the kernels' tests need Triton: pip install 'recipelin[dev]'")
+
+# Against float64, relative norm; found in the interpreter: at most 8e-7. A GPU's products are made of three of tf32.
+FP32 = 1e-5 if GPU else 3e-6
+
+
+class _Nothing:
+    def restore(self):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _language_patched_once(monkeypatch):
+    """The interpreter patches Triton's language at every call of a kernel's function, two fifths of its time: once a launch."""
+    if GPU:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch, launch, known = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patched(fn):
+        module = id(fn.__globals__)
+        if module in known:
+            return _Nothing()
+        known.add(module)
+        return patch(fn)
+
+    def launched(self, *arguments, **more):
+        known.clear()
+        return launch(self, *arguments, **more)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patched)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
+    yield
+
+
+def on_device(options):
+    return {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+
+
+def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32):
+    """gpu in dtype against the definition in float64 of the same numbers; what padding holds is NaN."""
+    options = on_device(options)
+    coarse = x.like(dtype, DEVICE)
+    exact = coarse.like(torch.float64, DEVICE)
+    real = options.get("key_mask")
+    expected = with_gradients(exact, real, kernel="reference", **options)
+    if real is not None:
+        for name in ("q", "k", "v", "phi_q", "phi_k"):
+            getattr(coarse, name).masked_fill_(~real[:, None, :, None], torch.nan)
+    found = with_gradients(coarse, real, kernel="gpu", **options)
+    assert all(bool(t.isfinite().all()) for t in found)
+    assert_same([t.double() for t in found], expected, tolerance)
+
+
+KEEP = torch.tensor([[True, False]])
+CASES = {
+    "shared, sinks, phi_k of key heads": dict(per_key_head=True, batch=1, sinks=3),
+    "absolute, cover all, left padding": dict(join="absolute", cover="all", kind="left", length=34, window=7),
+    "replace, sinks, segments": dict(join="replace", kind="segments", sinks=2, length=34, batch=1),
+    "average, dropped windows": dict(join="average", window_keep=KEEP, on_drop="linear_covers_all", sinks=2, length=33, batch=1),
+    "sum, terraced, no longer than reach": dict(join="sum", shape="terraced", reach=19, batch=1),
+    "shared, terraced, detached": dict(shape="terraced", max_gradient="detached", batch=1, window=10),
+    "replace, cover all, sinks": dict(join="replace", cover="all", sinks=4, batch=1, length=34),
+    "the window not shown, right padding": dict(ablate={"window": "output"}, kind="right", sinks=2, length=33),
+    "no window": dict(window=0, batch=1, length=49),
+    "linear not shown": dict(ablate={"linear": "output"}, join="average", batch=1, length=33),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_definition(name):
+    case = {
+        "heads": (2, 1),
+        "batch": 2,
+        "length": 41,
+        "kind": "none",
+        "per_key_head": False,
+        "window": 6,
+        **CASES[name],
+    }
+    batch, length = case.pop("batch"), case.pop("length")
+    x = Inputs(case.pop("heads"), length, batch, case.pop("per_key_head"))
+    compare(x, {**padding(case.pop("kind"), batch, length), **case})
+
+
+def test_fp16():
+    """Half precision in the interpreter, which cannot multiply bf16."""
+    x = Inputs((2, 1), 40, 1)
+    compare(x, dict(window=6), torch.float16, 3e-3)
+
+
+def test_extreme_scores_stay_finite_and_right():
+    x = Inputs((2, 1), 34, batch=1)
+    x.q *= 300.0
+    x.k[:, :, 20] *= 50.0
+    for join in ("shared", "absolute"):
+        y, exact = (
+            attend(z, window=6, sinks=2, join=join, kernel=kernel)
+            for z, kernel in ((x.like(torch.float32, DEVICE), "gpu"), (x.like(torch.float64, DEVICE), "reference"))
+        )
+        # Scores of thousands: float32 keeps their differences to 1e-3 or so.
+        assert bool(y.isfinite().all()) and float((y - exact).norm() / exact.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("join", ["shared", "replace"])
+def test_goes_on_from_a_state(join):
+    x = Inputs((2, 1), 50, batch=2).like(torch.float32, DEVICE)
+    options = dict(window=6, sinks=3, join=join, phi_k_fn=x.features, kernel="gpu")
+    whole = attend(x.like(torch.float64, DEVICE), window=6, sinks=3, join=join, kernel="reference")
+    for cut in (2, 20):
+        _, state = hybrid_attention(*x.cut(0, cut), x.mix, **{**options, "kernel": "chunked"}, output_state=True)
+        y = hybrid_attention(*x.cut(cut, 50), x.mix, state=state, **options)
+        assert float((y - whole[:, :, cut:]).abs().max()) < 2e-6
+
+
+def test_only_wanted_gradients_are_computed_and_they_repeat():
+    x = Inputs((2, 1), 40, batch=1).like(torch.float32, DEVICE)
+    options = dict(window=6, sinks=2, kernel="gpu")
+    expected = with_gradients(x, **options)[4:]
+    for wanted in ((3, 4), (0, 2)):
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(x.tensors())]
+        y = hybrid_attention(*leaves[:6], **options)
+        (
+            y * torch.cos(torch.arange(y.numel(), dtype=torch.float64, device=DEVICE)).to(y.dtype).view_as(y)
+        ).sum().backward()
+        assert [t.grad is not None for t in leaves] == [i in wanted for i in range(7)]
+        assert all(torch.equal(leaves[i].grad, expected[i]) for i in wanted)
+
+
+# which kernel runs
+
+
+def test_why_not(monkeypatch):
+    x = Inputs()
+    with pytest.raises(
+        RuntimeError, match=r"kernel='gpu': the Triton kernels take float32.*found torch.float64.*chunked"
+    ):
+        attend(x, kernel="gpu") if not GPU else resolve_kernel("gpu", "cuda", dtype=torch.float64)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=r"need a CUDA device, found cpu"):
+        attend(x.like(torch.float32), kernel="gpu")
+    monkeypatch.setattr(gpu_support, "_capability", lambda index: (7, 5))
+    with pytest.raises(RuntimeError, match=r"compute capability 8.0.*found 7.5"):
+        resolve_kernel("gpu", "cuda")
+    monkeypatch.setattr(gpu_support, "_installed", lambda: False)
+    with pytest.raises(RuntimeError, match=r"Triton is not installed: pip install 'recipelin\[gpu\]'"):
+        resolve_kernel("gpu", "cuda")
+
+
+def test_auto_takes_the_kernels_where_they_can_run_once_they_are_proven(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(gpu_support, "_capability", lambda index: (9, 0))
+    shape = dict(dtype=torch.bfloat16, width=128, features=256)
+    monkeypatch.setattr(gpu_support, "PROVEN", False)
+    assert resolve_kernel("auto", "cuda", **shape) == "chunked" and resolve_kernel("gpu", "cuda", **shape) == "gpu"
+    monkeypatch.setattr(gpu_support, "PROVEN", True)
+    assert resolve_kernel("auto", "cuda", **shape) == "gpu" and resolve_kernel("auto", "cpu", **shape) == "chunked"
+    assert resolve_kernel("auto", "cuda", covered=True, **shape) == "sdpa"
+    for other in ({"dtype": torch.float64}, {"width": 512}, {"features": 2048}):
+        assert resolve_kernel("auto", "cuda", **{**shape, **other}) == "chunked"
+        with pytest.raises(RuntimeError, match="Triton kernels take"):
+            resolve_kernel("gpu", "cuda", **{**shape, **other})
+
+
+WITHOUT = """
+import sys
+sys.modules["triton"] = None
+import torch
+from recipelin_kernels import hybrid_attention, resolve_kernel
+x = torch.rand(1, 1, 4, 2)
+hybrid_attention(x, x, x, x, x, torch.ones(1), window=2)
+assert "recipelin_kernels.hybrid.gpu" not in sys.modules
+try:
+    resolve_kernel("gpu", "cpu")
+except RuntimeError as error:
+    assert "not installed" in str(error)
+else:
+    raise SystemExit("no error")
+"""
+
+
+def test_the_package_needs_no_triton():
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    subprocess.run([sys.executable, "-c", WITHOUT], env=env, check=True)
