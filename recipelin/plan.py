@@ -77,15 +77,16 @@ def digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _hashed(value: Any) -> Any:
+def hashed(value: Any) -> Any:
+    """A dumped step, or part of one, as it enters the hash: two that differ in nothing else do the same."""
     if isinstance(value, Mapping):
         return {
-            k: _hashed(v)
+            k: hashed(v)
             for k, v in value.items()
             if k not in _UNHASHED and not (k in _UNHASHED_AT_DEFAULT and v == _UNHASHED_AT_DEFAULT[k])
         }
     if isinstance(value, (list, tuple)):
-        return [_hashed(v) for v in value]
+        return [hashed(v) for v in value]
     return value
 
 
@@ -218,7 +219,7 @@ def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:
     chain = digest({"model": model, "seed": recipe.seed})
     planned = []
     for step in found:
-        fields = _hashed(step.model_dump(mode="json"))
+        fields = hashed(step.model_dump(mode="json"))
         asked = dict.fromkeys((*reads.watched(step), *reads.measured(step)))
         watched = {name: load_suite(name, loaded.path).model_dump(mode="json") for name in asked}
         chain = digest({"before": chain, "step": fields, "seed": recipe.seed, "suites": watched})

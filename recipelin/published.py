@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from .measures import Measure, measures
 from .naming import but_seed, file_name
+from .plan import hashed
 from .records import Items, Record, read_items, read_record
 from .tablespec import Measured
 
@@ -66,9 +67,9 @@ def _has_seed(name: str) -> bool:
 
 
 def _work(record: Record) -> str:
-    """What ran, but for the seed."""
+    """What ran, but for the seed: fields that came after the Record, at what was always done, do not part it from others."""
     steps = record.plan.get("steps")
-    work = [s["step"] for s in steps] if isinstance(steps, list) else record.plan_hash
+    work = [hashed(s["step"]) for s in steps] if isinstance(steps, list) else record.plan_hash
     return json.dumps([work, record.digests.get("teacher")], sort_keys=True)
 
 

@@ -142,6 +142,23 @@ def test_the_newest_plan_counts_and_its_seeds_are_pooled(spec: Any, make: Any) -
     assert pooled.value != one.value and pooled.n == one.n == 120
 
 
+def test_a_field_that_came_later_does_not_part_seeds(spec: Any, make: Any) -> None:
+    """At the value that says what was always done; at another one it does."""
+
+    def left_out(**later: object) -> bool:
+        plans = [{"steps": [{"step": {"step": "tune", **more}}], "hybrid": None} for more in ({}, later)]
+        records = [
+            Published(
+                *make(seed=seed, noise=0.3, plan=plan, started=f"2026-11-2{seed}T00:00:00+00:00"), Path(f"{seed}.json")
+            )
+            for seed, plan in enumerate(plans)
+        ]
+        return any("older Records" in note for note in tabulate(spec, records).notes)
+
+    assert not left_out(order="drawn", chat=None)
+    assert left_out(order="first")
+
+
 def test_a_recovery_of_perplexity_has_no_meaning(spec: Any, make: Any) -> None:
     columns = (*spec.columns[:3], spec.columns[4].model_copy(update={"recovery_of": "PPL"}))
     rows = tuple(r.model_copy(update={"printed": {}}) for r in spec.rows)
