@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,6 +33,13 @@ def claims():
     spec.loader.exec_module(module)
     yield module
     del sys.modules["ci_claims"]
+
+
+def runs_of(claims, folder, *recipes):
+    """What `make claims` finds for a spec that names these recipes, with records/ and runs/ in `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "check_claims", lambda spec: SimpleNamespace(recipes=recipes))
+        return list(claims.todo([folder / "tables" / "mine.yaml"], folder / "runs"))
 
 
 def test_a_point_of_a_grid_has_a_name(tmp_path, monkeypatch):
@@ -83,7 +91,7 @@ def test_what_is_published_or_finished_is_not_run_again(claims, tmp_path, monkey
     write_record(tmp_path / "runs" / folders[1] / "record.json", record(1))
     write_record(tmp_path / "runs" / folders[2] / "record.json", record(2, dirty=True))
     write_record(tmp_path / "records" / f"{folders[3]}--20261124T130000Z-abcd.json", record(3, plan_hash="f" * 64))
-    found = list(claims.todo(["./mine/window=8", "./mine"], tmp_path / "records", tmp_path / "runs"))
+    found = runs_of(claims, tmp_path, "./mine/window=8", "./mine")
     assert [t.name for t in found] == [p.name for p in planned]
     assert [bool(t.published) for t in found] == [True, False, False, False]
     assert [bool(t.finished) for t in found] == [False, True, False, False]
@@ -104,7 +112,7 @@ def test_what_runs_share_is_counted_once(claims, tmp_path, monkeypatch):
     )
     (tmp_path / "mine.yaml").write_text(text.replace("[pocket]", "[pocket-claims]"))
     monkeypatch.chdir(tmp_path)
-    both = list(claims.todo(["./mine"], tmp_path / "records", tmp_path / "runs"))
+    both = runs_of(claims, tmp_path, "./mine")
     costs = [{p.step.step: p.cost.flops for p in each.planned.steps} for each in both]
     alone = [sum(dict(claims.costs_of(each)).values()) for each in both]
     assert alone == pytest.approx([c["transfer"] + c["tune"] + c["evaluate"] for c in costs])
