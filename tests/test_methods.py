@@ -10,6 +10,7 @@ from recipelin import lookup
 from recipelin.load import CHECKOUT
 from recipelin.plan import plan
 from recipelin.schedule import Schedule
+from recipelin.sources import Data, Recall
 from recipelin.steps import Calibrate, Evaluate, Select, Step, Swap, Switch, Transfer, Tune
 from tests.shipped import points_of
 
@@ -34,6 +35,9 @@ def test_every_method_has_a_recipe():
     assert len(METHODS) >= 9
 
 
+ANSWERS = Data(mix=(Recall(source="recall"),))  # a stage `sft` asks for data of its own, with answers
+
+
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_method_composes_known_steps_and_its_stages(name):
     module = lookup.lookup("methods", name)
@@ -42,7 +46,7 @@ def test_a_method_composes_known_steps_and_its_stages(name):
     assert all(s is None or isinstance(s, Schedule) for s in module.STAGES.values())
     for point in used()[name]:
         # Every stage on: what the method can do, not only what this recipe asks for.
-        full = {stage: default or Schedule(steps=3) for stage, default in module.STAGES.items()}
+        full = {stage: default or Schedule(steps=3, data=ANSWERS) for stage, default in module.STAGES.items()}
         recipe = point.recipe.model_copy(update={"schedule": full})
         found = module.steps(recipe)
         assert all(isinstance(step, KNOWN) for step in found) and not any(isinstance(s, Evaluate) for s in found)
