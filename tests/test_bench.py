@@ -37,7 +37,7 @@ def test_one_bar_from_the_command_line(capsys):
     [
         (["--only", "hybrid/short-65"], "did you mean 'hybrid/short-64'"),
         (["--device", "cuda"], "no CUDA device"),
-        (["--only", "gpu/floor"], "no bar 'gpu/floor'"),
+        (["--only", "gpu/floor"], "no bar 'gpu/floor' of --device cpu"),
         (["--write", "--quick"], "a record holds every bar"),
         (["--write", "--only", "decode"], "a record holds every bar"),
     ],

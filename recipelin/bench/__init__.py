@@ -26,17 +26,18 @@ def bench_command(arguments: argparse.Namespace) -> int:
     from .measure import find_bars, measure
     from .record import Record, as_json, as_markdown, table
 
-    bars = [bar for bar in find_bars() if bar.device == arguments.device]
-    if arguments.only:
-        names = [bar.name for bar in bars]
-        bars = [bar for bar in bars if bar.name == arguments.only or bar.name.startswith(f"{arguments.only}/")]
-        if not bars:
-            groups = sorted({name.partition("/")[0] for name in names})
-            return _refused(
-                f"--only: no bar {arguments.only!r}{nearest(arguments.only, names + groups)}; there are {', '.join(names)}"
-            )
     if arguments.device == "cuda" and (reason := cuda.missing()):
         return _refused(f"--device cuda: {reason}")
+    bars = [bar for bar in find_bars(arguments.only or "") if bar.device == arguments.device]
+    if arguments.only:
+        bars = [bar for bar in bars if bar.name == arguments.only or bar.name.startswith(f"{arguments.only}/")]
+        if not bars:
+            names = [bar.name for bar in find_bars() if bar.device == arguments.device]
+            groups = sorted({name.partition("/")[0] for name in names})
+            return _refused(
+                f"--only: no bar {arguments.only!r} of --device {arguments.device}"
+                f"{nearest(arguments.only, names + groups)}; there are {', '.join(names)}"
+            )
     begun = Record.begin(quick=arguments.quick, gpu=cuda.name() if arguments.device == "cuda" else "")
     found = []
     for number, bar in enumerate(bars):

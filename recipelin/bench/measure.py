@@ -95,9 +95,11 @@ class Measured:
         return self.ratio <= self.reach if self.at_most else self.ratio >= self.reach
 
 
-def find_bars() -> list[Bar | Fact]:
-    """Every bar of recipelin/bars, in the order of its files."""
-    return [bar for name in lookup.names("bars") for bar in lookup.implementation("bars", name).BARS]
+def find_bars(only: str = "") -> list[Bar | Fact]:
+    """Every bar of recipelin/bars, in the order of its files; `only` FILE or FILE/...: of that file, if there is one."""
+    names = lookup.names("bars")
+    one = only.partition("/")[0]
+    return [bar for name in ((one,) if one in names else names) for bar in lookup.implementation("bars", name).BARS]
 
 
 def measure(bar: Bar | Fact, *, quick: bool = False) -> Measured:

@@ -178,7 +178,7 @@ def _backward(call: Call, x: Tensors, kept: Kept, dy: Tensor, wants: frozenset[s
     )  # fmt: skip
     if "mix" in wants:
         found["mix"] = terms[4].sum((0, 2))
-    value = mass = None
+    value = mass = torch.empty(0, **exact)  # not None: what reads them is compiled, though it does not run
     if states > 1 and wants & {"v", "fk"}:
         parts = torch.empty(batch, maps, states, features, width, **exact)
         masses = torch.empty(batch, maps, states, features, **exact)
