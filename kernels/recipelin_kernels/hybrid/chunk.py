@@ -43,7 +43,7 @@ class Masks:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q [B,H,C,D]; k, v [B,g,n,D]; fq [B,H,C,F]; fk [B,p,stop - first,F], of those alone; mix, log_scale [H]."""
+    """q [B,H,C,D]; k, v [B,g,n,D]; fq [B,H,C,F]; fk [B,p,n,F], of a chunk of keys first .. stop - 1 alone; mix, log_scale [H]."""
 
     q: Tensor
     k: Tensor

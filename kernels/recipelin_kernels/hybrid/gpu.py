@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import gpu_backward, gpu_backward_keys, gpu_forward
+from .chunk import Inputs
 from .chunked import Past
 from .gpu_call import Blocks, Call, fitting, make_call, power
 from .rows import Options, Rows
@@ -26,22 +27,10 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [s for t in tensors for s in t.stride()[:3]]
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """Inputs in the kernels' layout: the last axis dense; sinks of a state stand in front of the keys."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    fq: Tensor
-    fk: Tensor
-    mix: Tensor | None
-    log_scale: Tensor | None
-
-    def own(self, call: Call) -> "Tensors":
-        """Without the columns in front: views, before whose first key kernels may reach."""
-        ahead = call.form.ahead
-        return replace(self, k=self.k[:, :, ahead:], v=self.v[:, :, ahead:], fk=self.fk[:, :, ahead:])
+def _own(x: Inputs, call: Call) -> Inputs:
+    """Without the sinks of a state, which stand in front of the keys: views, before whose first key kernels may reach."""
+    ahead = call.form.ahead
+    return replace(x, k=x.k[:, :, ahead:], v=x.v[:, :, ahead:], fk=x.fk[:, :, ahead:])
 
 
 NAMES = ("q", "k", "v", "fq", "fk", "mix", "log_scale")
@@ -52,7 +41,7 @@ def _number(call: Call, length: int) -> int:
     return triton.cdiv(length, call.form.stored) if call.form.sums else 0
 
 
-def _states(call: Call, x: Tensors) -> tuple[Tensor, Tensor]:
+def _states(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
     """The stored states [B,p,n,F,D] and their masses [B,p,n,F]."""
     o = call.form
     batch, maps, keys, features = x.fk.shape
@@ -104,8 +93,8 @@ class Kept:
     mass: Tensor
 
 
-def _forward(call: Call, x: Tensors, *, components: bool, learns: bool) -> Kept:
-    o, x = call.form, x.own(call)
+def _forward(call: Call, x: Inputs, *, components: bool, learns: bool) -> Kept:
+    o, x = call.form, _own(x, call)
     batch, heads, length, width = x.q.shape
     value, mass = _states(call, x)
     like: dict[str, Any] = dict(dtype=x.q.dtype, device=x.q.device)
@@ -137,7 +126,7 @@ class _Hybrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, components: bool, *tensors: Any) -> Any:
-        kept = _forward(call, Tensors(*tensors), components=components, learns=True)
+        kept = _forward(call, Inputs(*tensors), components=components, learns=True)
         ctx.call = call
         ctx.save_for_backward(*tensors, kept.y, kept.y_soft, kept.stats, kept.bests, kept.value, kept.mass)
         if not components:
@@ -154,12 +143,12 @@ class _Hybrid(torch.autograd.Function):
         *tensors, y, y_soft, stats, bests, value, mass = ctx.saved_tensors
         kept = Kept(y, y_soft, None, None, stats, bests, value, mass)
         wants = frozenset(n for n, want in zip(NAMES, ctx.needs_input_grad[2:], strict=True) if want)
-        grads = _backward(ctx.call, Tensors(*tensors), kept, dy if dy.stride(-1) == 1 else dy.contiguous(), wants)
+        grads = _backward(ctx.call, Inputs(*tensors), kept, dy if dy.stride(-1) == 1 else dy.contiguous(), wants)
         return None, None, *(grads.get(n) for n in NAMES)
 
 
-def _backward(call: Call, x: Tensors, kept: Kept, dy: Tensor, wants: frozenset[str]) -> dict[str, Tensor]:
-    o, x = call.form, x.own(call)
+def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[str]) -> dict[str, Tensor]:
+    o, x = call.form, _own(x, call)
     batch, heads, length, width = x.q.shape
     key_heads, keys, maps, features = x.k.shape[1], x.k.shape[2], x.fk.shape[1], x.fk.shape[3]
     rows, tiles = triton.cdiv(length, o.rows), triton.cdiv(features, o.tile)
@@ -243,7 +232,7 @@ def _backward(call: Call, x: Tensors, kept: Kept, dy: Tensor, wants: frozenset[s
     return {n: d.to(kinds[n]) for n, d in found.items() if n in wants}
 
 
-def _add_sinks(call: Call, x: Tensors, kept: Kept, dy: Tensor, terms: Tensor, found: dict[str, Tensor]) -> None:
+def _add_sinks(call: Call, x: Inputs, kept: Kept, dy: Tensor, terms: Tensor, found: dict[str, Tensor]) -> None:
     """What sinks get of queries whose span they are before, added to the keys' gradients."""
     o = call.form
     batch, heads, length, width = x.q.shape
@@ -331,7 +320,7 @@ def hybrid_attention_gpu(
         made = _Hybrid.apply(call, components, *tensors, *numbers)
         parts = list(made) if components else [made]
     else:
-        kept = _forward(call, Tensors(*tensors, *numbers), components=components, learns=False)
+        kept = _forward(call, Inputs(*tensors, *numbers), components=components, learns=False)
         parts = [x for x in (kept.y, kept.y_soft, kept.y_linear, kept.share) if x is not None]
     return [x.to(given) for x in parts]
 

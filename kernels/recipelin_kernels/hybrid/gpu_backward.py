@@ -13,7 +13,21 @@ import triton
 import triton.language as tl
 
 from .gpu_forward import goes_on
-from .gpu_parts import factors, over, places, put, scores, sets, sink_columns, softmax_weights, take, weighed
+from .gpu_parts import (
+    factors,
+    head,
+    over,
+    places,
+    put,
+    scores,
+    sets,
+    shown,
+    sink_columns,
+    softmax_weights,
+    take,
+    weighed,
+    window_kept,
+)
 
 
 @triton.jit
@@ -34,7 +48,7 @@ def row_terms(
     plane = tl.num_programs(1).to(tl.int64) * length
     _qp, qs = places(q_position + b * length, q_segment + b * length, i, length, o)
     real = qs >= 0
-    dy += b.to(tl.int64) * dy_b + h.to(tl.int64) * dy_h
+    dy = head(dy, b, h, dy_b, dy_h)
     d = take(dy, i, dy_t, real, 0, o.width, o.width_block).to(tl.float32)
     total = tl.sum(d * take(y + at * o.width, i, o.width, real, 0, o.width, o.width_block).to(tl.float32), 1)
     mean = total * 0.0
@@ -101,8 +115,8 @@ def sum_queries(
     alone = tl.full([o.tile], 0.0, tl.float32)
     for one in range(0, o.map_group):
         h = p * o.map_group + one
-        x = fq + b.to(tl.int64) * fq_b + h.to(tl.int64) * fq_h
-        d = dy + b.to(tl.int64) * dy_b + h.to(tl.int64) * dy_h
+        x = head(fq, b, h, fq_b, fq_h)
+        d = head(dy, b, h, dy_b, dy_h)
         t = terms + (b * heads + h).to(tl.int64) * length
         for q0 in range(number * o.stored, tl.minimum((number + 1) * o.stored, length), o.rows):
             i = q0 + tl.arange(0, o.rows)
@@ -134,15 +148,13 @@ def query_gradient(
     h = tl.program_id(1) % heads
     at = tl.program_id(1).to(tl.int64) * length
     plane = tl.num_programs(1).to(tl.int64) * length
-    q += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
-    dy += b.to(tl.int64) * dy_b + h.to(tl.int64) * dy_h
-    k += b.to(tl.int64) * k_b + (h // o.group).to(tl.int64) * k_h
-    v += b.to(tl.int64) * v_b + (h // o.group).to(tl.int64) * v_h
+    q = head(q, b, h, q_b, q_h)
+    dy = head(dy, b, h, dy_b, dy_h)
+    k = head(k, b, h // o.group, k_b, k_h)
+    v = head(v, b, h // o.group, v_b, v_h)
     k_position += b * (keys + o.ahead)
     k_segment += b * (keys + o.ahead)
-    kept = 1
-    if o.drops:
-        kept = tl.load(keep + tl.program_id(1)).to(tl.int32)
+    kept = window_kept(keep, tl.program_id(1), o)
     i = q0 + tl.arange(0, o.rows)
     qp, qs = places(q_position + b * length, q_segment + b * length, i, length, o)
     real = qs >= 0
@@ -182,8 +194,7 @@ def _to_query(
     values = take(v, j, v_t, ks >= 0, 0, o.width, o.width_block)
     a = softmax_weights(scores(query, key, scale, o), soft, top[:, None])
     dx = tl.dot(out, tl.trans(values), input_precision=o.precision)
-    if not (o.show_window and o.show_sinks):
-        dx = tl.where(hidden, 0.0, dx)
+    dx = shown(dx, hidden, o)
     return weighed(a * factor[:, None] * (dx + sigma[:, None]), key, total, o)
 
 
@@ -206,14 +217,12 @@ def query_features_gradient(
     first = tl.program_id(2) * o.tile
     at = tl.program_id(1).to(tl.int64) * length
     plane = tl.num_programs(1).to(tl.int64) * length
-    dy += b.to(tl.int64) * dy_b + h.to(tl.int64) * dy_h
-    v += b.to(tl.int64) * v_b + (h // o.group).to(tl.int64) * v_h
-    fk += b.to(tl.int64) * fk_b + p.to(tl.int64) * fk_h
+    dy = head(dy, b, h, dy_b, dy_h)
+    v = head(v, b, h // o.group, v_b, v_h)
+    fk = head(fk, b, p, fk_b, fk_h)
     k_position += b * (keys + o.ahead)
     k_segment += b * (keys + o.ahead)
-    kept = 1
-    if o.drops:
-        kept = tl.load(keep + tl.program_id(1)).to(tl.int32)
+    kept = window_kept(keep, tl.program_id(1), o)
     i = q0 + tl.arange(0, o.rows)
     qp, qs = places(q_position + b * length, q_segment + b * length, i, length, o)
     real = qs >= 0
@@ -261,6 +270,6 @@ def query_features_gradient(
         total = weighed(db, take(fk, j, fk_t, ks >= 0, first, o.features, o.tile), total, o)
     put(dfq + at * o.features, i, o.features, i < length, first, o.features, o.tile, total)
     if SCALE:
-        fq += b.to(tl.int64) * fq_b + h.to(tl.int64) * fq_h
+        fq = head(fq, b, h, fq_b, fq_h)
         phi = take(fq, i, fq_t, real, first, o.features, o.tile).to(tl.float32)
         tl.store(d_scale + tl.program_id(2) * plane + at + i, tl.sum(total * phi, 1), mask=i < length)

@@ -4,7 +4,20 @@ import triton
 import triton.language as tl
 
 from .gpu_forward import enters, goes_on
-from .gpu_parts import pairs, places, put, scores, sets, sink_columns, softmax_weights, take, weighed
+from .gpu_parts import (
+    head,
+    pairs,
+    places,
+    put,
+    scores,
+    sets,
+    shown,
+    sink_columns,
+    softmax_weights,
+    take,
+    weighed,
+    window_kept,
+)
 
 
 @triton.jit
@@ -24,8 +37,8 @@ def key_gradient(
     g = tl.program_id(1) % groups
     j0 = origin + tl.program_id(0) * o.columns
     j = j0 + tl.arange(0, o.columns)
-    k += b.to(tl.int64) * k_b + g.to(tl.int64) * k_h
-    v += b.to(tl.int64) * v_b + g.to(tl.int64) * v_h
+    k = head(k, b, g, k_b, k_h)
+    v = head(v, b, g, v_b, v_h)
     q_position += b * length
     q_segment += b * length
     kp, ks = places(k_position + b * (keys + o.ahead), k_segment + b * (keys + o.ahead), j, keys, o)
@@ -52,15 +65,13 @@ def key_gradient(
 
     for one in range(0, o.group):
         h = g * o.group + one
-        x = q + b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
-        d = dy + b.to(tl.int64) * dy_b + h.to(tl.int64) * dy_h
-        phi_q = fq + b.to(tl.int64) * fq_b + h.to(tl.int64) * fq_h
-        phi_k = fk + b.to(tl.int64) * fk_b + (h // o.map_group).to(tl.int64) * fk_h
+        x = head(q, b, h, q_b, q_h)
+        d = head(dy, b, h, dy_b, dy_h)
+        phi_q = head(fq, b, h, fq_b, fq_h)
+        phi_k = head(fk, b, h // o.map_group, fk_b, fk_h)
         at = (b * heads + h).to(tl.int64) * length
         phi = take(phi_k, j, fk_t, real, 0, o.features, o.tile)
-        kept = 1
-        if o.drops:
-            kept = tl.load(keep + b * heads + h).to(tl.int32)
+        kept = window_kept(keep, b * heads + h, o)
         g_mix = 0.0
         if o.through:
             g_mix = tl.load(mix + h).to(tl.float32)
@@ -93,14 +104,12 @@ def key_gradient(
                 maps = o.group // o.map_group
                 for one in range(0, maps):
                     p = g * maps + one
-                    kept = 1
-                    if o.drops:
-                        kept = tl.load(keep + b * heads + p * o.map_group).to(tl.int32)
+                    kept = window_kept(keep, b * heads + p * o.map_group, o)
                     counts = enters(kp, ks, segment, kept, o)
                     at = ((b * groups * maps + p).to(tl.int64) * states + number + 1) * o.features
                     for start in range(0, o.features, o.tile):
                         f = start + tl.arange(0, o.tile)
-                        phi_k = fk + b.to(tl.int64) * fk_b + p.to(tl.int64) * fk_h
+                        phi_k = head(fk, b, p, fk_b, fk_h)
                         phi = take(phi_k, j, fk_t, counts, start, o.features, o.tile)
                         s = take(value + at * o.width, f, o.width, f < o.features, 0, o.width, o.width_block)
                         v_total = weighed(phi, s, v_total, o)
@@ -129,8 +138,7 @@ def _to_keys(
         if K:
             sigma = tl.load(terms + 2 * plane + i, mask=real, other=0.0)
             dx = tl.dot(values, tl.trans(out), input_precision=o.precision)
-            if not (o.show_window and o.show_sinks):
-                dx = tl.where(hidden, 0.0, dx)
+            dx = shown(dx, hidden, o)
             ds = a * (dx + sigma[None, :])
             if o.through:
                 best = tl.load(bests + at + i, mask=real, other=0)
@@ -138,8 +146,7 @@ def _to_keys(
                 ds -= tl.where(soft & (j[:, None] == best[None, :]), row[None, :], 0.0)
             k_total = weighed(ds, query, k_total, o)
         weights += a
-        if not (o.show_window and o.show_sinks):
-            weights = tl.where(hidden, 0.0, weights)
+        weights = shown(weights, hidden, o)
     if LINEAR:
         b = pairs(phi, fk, fk_t, j, ks >= 0, fq, fq_t, i, real, o)
         factor = tl.load(terms + plane + i, mask=real, other=0.0)
@@ -163,7 +170,7 @@ def key_features_gradient(
     start = tl.program_id(2) * o.tile
     j0 = origin + tl.program_id(0) * o.columns
     j = j0 + tl.arange(0, o.columns)
-    v += b.to(tl.int64) * v_b + (p * o.map_group // o.group).to(tl.int64) * v_h
+    v = head(v, b, p * o.map_group // o.group, v_b, v_h)
     q_position += b * length
     q_segment += b * length
     kp, ks = places(k_position + b * (keys + o.ahead), k_segment + b * (keys + o.ahead), j, keys, o)
@@ -179,12 +186,10 @@ def key_features_gradient(
         end = tl.maximum(end, tl.minimum((number + 1) * o.stored, length))
     for one in range(0, o.map_group):
         h = p * o.map_group + one
-        d = dy + b.to(tl.int64) * dy_b + h.to(tl.int64) * dy_h
-        x = fq + b.to(tl.int64) * fq_b + h.to(tl.int64) * fq_h
+        d = head(dy, b, h, dy_b, dy_h)
+        x = head(fq, b, h, fq_b, fq_h)
         t = terms + (b * heads + h).to(tl.int64) * length
-        kept = 1
-        if o.drops:
-            kept = tl.load(keep + b * heads + h).to(tl.int32)
+        kept = window_kept(keep, b * heads + h, o)
         for q0 in range(first, end, o.rows):
             i = q0 + tl.arange(0, o.rows)
             qp, qs = places(q_position, q_segment, i, length, o)
@@ -203,9 +208,7 @@ def key_features_gradient(
             total = weighed(db, take(x, i, fq_t, real, start, o.features, o.tile), total, o)
     if o.sums:
         if number + 1 < states:
-            kept = 1
-            if o.drops:
-                kept = tl.load(keep + b * heads + p * o.map_group).to(tl.int32)
+            kept = window_kept(keep, b * heads + p * o.map_group, o)
             counts = enters(kp, ks, goes_on(q_segment, (number + 1) * o.stored, o), kept, o)
             at = (tl.program_id(1).to(tl.int64) * states + number + 1) * o.features
             f = start + tl.arange(0, o.tile)
@@ -234,16 +237,14 @@ def sink_gradient(
     first = tl.program_id(2) * o.tile
     at = tl.program_id(1).to(tl.int64) * length
     plane = tl.num_programs(1).to(tl.int64) * length
-    q += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
-    fq += b.to(tl.int64) * fq_b + h.to(tl.int64) * fq_h
-    dy += b.to(tl.int64) * dy_b + h.to(tl.int64) * dy_h
-    k += b.to(tl.int64) * k_b + (h // o.group).to(tl.int64) * k_h
-    v += b.to(tl.int64) * v_b + (h // o.group).to(tl.int64) * v_h
+    q = head(q, b, h, q_b, q_h)
+    fq = head(fq, b, h, fq_b, fq_h)
+    dy = head(dy, b, h, dy_b, dy_h)
+    k = head(k, b, h // o.group, k_b, k_h)
+    v = head(v, b, h // o.group, v_b, v_h)
     k_position += b * (keys + o.ahead)
     k_segment += b * (keys + o.ahead)
-    kept = 1
-    if o.drops:
-        kept = tl.load(keep + tl.program_id(1)).to(tl.int32)
+    kept = window_kept(keep, tl.program_id(1), o)
     k_total = tl.full([o.sink_block, o.width_block], 0.0, tl.float32)
     v_total = tl.full([o.sink_block, o.width_block], 0.0, tl.float32)
     f_total = tl.full([o.sink_block, o.tile], 0.0, tl.float32)
@@ -265,16 +266,14 @@ def sink_gradient(
         extra = tl.load(terms + 4 * plane + at + i, mask=real, other=0.0)
         a = softmax_weights(scores(key, query, scale, o), soft, top[None, :]) * factor[None, :]
         dx = tl.dot(values, tl.trans(out), input_precision=o.precision)
-        if not (o.show_window and o.show_sinks):
-            dx = tl.where(hidden, 0.0, dx)
+        dx = shown(dx, hidden, o)
         ds = a * (dx + sigma[None, :])
         if o.through:
             best = tl.load(bests + at + i, mask=real, other=0)
             row = tl.load(mix + h).to(tl.float32) * extra
             ds -= tl.where(soft & (j[:, None] == best[None, :]), row[None, :], 0.0)
         k_total = weighed(ds, query, k_total, o)
-        if not (o.show_window and o.show_sinks):
-            a = tl.where(hidden, 0.0, a)
+        a = shown(a, hidden, o)
         v_total = weighed(a, out, v_total, o)
         if o.join == "replace":
             phi = take(fq, i, fq_t, real, first, o.features, o.tile)

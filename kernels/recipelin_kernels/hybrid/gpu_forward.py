@@ -8,16 +8,19 @@ from .gpu_parts import (
     LEAST,
     factors,
     floored,
+    head,
     over,
     pairs,
     places,
     put,
     scores,
     sets,
+    shown,
     sink_columns,
     softmax_weights,
     take,
     weighed,
+    window_kept,
 )
 
 
@@ -59,14 +62,12 @@ def sum_keys(
     first = tl.program_id(2) * o.tile
     start = tl.maximum((number - 1) * o.stored + lead - o.span, 0)
     stop = tl.maximum(number * o.stored + lead - o.span, 0)
-    fk += b.to(tl.int64) * fk_b + p.to(tl.int64) * fk_h
-    v += b.to(tl.int64) * v_b + (p * o.map_group // o.group).to(tl.int64) * v_h
+    fk = head(fk, b, p, fk_b, fk_h)
+    v = head(v, b, p * o.map_group // o.group, v_b, v_h)
     k_position += b * (keys + o.ahead)
     k_segment += b * (keys + o.ahead)
     segment = goes_on(q_segment + b * length, number * o.stored, o)
-    kept = 1
-    if o.drops:
-        kept = tl.load(keep + tl.program_id(1)).to(tl.int32)  # then phi_k is of query heads, if it matters
+    kept = window_kept(keep, tl.program_id(1), o)  # then phi_k is of query heads, if it matters
     total = tl.full([o.tile, o.width_block], 0.0, tl.float32)
     alone = tl.full([o.tile], 0.0, tl.float32)
     for at in range(start, stop, o.columns):
@@ -132,8 +133,7 @@ def _columns(
         a = softmax_weights(s, soft, new[:, None])
         shrink = tl.exp2(tl.maximum(top - new, LEAST))
         a_mass = a_mass * shrink + tl.sum(a, 1)
-        if not (o.show_window and o.show_sinks):
-            a = tl.where(hidden, 0.0, a)
+        a = shown(a, hidden, o)
         a_sum = weighed(a, values, a_sum * shrink[:, None], o)
         top = new
         if o.join == "replace":
@@ -168,18 +168,16 @@ def output(
     h = tl.program_id(1) % heads
     row = tl.program_id(1).to(tl.int64)
     p = h // o.map_group
-    q += b.to(tl.int64) * q_b + h.to(tl.int64) * q_h
-    fq += b.to(tl.int64) * fq_b + h.to(tl.int64) * fq_h
-    k += b.to(tl.int64) * k_b + (h // o.group).to(tl.int64) * k_h
-    v += b.to(tl.int64) * v_b + (h // o.group).to(tl.int64) * v_h
-    fk += b.to(tl.int64) * fk_b + p.to(tl.int64) * fk_h
+    q = head(q, b, h, q_b, q_h)
+    fq = head(fq, b, h, fq_b, fq_h)
+    k = head(k, b, h // o.group, k_b, k_h)
+    v = head(v, b, h // o.group, v_b, v_h)
+    fk = head(fk, b, p, fk_b, fk_h)
     q_position += b * length
     q_segment += b * length
     k_position += b * (keys + o.ahead)
     k_segment += b * (keys + o.ahead)
-    kept = 1
-    if o.drops:
-        kept = tl.load(keep + tl.program_id(1)).to(tl.int32)
+    kept = window_kept(keep, tl.program_id(1), o)
 
     i = q0 + tl.arange(0, o.rows)
     qp, qs = places(q_position, q_segment, i, length, o)

@@ -58,6 +58,21 @@ class Form(NamedTuple):
 
 
 @triton.jit
+def head(base, b, h, stride_b, stride_h):
+    """Where head h of row b begins; a tensor may hold 2^31 elements and more."""
+    return base + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+
+
+@triton.jit
+def window_kept(keep, index, o: tl.constexpr):
+    """window_keep of a row's head; 1 where none is given."""
+    if o.drops:
+        return tl.load(keep + index).to(tl.int32)
+    else:
+        return 1
+
+
+@triton.jit
 def take(base, index, stride, real, first, count: tl.constexpr, size: tl.constexpr):
     """Columns first .. first + size - 1 of the rows `index`; 0 where a row is not real or a column not below `count`."""
     column = first + tl.arange(0, size)
@@ -149,6 +164,15 @@ def sets(qp, qs, kp, ks, kept, anchor, o: tl.constexpr):
     if not o.show_sinks:
         hidden = hidden | far_sink
     return soft, linear, hidden
+
+
+@triton.jit
+def shown(x, hidden, o: tl.constexpr):
+    """x without what an ablation of the output hides."""
+    if o.show_window and o.show_sinks:
+        return x
+    else:
+        return tl.where(hidden, 0.0, x)
 
 
 @triton.jit
