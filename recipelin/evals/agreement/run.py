@@ -1,6 +1,5 @@
 """Greedy continuations of held-out prompts, beside the teacher's own."""
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from ...exposure import exposed_share
 from ...records import Item, Result
 from ..greedy import cannot_generate, greedy
 from ..perplexity.run import held_out_rows
+from ..standard_error import standard_error
 from ..subject import Subject
 from .config import Config
 
@@ -89,12 +89,11 @@ def _result(
         for i, (score, made) in enumerate(zip(scores, lengths, strict=True))
     )
     mean = sum(scores) / len(scores)
-    spread = sum((s - mean) ** 2 for s in scores) / (len(scores) - 1)
     return Result(
         task=f"{task}@{config.new_tokens}",
         metric=metric,
         value=mean,
-        stderr=math.sqrt(spread / len(scores)),
+        stderr=standard_error(scores),
         n=len(items),
         exposed=sum(i.exposed for i in items) / len(items),
         items=items,

@@ -89,11 +89,10 @@ def preflight(config: Config, *, tokenizer: Any, seeds: Sequence[int], base: Pat
         manager = _manager(config, [])
     except ModuleNotFoundError as error:
         raise EvalError(f"lm_eval needs {error.name}: pip install 'recipelin[eval]'") from error
+    own = config.model_copy(update={"tasks": tuple(t for t in config.tasks if t.next_line is not None)})
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
-            for task in config.tasks:
-                if task.next_line is not None:
-                    write_task(task, tokenizer, folder=Path(folder), base=base, seed=seed)
+            prepare(own, tokenizer, seed=seed, folder=Path(folder), base=base)
     asked = [t for t in config.tasks if t.next_line is None]
     every = [(task, leaf) for task in asked for leaf in stock.leaves(manager, task.task)]
     _refuse(every)

@@ -10,6 +10,7 @@ from ... import data
 from ...exposure import exposed_share
 from ...files import home
 from ...records import Item, Result
+from ..standard_error import standard_error
 from ..subject import Subject
 from .config import Config
 
@@ -41,7 +42,7 @@ def run(config: Config, subject: Subject) -> tuple[Result, ...]:
             task="perplexity",
             metric="log_loss",
             value=float(scores.mean()),
-            stderr=float(scores.std(ddof=1) / np.sqrt(len(scores))),
+            stderr=standard_error(scores.tolist()),
             n=len(items),
             exposed=float(np.mean([i.exposed for i in items])),
             higher_is_better=False,

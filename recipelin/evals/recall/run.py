@@ -7,6 +7,7 @@ from ... import data
 from ...exposure import exposed_share
 from ...files import home
 from ...records import Item, Result
+from ..standard_error import standard_error
 from ..subject import Subject
 from .config import Config
 
@@ -47,7 +48,7 @@ def run(config: Config, subject: Subject) -> tuple[Result, ...]:
                 task=config.task(distance),
                 metric="accuracy",
                 value=mean,
-                stderr=float(np.sqrt(mean * (1 - mean) / max(1, len(items) - 1))),
+                stderr=standard_error([i.score for i in items]),
                 n=len(items),
                 exposed=exposed,
                 chance=1 / config.pairs,

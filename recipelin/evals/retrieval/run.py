@@ -17,6 +17,7 @@ from ...exposure import exposed_share
 from ...files import home
 from ...records import Item, Result
 from ..greedy import cannot_generate, greedy
+from ..standard_error import standard_error
 from ..subject import Subject
 from .config import Config
 from .items import DIGITS, Question, Row, filler, rows
@@ -141,12 +142,11 @@ def _result(
         Item(id=q.id, score=score(config, metric, hits), length=config.length, exposed=exposed(q)) for q, hits in scored
     )
     mean = sum(i.score for i in items) / len(items)
-    spread = sum((i.score - mean) ** 2 for i in items) / max(1, len(items) - 1)
     return Result(
         task=config.task(distance),
         metric=metric,
         value=mean,
-        stderr=math.sqrt(spread / len(items)),
+        stderr=standard_error([i.score for i in items]),
         n=len(items),
         exposed=sum(i.exposed for i in items) / len(items),
         chance=sum(chance(config, metric, q) for q, _ in scored) / len(scored),
