@@ -8,11 +8,12 @@ from pathlib import Path
 
 from .cost import count
 from .finding import CHECKOUT, INSTALLED
-from .load import Loaded, expand, load, read_suite
+from .load import Loaded, expand, load
 from .plan import Plan, plan
 from .recipe import Model
 from .records import Record, read_record
 from .shipped import SHIPPED
+from .suites import read_suite
 
 HEAD = """\
 # Recipes

@@ -14,7 +14,7 @@ from .claimcheck import check_claims
 from .evals import EvalError
 from .files import write_atomically
 from .finding import CHECKOUT, kind_of
-from .load import Loaded, expand, load_base, read_suite
+from .load import Loaded, expand, load_base
 from .mistakes import PlanError
 from .naming import default_folder, file_name
 from .plan import Plan, cached_config, hub_teacher, plan, refusal
@@ -25,6 +25,7 @@ from .shrink import ShrinkError, shrink, tiny_folder, tiny_of
 from .sources import Hub, LocalFile, SourceError, dataset_folder, local_path
 from .steps import Calibrate, Transfer, Tune
 from .strict_yaml import RecipeError, Where, read_yaml
+from .suites import read_suite
 from .tablespec import read_spec
 
 

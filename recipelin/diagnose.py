@@ -15,12 +15,13 @@ import yaml
 
 from .attention.form import Form
 from .files import write_atomically
-from .load import load_suite, read_student
+from .load import read_student
 from .mistakes import nearest
 from .records import SHRUNK
 from .reuse import digest_folder, home
 from .shipped import POCKET, SHIPPED
 from .states import resolve
+from .suites import load_suite
 
 STATES = ("softmax", "hybrid", "window", "linear", "linear_outside", "sinks", "none")
 

@@ -16,7 +16,7 @@ from .evals import EvalError
 from .evals.subject import Subject
 from .exposure import exposed_from
 from .files import write_atomically
-from .load import Loaded, load_suite
+from .load import Loaded
 from .plan import Plan, digest
 from .preflight import on_selection
 from .recipe import Suite
@@ -25,6 +25,7 @@ from .reuse import Surroundings
 from .schedule import Curve
 from .states import NamedState, resolve
 from .steps import Evaluate
+from .suites import load_suite
 
 
 class Measured(NamedTuple):

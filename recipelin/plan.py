@@ -16,7 +16,7 @@ from .base import Config
 from .cost import Cost, Counting, suites_of
 from .families import Architecture
 from .formcheck import form_of, unfit
-from .load import Loaded, load_suite
+from .load import Loaded
 from .mistakes import PlanError, among, listed, placed
 from .recipe import StateOf, Suite
 from .shipped import SHIPPED
@@ -24,6 +24,7 @@ from .sources import Hub, SourceError
 from .states import NAMES, NamedState, State, resolve, subsets
 from .steps import Calibrate, Evaluate, FromSelect, Select, Step, StepsError, Swap, Switch, Transfer, Tune
 from .strict_yaml import Where
+from .suites import load_suite
 
 
 class Planned(Config):

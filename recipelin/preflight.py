@@ -7,10 +7,10 @@ from typing import Any
 from . import lookup
 from .base import Config
 from .cost import suites_of
-from .load import load_suite
 from .plan import Plan
 from .reads import measured, watched
 from .steps import Evaluate
+from .suites import load_suite
 
 
 def preflight(planned: Plan, *, tokenizer: Any, recipe: Path) -> None:

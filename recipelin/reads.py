@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from .load import load_suite
 from .sources import Hub, LocalFile, Recall, Source, SourceError, Stdlib
 from .steps import Calibrate, Evaluate, Select, Step, Transfer, Tune
+from .suites import load_suite
 
 
 def watched(step: Step) -> list[str]:

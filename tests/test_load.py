@@ -11,11 +11,12 @@ from recipelin import lookup
 from recipelin.cli import main
 from recipelin.commands import checked
 from recipelin.finding import RECIPES
-from recipelin.load import expand, load, read_suite
+from recipelin.load import expand, load
 from recipelin.plan import plan
 from recipelin.recipe import Suite
 from recipelin.sources import Hub
 from recipelin.strict_yaml import RecipeError
+from recipelin.suites import read_suite
 from recipelin.templates import TEMPLATES
 
 ROOT = Path(__file__).parent.parent

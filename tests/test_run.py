@@ -277,8 +277,8 @@ def test_the_exported_student_generates_with_its_own_classes(folder, home, tmp_p
 
 def test_validation_never_sees_test_items():
     """Every `part` of a suite's settings, however deep, is on the selection part while a stage validates."""
-    from recipelin.load import load_suite
     from recipelin.preflight import on_selection
+    from recipelin.suites import load_suite
 
     for config in load_suite("pocket", Path("x.yaml")).evals:
         text = on_selection(config).model_dump_json()

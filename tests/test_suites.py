@@ -16,10 +16,11 @@ from recipelin.evals.lm_eval.config import Config, Task
 from recipelin.evals.lm_eval.run import _manager, _result, _rolling_positions, preflight
 from recipelin.evals.retrieval.config import FILLER
 from recipelin.evals.retrieval.items import filler, rows
-from recipelin.load import load, load_suite
+from recipelin.load import load
 from recipelin.records import Item
 from recipelin.run import run
 from recipelin.sources import SourceError
+from recipelin.suites import load_suite
 
 FOLDER = Path(recipelin.__file__).parents[1] / "recipes" / "suites"
 SUITES = {path.stem: load_suite(path.stem, path) for path in sorted(FOLDER.glob("*.yaml"))}

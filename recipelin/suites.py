@@ -1,0 +1,54 @@
+"""A suite's name or file -> Suite: strict YAML, all mistakes of a file at once (no torch)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from . import lookup
+from .base import Config
+from .finding import find_recipe, shown
+from .mistakes import located, placed
+from .recipe import Suite, twins
+from .strict_yaml import Mistake, RecipeError, Where, read_yaml
+
+
+def load_suite(name: str, recipe: Path) -> Suite:
+    """A suite by its name under recipes/suites, or by a path beside the recipe. Raises RecipeError."""
+    path, _ = find_recipe(f"suites/{name}") if not name.endswith(".yaml") else find_recipe(name, beside=recipe.parent)
+    return read_suite(path)
+
+
+def read_suite(path: Path) -> Suite:
+    """A suite from its file. Raises RecipeError with every mistake of the file."""
+    raw, places, _ = read_yaml(path, shown(path), kind="a suite (name, evals)")
+    if "method" in raw or "extends" in raw:
+        raise RecipeError([Mistake(shown(path), 0, 0, "is a recipe; expected a suite, a file with `evals:`")])
+    mistakes: list[Mistake] = []
+    evals: list[Config] = []
+    given = raw.get("evals")
+    for index, entry in enumerate(given if isinstance(given, tuple) else ()):
+        at: Where = ("evals", index)
+        name = entry.get("eval") if isinstance(entry, Mapping) else None
+        if not isinstance(name, str):
+            mistakes.append(
+                placed(places, at, f"expected a map with `eval:`, one of {', '.join(lookup.names('evals'))}")
+            )
+            continue
+        try:
+            config = lookup.lookup("evals", name).Config
+            evals.append(config.model_validate(entry))
+        except lookup.LookupFailed as error:
+            mistakes.append(placed(places, (*at, "eval"), str(error)))
+        except ValidationError as error:
+            mistakes += located(error, at, config, places)
+    if not mistakes:
+        mistakes += [placed(places, ("evals", *at), text) for at, text in twins(evals)]
+    try:
+        suite = Suite.model_validate({**raw, "evals": tuple(evals) if isinstance(given, tuple) and evals else given})
+    except ValidationError as error:
+        if not mistakes:
+            mistakes += located(error, (), Suite, places)
+    if mistakes:
+        raise RecipeError(mistakes)
+    return suite
