@@ -14,7 +14,7 @@ from .families import Architecture
 from .load import Loaded
 from .recipe import Converted, Suite
 from .schedule import optimiser_steps
-from .sources import Data, Hub, LocalFile, Recall, Rows, Stdlib
+from .sources import Data, Generated, Hub, LocalFile, Retrieval, Rows, Source, Stdlib
 from .states import State
 from .steps import LOGITS, Calibrate, Evaluate, FromSelect, Lora, Select, Step, Swap, Switch, Transfer, Tune
 from .templates import name_of
@@ -138,7 +138,7 @@ class Counting:
         """Rows of one epoch by what is said or seen of the sources' size; None where neither is there."""
         total = 0
         for source in data.mix:
-            text = source.text if isinstance(source, Recall) else source
+            text = source.text if isinstance(source, Generated) else source
             tokens = self._tokens(text)
             if tokens is None:
                 return None
@@ -346,8 +346,10 @@ def describe_data(data: Data) -> str:
     return found + (f", all from the {data.only_part} part" if data.only_part else "")
 
 
-def _source(source: Stdlib | LocalFile | Hub | Recall) -> str:
+def _source(source: Source) -> str:
     """A source in words: what is read, by which template, and which tokens carry loss."""
+    if isinstance(source, Retrieval):
+        return f"{source.format} {source.copied or ''}".strip()
     if not isinstance(source, Rows):
         return source.source
     facts = []

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from .documents import documents
+from .facts import Writer
 from .files import folder_atomically, locked
-from .sources import Data, Part, Recall, Slot, SourceError
+from .sources import PARTS, Data, Generated, Part, Recall, Retrieval, Slot, SourceError
 from .spool import stream, uncut
 
 MARKER = "<k>"  # one token before each key of a recall row; a special token of the pocket's tokenizer
@@ -63,7 +64,7 @@ class Batches:
         self.length, self.size, self.accumulation, self.seed = length, batch, accumulation, seed
         self.first_rows, self.skip = first_rows, skip
         self._streams = [
-            stream(s.text if isinstance(s, Recall) else s, tokenizer, part=part, folder=folder, cache=cache)
+            stream(s.text if isinstance(s, Generated) else s, tokenizer, part=part, folder=folder, cache=cache)
             for s in data.mix
         ]
         for source, found in zip(data.mix, self._streams, strict=True):
@@ -82,6 +83,20 @@ class Batches:
             for i, source in enumerate(data.mix)
             if isinstance(source, Recall)
         }
+        self._writers = {
+            i: Writer(
+                source,
+                tokenizer,
+                self._streams[i].tokens,
+                part=part,
+                length=length,
+                from_start=False,
+                stem=[seed, PARTS.index(part), i, length, 4],
+                numbers=10_000,
+            )
+            for i, source in enumerate(data.mix)
+            if isinstance(source, Retrieval)
+        }
         weights = np.array([s.weight for s in data.mix])
         self._weights = weights / weights.sum()
         self._permutations: dict[tuple[int, int], np.ndarray] = {}
@@ -95,7 +110,7 @@ class Batches:
     def rows(self) -> int:
         """Rows of one epoch: of the largest source that is read, not generated (else of the text around the slots)."""
         read = [
-            rows for rows, source in zip(self._scored, self.data.mix, strict=True) if not isinstance(source, Recall)
+            rows for rows, source in zip(self._scored, self.data.mix, strict=True) if not isinstance(source, Generated)
         ]
         return self.first_rows or max(len(rows) for rows in read or self._scored)
 
@@ -122,6 +137,13 @@ class Batches:
             tokens = found.tokens[start : start + self.length].astype(np.int64)
             labels = _scatter_pairs(tokens, source, self._writings[which], draw)
             return tokens, labels, positions, np.zeros_like(positions)
+        if isinstance(source, Retrieval):
+            row = self._writers[which].anywhere(draw)
+            labels = np.full(self.length, IGNORED, dtype=np.int64)
+            for question in row.questions:
+                answer = slice(question.answer, question.answer + question.size)
+                labels[answer] = row.ids[answer]
+            return row.ids, labels, positions, np.zeros_like(positions)
         rows = self._scored[which]
         if self.data.order == "first":
             turn = (self.skip + index) % len(rows)
@@ -378,11 +400,11 @@ def tokenizer_for(data: Data, vocab_size: int, *, folder: Path, cache: Path) -> 
 
     with locked(cache.with_name(cache.name + ".lock")):  # two runs may want the same one at the same time
         if not (cache / "tokenizer.json").is_file():
-            sources = {(s.text if isinstance(s, Recall) else s).model_dump_json(): s for s in data.mix}
+            sources = {(s.text if isinstance(s, Generated) else s).model_dump_json(): s for s in data.mix}
             texts = (
                 text
                 for s in sources.values()
-                for _, text in documents(s.text if isinstance(s, Recall) else s, "training", folder)
+                for _, text in documents(s.text if isinstance(s, Generated) else s, "training", folder)
             )
             made = train_tokenizer(texts, vocab_size)
             with folder_atomically(cache) as partial:

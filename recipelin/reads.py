@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from .sources import Hub, LocalFile, Recall, Source, SourceError, Stdlib
+from .sources import Generated, Hub, LocalFile, Source, SourceError, Stdlib
 from .steps import Calibrate, Evaluate, Select, Step, Transfer, Tune
 from .suites import load_suite
 
@@ -25,9 +25,9 @@ def measured(step: Step) -> list[str]:
     return []
 
 
-def sources(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hub | Recall]:
+def sources(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hub | Generated]:
     """Every source that the steps of a recipe's file read, those of watched suites too, in order. Raises RecipeError."""
-    found: list[Stdlib | LocalFile | Hub | Recall] = []
+    found: list[Stdlib | LocalFile | Hub | Generated] = []
     for step in steps:
         if isinstance(step, (Calibrate, Transfer, Tune)):
             found += step.data.mix
@@ -44,7 +44,7 @@ def sources(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hu
 
 def texts(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hub]:
     """What is read of them, each once."""
-    return list(dict.fromkeys(s.text if isinstance(s, Recall) else s for s in sources(steps, recipe)))
+    return list(dict.fromkeys(s.text if isinstance(s, Generated) else s for s in sources(steps, recipe)))
 
 
 def refuse_leaks(steps: Iterable[Step], recipe: Path) -> None:

@@ -19,7 +19,7 @@ from .plan import architecture_of, digest
 from .recipe import Evaluation, Model, Recipe, Suite
 from .records import SHRUNK
 from .schedule import Schedule, Validation
-from .sources import Data, Recall, Stdlib
+from .sources import Data, Recall, Retrieval, Source, Stdlib
 from .steps import Choice
 
 STEPS, BATCH, ACCUMULATION, LENGTH, WINDOW, SINKS = 3, 2, 2, 48, 8, 2
@@ -130,13 +130,17 @@ def _choice(choice: Choice) -> Choice:
 
 
 def _data(data: Data) -> Data:
-    """The pocket's text in place of every corpus; recall rows stay recall rows."""
+    """The pocket's text in place of every corpus; generated rows stay, with little in them."""
     text = Stdlib(source="python-stdlib")
-    mix = [
-        s.model_copy(update={"text": text, "keys": 16, "values": 16, "pairs": 2}) if isinstance(s, Recall) else text
-        for s in data.mix
-    ]
-    return data.model_copy(update={"mix": tuple(mix)})
+
+    def little(source: Source) -> Source:
+        if isinstance(source, Recall):
+            return source.model_copy(update={"text": text, "keys": 16, "values": 16, "pairs": 2})
+        if isinstance(source, Retrieval):  # a row of LENGTH tokens holds no sentences
+            return Retrieval(source="retrieval", format="copy", copied=2, text=text, weight=source.weight)
+        return text
+
+    return data.model_copy(update={"mix": tuple(map(little, data.mix))})
 
 
 def _schedule(schedule: Schedule | None) -> Schedule | None:

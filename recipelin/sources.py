@@ -7,7 +7,7 @@ import sysconfig
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
 
@@ -264,24 +264,67 @@ Slot = Literal["marked", "line"]
 swapped, so that no key of one is a key of the other."""
 
 
-class Recall(Config):
+class Generated(Config):
+    """What all sources share that write rows of their own into a text."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    text: Text = Field(Stdlib(source="python-stdlib"), description="the text around what is written")
+
+
+class Facts(Config):
+    """What a row hides in text and asks for at its end, in the words of the evaluation `retrieval`."""
+
+    format: Literal["associative", "passkey", "needle", "copy"]
+    pairs: Annotated[int, Field(ge=1)] = Field(1, description="facts in a row")
+    queries: Annotated[int, Field(ge=1)] = Field(
+        1, description="questions of a row, at its end; the others' answers stand"
+    )
+    copied: Annotated[int, Field(ge=2)] | None = Field(None, description="tokens of the string of a copy")
+
+    @model_validator(mode="after")
+    def _asked(self) -> Self:
+        if self.format == "associative" and self.pairs <= self.queries:
+            raise ValueError(
+                f"associative: {self.pairs} pairs and {self.queries} queries; give more pairs than queries, "
+                "or the last answer is what is left"
+            )
+        if self.format in ("passkey", "copy") and (self.pairs, self.queries) != (1, 1):
+            what = {"passkey": "number", "copy": "string"}[self.format]
+            raise ValueError(f"{self.format}: a row holds one {what} and one question; leave pairs and queries out")
+        if (self.format == "copy") != (self.copied is not None):
+            raise ValueError("copied: the tokens of the string; give it with format: copy, and with no other")
+        if self.queries > self.pairs:
+            raise ValueError(f"{self.queries} queries of {self.pairs} pairs: every question needs a fact of its own")
+        return self
+
+
+class Recall(Generated):
     """Rows of slots, pairs of key and value, scattered in real text; a key comes back later and asks for its value.
 
     Sample YAML: `{source: recall, weight: 1.0, text: {source: python-stdlib}}`, `{source: recall, slot: line}`
     """
 
     source: Literal["recall"]
-    weight: Annotated[float, Field(gt=0)] = 1.0
     keys: Annotated[int, Field(ge=2)] = Field(64, description="distinct keys (facts/pocket.md §A)")
     values: Annotated[int, Field(ge=2)] = Field(64, description="distinct values (facts/pocket.md §A)")
     pairs: Annotated[int, Field(ge=1)] = Field(8, description="pairs alive in a row of 256 tokens (facts/pocket.md §A)")
     spacing: Annotated[int, Field(ge=3)] = Field(10, description="tokens of a row for each slot")
     slot: Slot = Field("marked", description="marked: `<k> key value`; line: a line `key value`, no marker")
-    text: Text = Field(Stdlib(source="python-stdlib"), description="the text between the slots")
     loss: Literal["values", "all"] = Field("values", description="tokens that carry loss: recalled values only, or all")
 
 
-Source = Annotated[Stdlib | LocalFile | Hub | Recall, Field(discriminator="source")]
+class Retrieval(Generated, Facts):
+    """Rows with facts hidden in real text and asked for at their end, as the evaluation `retrieval` asks, at all distances.
+
+    The answers alone carry loss. Text is of the part that is read; strings and values are drawn anew for each row, pass keys
+    from 10,000 numbers where an evaluation draws from 500.
+    Sample YAML: `{source: retrieval, format: copy, copied: 16}`, `{source: retrieval, format: associative, pairs: 6, queries: 4}`
+    """
+
+    source: Literal["retrieval"]
+
+
+Source = Annotated[Stdlib | LocalFile | Hub | Recall | Retrieval, Field(discriminator="source")]
 
 
 class Data(Config):
@@ -315,7 +358,7 @@ class Data(Config):
 
     @model_validator(mode="after")
     def _one_order(self) -> "Data":
-        if self.order == "first" and (len(self.mix) > 1 or isinstance(self.mix[0], Recall)):
+        if self.order == "first" and (len(self.mix) > 1 or isinstance(self.mix[0], Generated)):
             raise ValueError("order: first is of one source that is read; a mixture and generated rows are drawn")
         return self
 
@@ -387,11 +430,11 @@ def dataset_folder(source: Hub, folder: Path) -> Path:
     raise SourceError(f"data: the dataset's folder {path} is not there{nearest(path.name, names)}")
 
 
-def fingerprint(source: Stdlib | LocalFile | Hub | Recall | Mapping[str, object], folder: Path) -> str:
+def fingerprint(source: Stdlib | LocalFile | Hub | Generated | Mapping[str, object], folder: Path) -> str:
     """What a source reads: a hub's dataset@revision, else the sha256 of names and contents; `absent` if it is not here."""
     if isinstance(source, Mapping):
         source = TypeAdapter(Source).validate_python(dict(source))
-    if isinstance(source, Recall):
+    if isinstance(source, Generated):
         return fingerprint(source.text, folder)
     if isinstance(source, Hub) and not source.local:
         return f"{source.dataset}@{source.revision}"

@@ -15,10 +15,15 @@ import recipelin
 from recipelin import data, lookup
 from recipelin.attention.hybrid.config import Config as Hybrid
 from recipelin.evals.retrieval.config import Config
-from recipelin.evals.retrieval.items import WORDINGS, filler, rows
+from recipelin.evals.retrieval.items import rows
 from recipelin.evals.retrieval.run import _generate, _haystack, _likelihood, chance, score
 from recipelin.evals.subject import Subject
-from recipelin.sources import SourceError, Stdlib
+from recipelin.facts import WORDINGS, filler
+from recipelin.files import home
+from recipelin.load import load
+from recipelin.plan import plan
+from recipelin.preflight import preflight
+from recipelin.sources import Data, Facts, Retrieval, SourceError, Stdlib
 from recipelin.states import State, resolve
 from recipelin.steps import Swap
 from recipelin.swap import swap, switch
@@ -47,7 +52,7 @@ def trained(kind):
 
     texts = [t for _, t in list(data.documents(Stdlib(**STDLIB), "training", Path()))[:30]]
     texts += [
-        f"{w.fact} {w.question} " + " ".join(map(str, (*w.keys, *w.values(np.random.default_rng(0)))))
+        f"{w.fact} {w.question} " + " ".join(map(str, (*w.keys, *w.values(np.random.default_rng(0), 500))))
         for w in WORDINGS.values()
     ]
     special = ["<unk>", "<s>", "</s>"]
@@ -455,3 +460,53 @@ def test_the_plan_counts_what_is_read():
     assert config("associative").tokens() == 4 * 512
     assert config("associative", scoring=("likelihood", "generate")).tokens() == 4 * 512 * (1 + 3)
     assert config("passkey", scoring=("generate",)).tokens() == 12 * 512
+
+
+@pytest.mark.parametrize("kind", [k for k in FORMATS if k != "needles"])
+def test_training_rows_ask_what_they_hold_at_every_distance(tokenizer, kind):
+    given = {k: v for k, v in FORMATS[kind].items() if k in Facts.model_fields}
+    source = Retrieval.model_validate({"source": "retrieval", "format": kind, "text": STDLIB, **given})
+    rows = data.Batches(
+        Data(mix=(source,)),
+        tokenizer,
+        part="training",
+        length=512,
+        batch=40,
+        seed=3,
+        folder=Path(),
+        cache=home() / "tokens",
+    )
+    batch, again = rows.batch(1), rows.batch(1)
+    assert torch.equal(batch.input_ids, again.input_ids) and not torch.equal(batch.input_ids, rows.batch(2).input_ids)
+    distances = []
+    for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
+        scored = [i for i, label in enumerate(labels) if label != data.IGNORED]
+        assert all(labels[i] == ids[i] for i in scored) and scored[-1] == 511
+        answers = [[]]
+        for i in scored:
+            if answers[-1] and i != answers[-1][-1] + 1:
+                answers.append([])
+            answers[-1].append(i)
+        assert len(answers) == source.queries
+        for answer in answers:
+            said = [ids[i] for i in answer]
+            found = [i for i in range(answer[0]) if ids[i : i + len(said)] == said]
+            assert found, "an answer that its row does not hold"
+            distances.append(answer[0] - 1 - found[0])
+    assert len(set(distances)) > 20 and min(distances) < 150 and max(distances) > 350
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{source: retrieval, format: copy, copied: 200}", "a row of 256 tokens has no room for 1 facts of"),
+        ("{source: retrieval, format: associative, pairs: 30}", "no room for 30 facts|lower pairs"),
+        ("{source: recall, keys: 5000}", "word tokens, 10000 are needed"),
+    ],
+)
+def test_generated_rows_that_do_not_fit_are_refused_before_the_first_step(tmp_path, source, words):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"name: mine\nextends: pocket/lolcats\ndata: {{mix: [{source}]}}\n")
+    pocket = AutoTokenizer.from_pretrained(POCKET)
+    with pytest.raises(SourceError, match=words):
+        preflight(plan(load(str(recipe))), tokenizer=pocket, recipe=recipe)

@@ -199,7 +199,7 @@ def test_the_key_knows_what_changes_tokens(tokenizer, corpus):
 
 def test_truncation_and_padding_of_the_tokenizer_cut_nothing(tokenizer, corpus):
     """A tokenizer.json may hold both, and every call of the tokenizer leaves its own behind."""
-    from recipelin.evals.retrieval.items import filler
+    from recipelin.facts import filler
 
     def made(words):
         texts = documents(SOURCES["jsonl"], "training", corpus)

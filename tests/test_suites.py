@@ -15,7 +15,8 @@ from recipelin.evals.lm_eval import ruler, stock
 from recipelin.evals.lm_eval.config import Config, Task
 from recipelin.evals.lm_eval.run import _manager, _result, _rolling_positions, preflight
 from recipelin.evals.retrieval.config import FILLER
-from recipelin.evals.retrieval.items import filler, rows
+from recipelin.evals.retrieval.items import rows
+from recipelin.facts import filler
 from recipelin.load import load
 from recipelin.records import Item
 from recipelin.run import run

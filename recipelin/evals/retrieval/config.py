@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ...base import Config as Base
 from ...base import RowName
-from ...sources import Text
+from ...sources import Facts, Text
 
 METRICS = {"likelihood": ("exact_match",), "generate": ("generated",)}
 COPY_METRICS = {"likelihood": ("token_accuracy",), "generate": ("prefix_match", "generated")}
@@ -17,7 +16,7 @@ FILLER = (
 )
 
 
-class Config(Base):
+class Config(Facts):
     """Facts hidden in filler and asked for at the end of the row, with any fast tokenizer; an item is a question.
 
     `associative`: `pairs` lines "The code of lamp is river." of which `queries` are asked for. `passkey`: one number of
@@ -43,15 +42,9 @@ class Config(Base):
     """
 
     eval: Literal["retrieval"] = "retrieval"
-    format: Literal["associative", "passkey", "needle", "copy"]
     length: Annotated[int, Field(ge=32)] = Field(description="tokens of a row")
     distances: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
     items: Annotated[int, Field(ge=1)] = Field(48, description="questions at each distance")
-    pairs: Annotated[int, Field(ge=1)] = Field(1, description="facts in a row")
-    queries: Annotated[int, Field(ge=1)] = Field(
-        1, description="questions of a row, at its end; the others' answers stand"
-    )
-    copied: Annotated[int, Field(ge=2)] | None = Field(None, description="tokens of the string of a copy")
     text: Text | None = Field(None, description="real text around the facts; null: `filler`, over and over")
     filler: Annotated[str, Field(pattern=r"\S")] = FILLER
     part: Literal["selection", "test"] = "test"
@@ -60,18 +53,6 @@ class Config(Base):
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":
-        if self.format == "associative" and self.pairs <= self.queries:
-            raise ValueError(
-                f"associative: {self.pairs} pairs and {self.queries} queries; give more pairs than queries, "
-                "or the last answer is what is left"
-            )
-        if self.format in ("passkey", "copy") and (self.pairs, self.queries) != (1, 1):
-            what = {"passkey": "number", "copy": "string"}[self.format]
-            raise ValueError(f"{self.format}: a row holds one {what} and one question; leave pairs and queries out")
-        if (self.format == "copy") != (self.copied is not None):
-            raise ValueError("copied: the tokens of the string; give it with format: copy, and with no other")
-        if self.queries > self.pairs:
-            raise ValueError(f"{self.queries} queries of {self.pairs} pairs: every question needs a fact of its own")
         if self.items * len(self.distances) % self.queries:
             raise ValueError(
                 f"{self.items} items x {len(self.distances)} distances are no multiple of {self.queries} queries a row"

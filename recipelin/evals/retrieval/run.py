@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from ... import data
 from ...exposure import exposed_share
+from ...facts import DIGITS, Question, Row, filler
 from ...files import home
 from ...records import Item, Result
 from ..greedy import cannot_generate, greedy
 from ..standard_error import standard_error
 from ..subject import Subject
 from .config import Config
-from .items import DIGITS, Question, Row, filler, rows
+from .items import rows
 
 
 def preflight(config: Config, *, tokenizer: Any, seeds: Sequence[int], base: Path) -> None:
