@@ -265,6 +265,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     table.add_argument(
         "--check", action="store_true", help="compare with the committed table; exit code 1 if it differs"
     )
+    table.add_argument("--figure", action="store_true", help="draw the figure of a table spec, a .png beside it")
 
     publish = command(
         "publish",

@@ -84,6 +84,15 @@ class Measure:
             items=tuple(item for item, keep in zip(self.items, kept, strict=True) if keep),
         )
 
+    def at(self, task: str) -> "Measure | None":
+        """The part that one of its tasks makes; None for a Record without items."""
+        if self.exposed is None:
+            return None
+        import numpy as np
+
+        kept = self.only(np.asarray([of.task == task for of, _ in self.items]))
+        return replace(kept, label=task, tasks=(task,))
+
     def draws(self, state: str, *, exposed_only: bool = False, resamples: int = RESAMPLES) -> Draws:
         """Mean of a state's scores with bootstrap draws; raises KeyError for a state without items."""
         if exposed_only:

@@ -74,7 +74,10 @@ def _work(record: Record) -> str:
 
 
 def find(asked: Measured, found: Sequence[Measure], *, where: str) -> Measure | None:
-    """The measure of a task or recall column; None if the Record has none. Raises TableError if there are several."""
+    """The measure of a task or recall column; None if the Record has none. Raises TableError if there are several.
+
+    A recall task (`recall@96`) is the part of its measure at one distance.
+    """
 
     def fits(measure: Measure) -> bool:
         if asked.suite is not None and measure.suite != asked.suite:
@@ -85,13 +88,15 @@ def find(asked: Measured, found: Sequence[Measure], *, where: str) -> Measure | 
             what = measure.recalled
             names = (None, what.format, f"{what.format}@{what.length}") if what else ()
             return what is not None and what.part == asked.recall and asked.of in names
-        return asked.task in measure.tasks and measure.kind != "recall"
+        return asked.task in measure.tasks
 
     fitting = [m for m in found if fits(m)]
     if len(fitting) > 1:
         each = ", ".join(f"{m.label} of {m.suite} ({m.metric})" for m in fitting)
         raise TableError(f"{where} fits {len(fitting)} measures: {each}; say which by suite, metric or, for recall, of")
-    return fitting[0] if fitting else None
+    if not fitting or fitting[0].kind != "recall" or asked.task is None:
+        return fitting[0] if fitting else None
+    return fitting[0].at(asked.task)
 
 
 def to_run(missing: Iterable[str]) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from . import budget
+from . import budget, figure
 from .budget import Budget, Point
 from .claims import claims_table
 from .claimspec import read_claims
@@ -308,15 +308,20 @@ def _notes(spec: Spec, sources: dict[tuple[str, ...], Source]) -> tuple[str, ...
 
 
 def table_command(arguments: argparse.Namespace) -> int:
-    """`recipelin table [PATH] [--format F] [--check]`; PATH is a spec, a folder of specs, a run's folder or a Record.
+    """`recipelin table [PATH] [--format F] [--check] [--figure]`; PATH is a spec, a folder of specs, a run's folder or a Record.
 
-    `arguments`: path (str; None: results/tables), format, check. --check compares a spec's table with the .md beside
-    it and prints the difference: exit 1. Exit 2 with the reason for what cannot be read.
+    `arguments`: path (str; None: results/tables), format, check, figure. --check compares a spec's table with the .md beside
+    it, and its figure with the .png, and prints the difference: exit 1. --figure draws the .png. Exit 2 with the reason for
+    what cannot be read or drawn.
     """
     path = Path(arguments.path or "results/tables")
     try:
         is_spec = path.suffix == ".yaml"
         specs = [path] if is_spec else sorted(path.glob("*.yaml")) if path.is_dir() else []
+        if arguments.figure:
+            if not is_spec:
+                raise TableError(f"{path}: --figure draws one table spec (results/tables/*.yaml)")
+            return _draw(path)
         if specs:
             same = [_show_spec(each, arguments.format, check=arguments.check) for each in specs]
             return 0 if all(same) else 1
@@ -348,14 +353,43 @@ def spec_table(path: Path) -> Table:
     return tabulate(spec, read_published(records, tuple(name for row in spec.rows for name in row.recipes)))
 
 
+def _draw(path: Path) -> int:
+    """Draw the figure of a table spec beside it."""
+    table, spec = spec_table(path), _figured(path)
+    if spec is None:
+        raise TableError(f"{path} has no figure; give `figure: {{across: ..., up: ..., at: {{column: number}}}}`")
+    try:
+        figure.write(path.with_suffix(".png"), spec, table)
+    except ValueError as error:
+        raise TableError(f"{path}: {error}") from error
+    print(path.with_suffix(".png"))
+    return 0
+
+
+def _figured(path: Path) -> Spec | None:
+    """The spec of a table that has a figure."""
+    if kind_of(read_yaml(path, kind=EXPECTED)[0]) == "claims spec":
+        return None
+    spec = read_spec(path)
+    return spec if spec.figure else None
+
+
 def _show_spec(path: Path, format: Format, *, check: bool) -> bool:
     """Print the table, or with `check` compare it with the committed one; False where they differ."""
     if not check:
         print(render(spec_table(path), format), end="")
         return True
-    committed = path.with_suffix(".md")
-    made = render(spec_table(path), "markdown")
+    committed, picture, spec, table = (
+        path.with_suffix(".md"),
+        path.with_suffix(".png"),
+        _figured(path),
+        spec_table(path),
+    )
+    made = render(table, "markdown")
     known = committed.read_text(encoding="utf-8") if committed.is_file() else ""
+    if made == known and spec and not figure.is_current(picture, spec, table):
+        print(f"{picture} does not show its table; to draw it anew: recipelin table {path} --figure", file=sys.stderr)
+        return False
     if made == known:
         print(f"{committed}: as made from the Records")
         return True

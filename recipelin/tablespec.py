@@ -160,6 +160,19 @@ class TableRow(Config):
         return self
 
 
+class Figure(Config):
+    """A picture of the table, `X.png` beside `X.md`: a line a row, over columns that stand for numbers.
+
+    Sample YAML: `{across: "distance, tokens", up: "recall, %", at: {"6": 6, "24": 24, "96": 96}, log: x}`
+    """
+
+    across: str = Field(description="what the columns' numbers are, with their unit")
+    up: str = Field(description="what the cells are, with their unit")
+    at: Annotated[dict[str, float], Field(min_length=2)] = Field(description="column: its number")
+    rows: tuple[str, ...] = Field((), description="rows that are drawn; none: all")
+    log: Literal["", "x", "y", "xy"] = Field("", description="axes that are logarithmic")
+
+
 class Spec(Config):
     """A table spec, whole."""
 
@@ -169,6 +182,7 @@ class Spec(Config):
     columns: Annotated[tuple[Column, ...], Field(min_length=1)]
     rows: Annotated[tuple[TableRow, ...], Field(min_length=1)]
     footnotes: tuple[str, ...] = Field((), description="numbered from 1; the paper's own contradictions, for one")
+    figure: Figure | None = None
 
 
 def read_spec(path: Path) -> Spec:
@@ -201,6 +215,13 @@ def _unfit(spec: Spec) -> Iterator[tuple[Where, str]]:
         if column.recovery_of is not None and column.recovery_of not in scores:
             text = f"no column {column.recovery_of!r}{among(column.recovery_of, scores)}"
             yield ("columns", index, "recovery_of"), f"recovery_of of {column.label!r}: {text}"
+    for label in spec.figure.at if spec.figure else ():
+        if label not in labels:
+            yield ("figure", "at", label, "key"), f"no column {label!r}{among(label, labels)}"
+    names = [r.label for r in spec.rows]
+    for place, name in enumerate(spec.figure.rows if spec.figure else ()):
+        if name not in names:
+            yield ("figure", "rows", place), f"no row {name!r}{among(name, names)}"
     for index, row in enumerate(spec.rows):
         for label, printed in row.printed.items():
             at: Where = ("rows", index, "printed", label)

@@ -223,10 +223,10 @@ def test_check_compares_with_the_committed_table(make: Any, tmp_path: Path, caps
     (tmp_path / "tables").mkdir()
     path = tmp_path / "tables" / "x.yaml"
     path.write_text(SPEC)
-    check = argparse.Namespace(path=str(path), format="markdown", check=True)
+    check = argparse.Namespace(path=str(path), format="markdown", check=True, figure=False)
     assert table_command(check) == 1
     assert "to make it anew: recipelin table" in capsys.readouterr().err
-    assert table_command(argparse.Namespace(path=str(path), format="markdown", check=False)) == 0
+    assert table_command(argparse.Namespace(path=str(path), format="markdown", check=False, figure=False)) == 0
     path.with_suffix(".md").write_text(capsys.readouterr().out)
     assert table_command(check) == 0
     path.with_suffix(".md").write_text(path.with_suffix(".md").read_text().replace("not run", "65.5", 1))
@@ -234,15 +234,15 @@ def test_check_compares_with_the_committed_table(make: Any, tmp_path: Path, caps
     assert table_command(check) == 1
     shown = capsys.readouterr().out
     assert "\n-| base" in shown and "\n+| base" in shown
-    assert table_command(argparse.Namespace(path=str(tmp_path / "tables"), format="markdown", check=True)) == 1
+    assert table_command(argparse.Namespace(path=str(tmp_path / "tables"), format="markdown", check=True, figure=False)) == 1
 
 
 def test_the_command_shows_a_run(make: Any, tmp_path: Path, capsys: Any) -> None:
     write_record(tmp_path / "record.json", make()[0])
-    assert table_command(argparse.Namespace(path=str(tmp_path), format="csv", check=False)) == 0
+    assert table_command(argparse.Namespace(path=str(tmp_path), format="csv", check=False, figure=False)) == 0
     assert capsys.readouterr().out.startswith("block,row,column,")
-    assert table_command(argparse.Namespace(path=str(tmp_path), format="csv", check=True)) == 2
-    assert table_command(argparse.Namespace(path=str(tmp_path / "no"), format="csv", check=False)) == 2
+    assert table_command(argparse.Namespace(path=str(tmp_path), format="csv", check=True, figure=False)) == 2
+    assert table_command(argparse.Namespace(path=str(tmp_path / "no"), format="csv", check=False, figure=False)) == 2
     assert "no: found no such file; expected a table spec" in capsys.readouterr().err
 
 
