@@ -11,16 +11,16 @@ from .tablespec import Spec
 
 
 def chart(spec: Spec, table: Table) -> Chart:
-    """A line for each row that was run, over the columns that `figure` gives a number. Fractions are drawn in percent."""
+    """A line for each row that was run or printed, over the columns that `figure` gives a number; fractions in percent."""
     figure = spec.figure
     assert figure is not None
     block = table.blocks[0]
-    lines: dict[str, Line] = {}
+    lines: list[Line] = []
     for label, cells in block.rows:
-        if label in lines or (figure.rows and label not in figure.rows):
-            continue
         cell = dict(zip(block.columns[1:], cells, strict=True))
-        if "numbers" in cell and cell["numbers"].text != "ours":
+        whose = cell.pop("numbers").text if "numbers" in cell else "ours"
+        printed = whose.startswith("printed")
+        if (figure.rows and label not in figure.rows) or not (printed or whose == "ours"):
             continue
         points = []
         for column, x in figure.at.items():
@@ -32,8 +32,9 @@ def chart(spec: Spec, table: Table) -> Chart:
             ends = (found.low * times, found.high * times) if known else (None, None)
             points.append(Point(x, found.value * times, *ends))
         if points:
-            lines[label] = Line(label.replace("**", ""), tuple(sorted(points, key=lambda p: p.x)))
-    return Chart(spec.title, figure.across, figure.up, tuple(lines.values()), figure.log)
+            name = label.replace("**", "") + (", printed" if printed else "")
+            lines.append(Line(name, tuple(sorted(points, key=lambda p: p.x)), hollow=printed))
+    return Chart(figure.title or spec.title, figure.across, figure.up, tuple(lines), figure.log)
 
 
 def drawn_from(chart: Chart) -> str:
@@ -46,7 +47,7 @@ def drawn_from(chart: Chart) -> str:
 
 
 def write(path: Path, spec: Spec, table: Table) -> None:
-    """Draw the figure of a spec. Raises ValueError where nothing of it was run."""
+    """Draw the figure of a spec. Raises ValueError where nothing of it was run or printed."""
     made = chart(spec, table)
     write_atomically(path, png([made], digest=drawn_from(made)))
 

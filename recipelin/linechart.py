@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
 
-SIZE, LEFT, RIGHT, TOP, BOTTOM = (960, 540), 76, 286, 44, 60  # pixels; RIGHT holds the legend
+SIZE, LEFT, RIGHT, TOP, BOTTOM = (960, 540), 76, 286, 60, 60  # pixels; RIGHT holds the legend
 SHARP = 3  # drawn so many times larger, then made smaller: smooth lines
 FONT = 13
 # Okabe and Ito (2008): told apart with any colour vision. More lines come round again with another mark.
@@ -38,8 +38,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
+    """`hollow`: what somebody else measured."""
+
     label: str
     points: tuple[Point, ...]
+    hollow: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def _draw(draw: "ImageDraw", chart: Chart, *, top: int) -> None:
     def text(where: tuple[float, float], words: str, anchor: str, fill: Any = "black", used: Any = font) -> None:
         draw.text((where[0] * SHARP, where[1] * SHARP), words, fill=fill, font=used, anchor=anchor)
 
-    text((LEFT, top + TOP / 2), chart.title, "lm", used=bold)
+    text((LEFT, top + TOP / 3), chart.title, "lm", used=bold)
     for value in across:
         draw.line(at(x(value), box[1], x(value), box[3]), fill=(232, 232, 232), width=SHARP)
         text((x(value), box[3] + 8), f"{value:,.10g}", "mt")
@@ -138,7 +141,7 @@ def _draw(draw: "ImageDraw", chart: Chart, *, top: int) -> None:
         text((box[0] - 8, y(value)), f"{value:,.10g}", "rm")
     draw.rectangle(at(*box), outline=(120, 120, 120), width=SHARP)
     text(((box[0] + box[2]) / 2, box[3] + 32), chart.across, "mt")
-    text((box[0] + 4, box[1] + 4), chart.up, "lt", fill=(90, 90, 90))
+    text((box[0], box[1] - 6), chart.up, "lb", fill=(90, 90, 90))
     for number, line in enumerate(chart.lines):
         colour, round_ = COLOURS[number % len(COLOURS)], number < len(COLOURS)
         places = [(x(p.x), y(p.y)) for p in line.points]
@@ -146,12 +149,16 @@ def _draw(draw: "ImageDraw", chart: Chart, *, top: int) -> None:
         for point, (px, py) in zip(line.points, places, strict=True):
             if point.low is not None and point.high is not None and math.isfinite(point.low + point.high):
                 draw.line(at(px, y(point.low), px, y(point.high)), fill=colour, width=SHARP)
-            _mark(draw, at(px - 4, py - 4, px + 4, py + 4), colour, round_=round_)
+            _mark(draw, at(px - 4, py - 4, px + 4, py + 4), colour, round_=round_, hollow=line.hollow)
         level = top + TOP + 12 + 22 * number
         draw.line(at(width - RIGHT + 14, level, width - RIGHT + 38, level), fill=colour, width=2 * SHARP)
-        _mark(draw, at(width - RIGHT + 22, level - 4, width - RIGHT + 30, level + 4), colour, round_=round_)
+        mark = at(width - RIGHT + 22, level - 4, width - RIGHT + 30, level + 4)
+        _mark(draw, mark, colour, round_=round_, hollow=line.hollow)
         text((width - RIGHT + 46, level), line.label, "lm")
 
 
-def _mark(draw: "ImageDraw", box: tuple[float, ...], colour: tuple[int, int, int], *, round_: bool) -> None:
-    (draw.ellipse if round_ else draw.rectangle)(box, fill=colour)
+def _mark(
+    draw: "ImageDraw", box: tuple[float, ...], colour: tuple[int, int, int], *, round_: bool, hollow: bool
+) -> None:
+    fill = (255, 255, 255) if hollow else colour
+    (draw.ellipse if round_ else draw.rectangle)(box, fill=fill, outline=colour, width=2 * SHARP)

@@ -161,11 +161,13 @@ class TableRow(Config):
 
 
 class Figure(Config):
-    """A picture of the table, `X.png` beside `X.md`: a line a row, over columns that stand for numbers.
+    """A picture of the table, `X.png` beside `X.md`: a line a row, over columns that stand for numbers; what was printed
+    in lines of its own, with hollow marks.
 
     Sample YAML: `{across: "distance, tokens", up: "recall, %", at: {"6": 6, "24": 24, "96": 96}, log: x}`
     """
 
+    title: str | None = Field(None, description="where it is not the table's")
     across: str = Field(description="what the columns' numbers are, with their unit")
     up: str = Field(description="what the cells are, with their unit")
     at: Annotated[dict[str, float], Field(min_length=2)] = Field(description="column: its number")

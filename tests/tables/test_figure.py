@@ -50,7 +50,15 @@ def test_lines_are_the_rows_that_were_run(make: Any, tmp_path: Path) -> None:
         for point in line.points:
             assert point.y == pytest.approx(100 * rows[state, f"recall@{point.x:g}"])
             assert point.low is not None and point.high is not None and point.low <= point.y <= point.high
-    path = tmp_path / "x.png"
+    printed = SPEC.replace("state: window}", 'state: window, trust: T, printed: {"6": 99, far: 2.5}}')
+    spec = read(tmp_path, printed)
+    made = figure.chart(spec, tabulate(spec, [Published(record, items, tmp_path / "r.json")]))
+    assert [(line.label, line.hollow) for line in made.lines][1:] == [
+        ("its window", False),
+        ("its window, printed", True),
+    ]
+    assert made.lines[2].points == (Point(6, 99), Point(150, 2.5))
+    spec, path = read(tmp_path), tmp_path / "x.png"
     table = tabulate(spec, [Published(record, items, tmp_path / "r.json")])
     figure.write(path, spec, table)
     assert figure.is_current(path, spec, table)

@@ -234,7 +234,10 @@ def test_check_compares_with_the_committed_table(make: Any, tmp_path: Path, caps
     assert table_command(check) == 1
     shown = capsys.readouterr().out
     assert "\n-| base" in shown and "\n+| base" in shown
-    assert table_command(argparse.Namespace(path=str(tmp_path / "tables"), format="markdown", check=True, figure=False)) == 1
+    assert (
+        table_command(argparse.Namespace(path=str(tmp_path / "tables"), format="markdown", check=True, figure=False))
+        == 1
+    )
 
 
 def test_the_command_shows_a_run(make: Any, tmp_path: Path, capsys: Any) -> None:
