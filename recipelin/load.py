@@ -108,7 +108,8 @@ def _extended(
                 merges = False
             if merges:
                 found[key] = lay(below[key], value, here)
-                merged_places[(*here, "key")] = places[(*here, "key")]
+                for place in ((*here, "key"), here):  # what is wrong with the whole map came with what was laid over it
+                    merged_places[place] = places[place]
                 continue
             for known in [p for p in merged_places if p[: len(here)] == here]:
                 del merged_places[known]
