@@ -50,9 +50,7 @@ def swap(model: Any, step: Swap, *, seed: int) -> SwapReport:
     new = 0
     for index in layers:
         layer = model.model.layers[index]
-        made = form.from_softmax(
-            layer.self_attn, config=step.config, architecture=architecture, layer_index=index, seed=seed
-        )
+        made = form(layer.self_attn, config=step.config, architecture=architecture, layer_index=index, seed=seed)
         new += sum(p.numel() for p in made.parameters()) - sum(p.numel() for p in layer.self_attn.parameters())
         # Past nn.Module's own bookkeeping: the kept module may share its projections and must not be saved twice.
         object.__setattr__(layer, _KEPT, layer.self_attn)

@@ -138,7 +138,7 @@ def test_an_absent_branch_leaves_its_mass_or_not(tiny):
     for branches in (("window",), ("linear",), ("window", "linear"), ()):
         for ablate in ("mass", "output"):
             form.state = State(branches=branches, window=5, ablate=ablate)
-            found[branches, ablate] = form.attend(q, k, v)
+            found[branches, ablate] = form.join(q, k, v)
     parts = found[("window",), "output"] + found[("linear",), "output"]
     assert (parts - found[("window", "linear"), "output"]).abs().max() < 1e-12
     far = slice(6, None)
