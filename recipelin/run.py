@@ -37,7 +37,7 @@ from .naming import default_folder
 from .plan import Plan, Planned, digest, hub_commit, plan, teacher_folder
 from .preflight import preflight
 from .records import CurveRow, Record, Result, Row, StepTime
-from .reuse import Store, Surroundings
+from .reuse import Store
 from .selection import Selector
 from .shipped import SHIPPED
 from .sources import Data, Hub, Part
@@ -85,17 +85,6 @@ def choose_device(asked: str) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
     return asked
-
-
-def surroundings(loaded: Loaded, planned: Plan, device: str) -> Surroundings:
-    """Everything outside the plan that a result depends on, digested."""
-    return Surroundings(
-        digests=reuse.digests(loaded, planned),
-        device=device if device == "cpu" else torch.cuda.get_device_name(torch.device(device)),
-        threads=reuse.threads(),
-        dtype=loaded.recipe.model.dtype,
-        versions=reuse.versions(),
-    )
 
 
 def _refuse_other_run(folder: Path, planned: Plan) -> None:
@@ -155,7 +144,8 @@ class _Walk:
         started = datetime.datetime.now(datetime.UTC)
         clock = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.around = surroundings(self.loaded, self.plan, self.device)
+        name = "cpu" if self.device == "cpu" else torch.cuda.get_device_name(torch.device(self.device))
+        self.around = reuse.surroundings(self.loaded, self.plan, name)
         self.keys = reuse.run_keys(self.plan.steps, self.around)
         self.store = Store(reuse.home())
         _say(
