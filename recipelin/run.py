@@ -33,6 +33,7 @@ from . import (
 )
 from .evaluate import Evaluator
 from .load import Loaded
+from .loop import Around
 from .naming import default_folder
 from .plan import Plan, Planned, digest, hub_commit, plan, teacher_folder
 from .preflight import preflight
@@ -338,16 +339,14 @@ class _Walk:
         if isinstance(step, Calibrate):
             rows: dict[str, Any] = {"length": step.length, "batch": step.batch, "stage": f"calibrate {step.what}"}
             batches = self._batches(step.data, part="training", **rows)
-            rows["stage"] = (
-                "calibrate, held out"  # the same rows for every `what`: what one leaves is what the next meets
-            )
+            rows["stage"] = "calibrate, held out"  # the same for every `what`: what one leaves is what the next meets
             held_out = self._batches(step.data, part="selection", **rows) if step.held_out else None
             return stages.calibrate(model, step, batches, device=self.device, held_out=held_out)
         schedule = step.schedule
         sizes: dict[str, Any] = {"length": schedule.length, "batch": schedule.batch, "stage": step.stage}
         batches = self._batches(step.data, part="training", accumulation=schedule.accumulation, **sizes)
         validation = self._batches(step.data, part="selection", **sizes) if schedule.validation else None
-        arguments: dict[str, Any] = {
+        around: Around = {
             "device": self.device,
             "folder": working,
             "seed": int(digest({"seed": self.plan.seed, "stage": step.stage})[:8], 16),
@@ -358,10 +357,10 @@ class _Walk:
             "measure": lambda curve: self._evaluator().measured(model, self.tokenizer, curve),
         }
         if isinstance(step, Transfer):
-            return stages.transfer(model, step, batches, **arguments)
+            return stages.transfer(model, step, batches, **around)
         if step.loss.kl and teacher is None:
             teacher = self._teacher()[0]
-        return stages.tune(model, step, batches, teacher=teacher, **arguments)
+        return stages.tune(model, step, batches, teacher=teacher, **around)
 
     def _named(self, step: Calibrate | Transfer | Tune) -> set[str]:
         """Names of the weights that a step may have changed."""
