@@ -138,7 +138,7 @@ def test_perplexity_is_the_mean_log_loss(model, tokenizer, tmp_path):
     (result,) = run(config, model, tokenizer, tmp_path)
     (other,) = run(Perplexity(rows=5, length=40, batch=5), model, tokenizer, tmp_path)
     assert abs(result.value - other.value) < 1e-5, "the batch must not matter"
-    from recipelin.evals.perplexity.run import held_out_rows
+    from recipelin.evals.held_out import held_out_rows
 
     rows = torch.from_numpy(held_out_rows(config, tokenizer, base=tmp_path, seed=0))
     with torch.no_grad():
