@@ -244,7 +244,6 @@ class RecallItem:
     ids: np.ndarray
     answer: int
     distance: int
-    values: tuple[int, ...]
 
 
 def recall_items(
@@ -290,7 +289,6 @@ def recall_items(
                     ids=row,
                     answer=int(chosen_values[0]),
                     distance=distance,
-                    values=tuple(int(v) for v in chosen_values),
                 )
             )
     return found

@@ -183,7 +183,7 @@ def test_recall_questions_are_what_they_say(tokenizer):
         here = [i for i in range(len(ids) - 2) if ids[i] == marker and ids[i + 1] == ids[-1]]
         assert len(here) == 1 and ids[-2] == marker
         assert len(ids) - 1 - (here[0] + 1) == item.distance and ids[here[0] + 2] == item.answer
-        assert len(set(item.values)) == 4
+        assert len({ids[i + 2] for i in range(len(ids) - 2) if ids[i] == marker}) == 4, "four values, all different"
     again = data.recall_items(tokenizer, tokens, **asked)
     assert all(np.array_equal(a.ids, b.ids) for a, b in zip(items, again, strict=True))
     with pytest.raises(data.SourceError, match="does not fit"):
