@@ -1,11 +1,10 @@
 """The catalogue of recipes and suites as Markdown, made from their files alone (no torch)."""
 
-import difflib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .committed import is_current
 from .cost import count
 from .finding import CHECKOUT, INSTALLED
 from .load import Loaded, expand, load
@@ -135,22 +134,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
 
 
 def compare(path: Path) -> int:
-    """Compare a file with the catalogue and print the difference; the exit code: 0 the same, 1 not."""
-    made = catalogue()
-    try:
-        known = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        print(f"{path}: not UTF-8; expected the Markdown that recipelin list --format markdown prints", file=sys.stderr)
-        return 2
-    if made == known:
-        print(f"{path}: as made from the recipes")
-        return 0
-    lines = difflib.unified_diff(
-        known.splitlines(keepends=True), made.splitlines(keepends=True), str(path), "made from the recipes"
-    )
-    print("".join(lines), end="")
-    print(
-        f"{path} is not what the recipes give; to make it anew: recipelin list --format markdown > {path}",
-        file=sys.stderr,
-    )
-    return 1
+    """Hold a file against the catalogue; the exit code: 0 the same, 1 not. Raises OSError for a file that is not there."""
+    path.stat()
+    return 0 if is_current(path, catalogue(), source="the recipes", command="recipelin list --format markdown") else 1

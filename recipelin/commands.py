@@ -49,13 +49,7 @@ def known(loaded: Loaded, planned: Plan, device: str) -> list[str]:
     if place != "cpu":
         # The name of the GPU is part of a run's key, and only torch knows it.
         return ["" for _ in planned.steps]
-    around = reuse.Surroundings(
-        digests=reuse.digests(loaded, planned),
-        device="cpu",
-        threads=reuse.threads(),
-        dtype=loaded.recipe.model.dtype,
-        versions=reuse.versions(),
-    )
+    around = reuse.surroundings(loaded, planned, "cpu")
     store = reuse.Store(reuse.home())
     words = []
     for step, key in zip(planned.steps, reuse.run_keys(planned.steps, around), strict=True):

@@ -130,8 +130,8 @@ def joint_transfer(
     state: State,
     objective: Mapping[Objective, float],
     *,
-    block_loss: BlockLoss = "mse",
-    size: Schedule,
+    block_loss: BlockLoss,
+    stages: Mapping[str, Schedule | None],
     calibration_batches: int,
 ) -> tuple[Step, ...]:
     """Stage `transfer` of a hybrid in its own state, as LoLCATs: it trains the maps, and what weighs the branches.
@@ -147,12 +147,17 @@ def joint_transfer(
     joint = any(name.startswith(("hybrid", "block")) for name in objective)
     scales: dict[str, tuple[Trained, ...]] = {"shared": ("mix",), "absolute": ("log_scale",)}
     trains: tuple[Trained, ...] = ("feature_maps", *(scales.get(state.join, ()) if joint else ()))
-    scale = calibrate_scale(recipe, size, calibration_batches) if state.join == "absolute" else ()
+    scale = calibrate_scale(recipe, stages, calibration_batches) if state.join == "absolute" else ()
     learned = transfer(recipe, "transfer", objective, trains, block_loss)
     return (*scale, *learned) if joint else (*learned, *scale)
 
 
-def calibrate_scale(recipe: Recipe, size: Schedule, batches: int) -> tuple[Step, ...]:
-    """The closed form of c_h for the `absolute` join, on batches as large as those of `size`, of its data."""
+def calibrate_scale(recipe: Recipe, stages: Mapping[str, Schedule | None], batches: int) -> tuple[Step, ...]:
+    """The closed form of c_h for the `absolute` join, on the data of stage `transfer`, in batches of its size.
+
+    `stages`: the method's STAGES, which say it where the recipe leaves the stage out.
+    """
+    size = recipe.schedule["transfer"] or stages["transfer"]
+    assert size is not None
     data = size.data or recipe.data
     return (Calibrate(what="log_scale", data=data, batches=batches, batch=size.batch, length=size.length),)

@@ -14,9 +14,9 @@ from .families import Architecture
 from .load import Loaded
 from .recipe import Converted, Suite
 from .schedule import optimiser_steps
-from .sources import Data, Generated, Hub, LocalFile, Retrieval, Rows, Source, Stdlib
+from .sources import Data, Hub, LocalFile, Retrieval, Rows, Source, Stdlib, text_of
 from .states import State
-from .steps import LOGITS, Calibrate, Evaluate, FromSelect, Lora, Select, Step, Swap, Switch, Transfer, Tune
+from .steps import LOGITS, Calibrate, Evaluate, Lora, Select, Step, Swap, Switch, Transfer, Tune, first
 from .templates import name_of
 
 BYTES_PER_TOKEN = 4  # of English text under a vocabulary of tens of thousands; only sizes `epochs` before tokenising
@@ -87,15 +87,10 @@ class Counting:
         ]
 
     def _swap(self) -> Swap | None:
-        return next((s for s in self.steps if isinstance(s, Swap)), None)
+        return first(self.steps, Swap)
 
     def _layers(self, step: Swap) -> int:
-        count = self.arch.num_hidden_layers
-        select = next((s for s in self.steps if isinstance(s, Select)), None)
-        if isinstance(step.layers, FromSelect):
-            assert select is not None
-            return count - layers.count(select, count)
-        return len(layers.converted(step.layers, select, count))
+        return layers.how_many(step.layers, first(self.steps, Select), self.arch.num_hidden_layers)
 
     def _new(self, step: Swap) -> dict[str, int]:
         counts = self._form(step).parameters(self.arch)
@@ -138,8 +133,7 @@ class Counting:
         """Rows of one epoch by what is said or seen of the sources' size; None where neither is there."""
         total = 0
         for source in data.mix:
-            text = source.text if isinstance(source, Generated) else source
-            tokens = self._tokens(text)
+            tokens = self._tokens(text_of(source))
             if tokens is None:
                 return None
             total += tokens
@@ -197,9 +191,8 @@ class Counting:
         operator = self._operator(schedule.length if keys is None else min(keys, schedule.length))
         per_token = factor * self._forward(schedule.length) + 3.0 * operator
         if isinstance(step, Transfer) and "projections" in step.trains:
-            swap = (
-                self._swap()
-            )  # the layer's own beside the teacher's: forward, and backward to the weights or through o_proj
+            # The layer's own beside the teacher's: forward, and backward to the weights or through o_proj.
+            swap = self._swap()
             assert swap is not None
             per_token += 4.0 * families.parameters(self.arch)["attention"] * self._layers(swap)
         if isinstance(step, Tune) and schedule.gradient_checkpointing:

@@ -12,7 +12,7 @@ import torch
 from .documents import documents
 from .facts import Writer
 from .files import folder_atomically, locked
-from .sources import PARTS, Data, Generated, Part, Recall, Retrieval, Slot, SourceError
+from .sources import PARTS, Data, Generated, Part, Recall, Retrieval, Slot, SourceError, text_of
 from .spool import stream, uncut
 
 MARKER = "<k>"  # one token before each key of a recall row; a special token of the pocket's tokenizer
@@ -63,10 +63,7 @@ class Batches:
         self.data, self.tokenizer, self.part = data, tokenizer, part
         self.length, self.size, self.accumulation, self.seed = length, batch, accumulation, seed
         self.first_rows, self.skip = first_rows, skip
-        self._streams = [
-            stream(s.text if isinstance(s, Generated) else s, tokenizer, part=part, folder=folder, cache=cache)
-            for s in data.mix
-        ]
+        self._streams = [stream(text_of(s), tokenizer, part=part, folder=folder, cache=cache) for s in data.mix]
         for source, found in zip(data.mix, self._streams, strict=True):
             if len(found.tokens) < length:
                 raise SourceError(
@@ -247,7 +244,6 @@ class RecallItem:
     ids: np.ndarray
     answer: int
     distance: int
-    values: tuple[int, ...]
 
 
 def recall_items(
@@ -293,7 +289,6 @@ def recall_items(
                     ids=row,
                     answer=int(chosen_values[0]),
                     distance=distance,
-                    values=tuple(int(v) for v in chosen_values),
                 )
             )
     return found
@@ -400,12 +395,8 @@ def tokenizer_for(data: Data, vocab_size: int, *, folder: Path, cache: Path) -> 
 
     with locked(cache.with_name(cache.name + ".lock")):  # two runs may want the same one at the same time
         if not (cache / "tokenizer.json").is_file():
-            sources = {(s.text if isinstance(s, Generated) else s).model_dump_json(): s for s in data.mix}
-            texts = (
-                text
-                for s in sources.values()
-                for _, text in documents(s.text if isinstance(s, Generated) else s, "training", folder)
-            )
+            sources = {s.model_dump_json(): s for s in map(text_of, data.mix)}
+            texts = (text for s in sources.values() for _, text in documents(s, "training", folder))
             made = train_tokenizer(texts, vocab_size)
             with folder_atomically(cache) as partial:
                 made.save_pretrained(partial)

@@ -60,7 +60,7 @@ class Reader:
             if part in parts:
                 yield Document(name, part, *self._texts(name, row), masked, self._turns(name, row))
         if held_out and self.rows < held_out.end:
-            raise SourceError(f"{label(source)}: parts name rows up to {held_out.end - 1}, found {self.rows} rows")
+            raise SourceError(f"{source.label}: parts name rows up to {held_out.end - 1}, found {self.rows} rows")
 
     def state(self) -> dict[str, Any]:
         """What a new Reader takes to go on after the last document that was given; JSON."""
@@ -136,17 +136,10 @@ def documents(source: Stdlib | LocalFile | Hub, part: Part, folder: Path) -> Ite
     """(name, text) of the documents of one part, prompts included. Raises SourceError as Reader does, and for conversations."""
     if not isinstance(source, Stdlib) and source.chat is not None:
         raise SourceError(
-            f"{label(source)}: a chat has no text before a tokenizer's template writes it; here text is read"
+            f"{source.label}: a chat has no text before a tokenizer's template writes it; here text is read"
         )
     for document in Reader(source, folder).documents((part,)):
         yield document.name, document.prompt + document.text
-
-
-def label(source: Stdlib | LocalFile | Hub) -> str:
-    """The source as messages name it."""
-    if isinstance(source, Stdlib):
-        return source.source
-    return source.label if isinstance(source, Hub) else source.path
 
 
 def _table(source: Hub, table: Any, first: int) -> Iterator[Mapping[str, Any]]:

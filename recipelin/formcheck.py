@@ -7,7 +7,7 @@ from .attention.form import Form
 from .families import Architecture
 from .mistakes import among
 from .states import NAMES, State, resolve
-from .steps import Calibrate, FromSelect, Select, Step, Swap, Switch, Transfer, Tune
+from .steps import Calibrate, Select, Step, Swap, Switch, Transfer, Tune, first
 from .strict_yaml import Where
 
 
@@ -22,15 +22,11 @@ def unfit(arch: Architecture, steps: Sequence[Step]) -> Iterator[tuple[Where, st
     if form is None:
         return
     state: State | None = None
-    select = next((s for s in steps if isinstance(s, Select)), None)
+    select = first(steps, Select)
     for step in steps:
         if isinstance(step, Swap):
             count = arch.num_hidden_layers
-            if isinstance(step.layers, FromSelect):
-                kept = layers.count(select, count) if select else 0
-            else:
-                kept = count - len(layers.converted(step.layers, select, count))
-            if why := form.refuses_teacher(arch, kept):
+            if why := form.refuses_teacher(arch, count - layers.how_many(step.layers, select, count)):
                 yield ("method",), f"method: {why}"
         elif isinstance(step, Switch):
             state = step.state

@@ -69,6 +69,14 @@ def converted(where: Layers, choice: Choice | None, layers: int, kept: Sequence[
     return tuple(i for i in range(layers) if i not in stay)
 
 
+def how_many(where: Layers, choice: Choice | None, layers: int) -> int:
+    """Layers that a Swap converts, also before its Select has chosen which."""
+    if isinstance(where, FromSelect):
+        assert choice is not None
+        return layers - count(choice, layers)
+    return len(converted(where, choice, layers))
+
+
 def _there(given: Sequence[int], layers: int, field: str) -> tuple[int, ...]:
     if wrong := [i for i in given if i >= layers]:
         raise ValueError(f"{field}: {', '.join(map(str, wrong))}: the model has layers 0 to {layers - 1}")

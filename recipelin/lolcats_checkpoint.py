@@ -31,7 +31,7 @@ from .families import Architecture
 from .load import Loaded
 from .plan import Plan
 from .recipe import SOURCES, Converted
-from .steps import Swap
+from .steps import Swap, first
 
 MAPS = ("feature_map_q.mlp.layer", "feature_map_k.mlp.layer", "window_factors")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -62,7 +62,7 @@ def of_run(loaded: Loaded, planned: Plan) -> Published | None:
 
     Raises PublishedError; for a file that is not here with where it is to be had.
     """
-    swapped = next((p.step for p in planned.steps if isinstance(p.step, Swap)), None)
+    swapped = first((p.step for p in planned.steps), Swap)
     converted = loaded.recipe.model.converted
     if converted is None or swapped is None:
         return None

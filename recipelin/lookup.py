@@ -1,11 +1,12 @@
 """Name -> module of a folder: the file name is the public name. The only dynamic import of the project (no torch)."""
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal
+
+from .mistakes import nearest
 
 Folder = Literal["methods", "attention", "evals", "bars"]
 
@@ -53,7 +54,5 @@ def implementation(folder: Folder, name: str) -> ModuleType:
 def _known(folder: Folder, name: str) -> None:
     known = names(folder)
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
         kind = {"methods": "method", "attention": "attention form", "evals": "evaluation", "bars": "bars"}[folder]
-        raise LookupFailed(f"no {kind} {name!r}{hint} (there are: {', '.join(known)})")
+        raise LookupFailed(f"no {kind} {name!r}{nearest(name, known)} (there are: {', '.join(known)})")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, Required, TypedDict
 
 import torch
 from torch import nn
@@ -50,6 +50,23 @@ Measure = Callable[[Curve], list[dict[str, Any]]]
 """Of the model as it stands: {state, suite, seed, and what a Result says} of each row, as JSON."""
 
 
+class Around(TypedDict, total=False):
+    """What a stage is given beside its model, step and batches, and hands on to its Loop.
+
+    `folder`: of checkpoints; `key`: whose they are. `validation_batches`: held-out rows; `evaluate`, `measure`: suites, for
+    what watches or measures them.
+    """
+
+    device: Required[str]
+    folder: Required[Path]
+    seed: Required[int]
+    log: Required[Path]
+    key: str
+    validation_batches: BatchSource | None
+    evaluate: Evaluate | None
+    measure: Measure | None
+
+
 @dataclass
 class Loop:
     """One stage under way: optimiser steps, validation, checkpoints, logs. Resuming repeats nothing and skips nothing."""
@@ -60,17 +77,17 @@ class Loop:
     parameters: set[int]
     groups: Mapping[str, list[nn.Parameter]]
     losses: Callable[[Batch, Part | None], tuple[float, dict[str, float]]]
+    """Of a batch: its loss, and by layer where the stage has it. With a Part it learns, without (held out) it does not."""
     weigh: Callable[[Batch], float]
-    held_out: Callable[[Batch], float]
     batches: BatchSource
-    validation_batches: BatchSource | None
-    evaluate: Evaluate | None
-    measure: Measure | None
     device: str
     folder: Path
     seed: int
     log: Path
-    key: str
+    key: str = ""
+    validation_batches: BatchSource | None = None
+    evaluate: Evaluate | None = None
+    measure: Measure | None = None
     curve: list[tuple[int, float]] = field(default_factory=list)
 
     def go(self) -> dict[str, Any]:
@@ -245,7 +262,7 @@ class Loop:
         self.model.eval()
         try:
             found = [
-                (self.weigh(batch), self.held_out(batch))
+                (self.weigh(batch), self.losses(batch, None)[0])
                 for number in range(validation.batches)
                 for batch in [self.validation_batches.batch(number).to(self.device)]
             ]

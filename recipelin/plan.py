@@ -22,7 +22,7 @@ from .recipe import StateOf, Suite
 from .shipped import SHIPPED
 from .sources import Hub, SourceError
 from .states import NAMES, NamedState, State, resolve, subsets
-from .steps import Calibrate, Evaluate, FromSelect, Select, Step, StepsError, Swap, Switch, Transfer, Tune
+from .steps import Calibrate, Evaluate, FromSelect, Select, Step, StepsError, Swap, Switch, Transfer, Tune, first
 from .strict_yaml import Where
 from .suites import load_suite
 
@@ -55,10 +55,10 @@ class Plan(Config):
     @property
     def reach(self) -> int | None:
         """The farthest that a linear branch may look, the query included: the teacher's own window; None: no limit."""
-        swap = next((p.step for p in self.steps if isinstance(p.step, Swap)), None)
+        steps = [p.step for p in self.steps]
+        swap, select = first(steps, Swap), first(steps, Select)
         if swap is None or not isinstance(swap.config, Form):
             return None
-        select = next((p.step for p in self.steps if isinstance(p.step, Select)), None)
         found = [swap.config.reach(self.architecture, i) for i in layers.converted(swap.layers, select, self.layers)]
         return None if None in found else max(w for w in found if w is not None)
 
@@ -400,7 +400,7 @@ def _refuse_empty_calibration(loaded: Loaded, arch: Architecture, steps: Sequenc
     if not isinstance(form_of(steps), Hybrid):
         return
     state, swapped = State(), tuple(range(arch.num_hidden_layers))
-    select = next((s for s in steps if isinstance(s, Select)), None)
+    select = first(steps, Select)
     for step in steps:
         if isinstance(step, Swap):
             swapped = layers.converted(step.layers, select, arch.num_hidden_layers)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from .sources import Generated, Hub, LocalFile, Source, SourceError, Stdlib
+from .sources import Generated, Hub, LocalFile, Source, SourceError, Stdlib, text_of
 from .steps import Calibrate, Evaluate, Select, Step, Transfer, Tune
 from .suites import load_suite
 
@@ -44,7 +44,7 @@ def sources(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hu
 
 def texts(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hub]:
     """What is read of them, each once."""
-    return list(dict.fromkeys(s.text if isinstance(s, Generated) else s for s in sources(steps, recipe)))
+    return list(dict.fromkeys(map(text_of, sources(steps, recipe))))
 
 
 def refuse_leaks(steps: Iterable[Step], recipe: Path) -> None:
@@ -58,13 +58,9 @@ def refuse_leaks(steps: Iterable[Step], recipe: Path) -> None:
             continue
         for other in known:
             if _overlap(text, other, recipe.parent) and (why := _differently(text, other, recipe.parent)):
-                names = " and ".join(dict.fromkeys((_label(other), _label(text))))
+                names = " and ".join(dict.fromkeys((other.label, text.label)))
                 raise SourceError(f"{names}: {why}")
         known.append(text)
-
-
-def _label(text: LocalFile | Hub) -> str:
-    return text.path if isinstance(text, LocalFile) else text.label
 
 
 def _place(text: LocalFile | Hub, folder: Path) -> Path | None:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -137,21 +138,20 @@ _SOURCES: Mapping[type, tuple[str, ...]] = {
 
 def source_digest(step: Step) -> str:
     """Digest of the source files that compute a step: its own, and the operators'."""
-    kernels = _kernels()
     watches = isinstance(step, (Transfer, Tune)) and (step.schedule.validation or step.schedule.curve)
     patterns = (*_SOURCES[type(step)], *(_EVALUATION if watches else ()))
+    return _digest_of(patterns, operators=not isinstance(step, Switch))
+
+
+@cache
+def _digest_of(patterns: tuple[str, ...], *, operators: bool) -> str:
+    """Once in a process, whose code is what it loaded, whatever becomes of the files while it runs."""
+    kernels = _kernels()
     files = {f for pattern in patterns for f in PACKAGE.glob(pattern)}
-    if not isinstance(step, Switch):
+    if operators:
         files |= set(kernels.rglob("*.py"))
-    roots = (PACKAGE, kernels)
-    return digest(
-        {
-            f"{root.name}/{f.relative_to(root)}": digest_file(f)
-            for root in roots
-            for f in sorted(files)
-            if root in f.parents
-        }
-    )
+    named = {f"{root.name}/{f.relative_to(root)}": f for root in (PACKAGE, kernels) for f in files if root in f.parents}
+    return digest({name: digest_file(f) for name, f in named.items()})
 
 
 def _kernels() -> Path:
@@ -172,6 +172,17 @@ class Surroundings:
     threads: int
     dtype: str
     versions: Mapping[str, str]
+
+
+def surroundings(loaded: Loaded, planned: Plan, device: str) -> Surroundings:
+    """Everything outside the plan that a result depends on, digested. `device`: cpu, or the name of the GPU."""
+    return Surroundings(
+        digests=digests(loaded, planned),
+        device=device,
+        threads=threads(),
+        dtype=loaded.recipe.model.dtype,
+        versions=versions(),
+    )
 
 
 def run_keys(steps: Sequence[Planned], around: Surroundings) -> tuple[str, ...]:

@@ -33,11 +33,12 @@ from . import (
 )
 from .evaluate import Evaluator
 from .load import Loaded
+from .loop import Around
 from .naming import default_folder
 from .plan import Plan, Planned, digest, hub_commit, plan, teacher_folder
 from .preflight import preflight
 from .records import CurveRow, Record, Result, Row, StepTime
-from .reuse import Store, Surroundings
+from .reuse import Store
 from .selection import Selector
 from .shipped import SHIPPED
 from .sources import Data, Hub, Part
@@ -85,17 +86,6 @@ def choose_device(asked: str) -> str:
     if kind == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
     return asked
-
-
-def surroundings(loaded: Loaded, planned: Plan, device: str) -> Surroundings:
-    """Everything outside the plan that a result depends on, digested."""
-    return Surroundings(
-        digests=reuse.digests(loaded, planned),
-        device=device if device == "cpu" else torch.cuda.get_device_name(torch.device(device)),
-        threads=reuse.threads(),
-        dtype=loaded.recipe.model.dtype,
-        versions=reuse.versions(),
-    )
 
 
 def _refuse_other_run(folder: Path, planned: Plan) -> None:
@@ -155,7 +145,8 @@ class _Walk:
         started = datetime.datetime.now(datetime.UTC)
         clock = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.around = surroundings(self.loaded, self.plan, self.device)
+        name = "cpu" if self.device == "cpu" else torch.cuda.get_device_name(torch.device(self.device))
+        self.around = reuse.surroundings(self.loaded, self.plan, name)
         self.keys = reuse.run_keys(self.plan.steps, self.around)
         self.store = Store(reuse.home())
         _say(
@@ -348,16 +339,14 @@ class _Walk:
         if isinstance(step, Calibrate):
             rows: dict[str, Any] = {"length": step.length, "batch": step.batch, "stage": f"calibrate {step.what}"}
             batches = self._batches(step.data, part="training", **rows)
-            rows["stage"] = (
-                "calibrate, held out"  # the same rows for every `what`: what one leaves is what the next meets
-            )
+            rows["stage"] = "calibrate, held out"  # the same for every `what`: what one leaves is what the next meets
             held_out = self._batches(step.data, part="selection", **rows) if step.held_out else None
             return stages.calibrate(model, step, batches, device=self.device, held_out=held_out)
         schedule = step.schedule
         sizes: dict[str, Any] = {"length": schedule.length, "batch": schedule.batch, "stage": step.stage}
         batches = self._batches(step.data, part="training", accumulation=schedule.accumulation, **sizes)
         validation = self._batches(step.data, part="selection", **sizes) if schedule.validation else None
-        arguments: dict[str, Any] = {
+        around: Around = {
             "device": self.device,
             "folder": working,
             "seed": int(digest({"seed": self.plan.seed, "stage": step.stage})[:8], 16),
@@ -368,10 +357,10 @@ class _Walk:
             "measure": lambda curve: self._evaluator().measured(model, self.tokenizer, curve),
         }
         if isinstance(step, Transfer):
-            return stages.transfer(model, step, batches, **arguments)
+            return stages.transfer(model, step, batches, **around)
         if step.loss.kl and teacher is None:
             teacher = self._teacher()[0]
-        return stages.tune(model, step, batches, teacher=teacher, **arguments)
+        return stages.tune(model, step, batches, teacher=teacher, **around)
 
     def _named(self, step: Calibrate | Transfer | Tune) -> set[str]:
         """Names of the weights that a step may have changed."""

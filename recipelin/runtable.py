@@ -14,7 +14,7 @@ from .records import SHRUNK, Items, Record, bands_path, picture_path
 from .render import DASH, WIDTH, Block, Cell, Number, Table, plus_minus
 from .states import State, subsets
 from .statistics import Draws, Interval, compare, gap, interval_of, ratio, recovery, retention, shapley
-from .verdict import RULE, comparable, judge, verdict
+from .verdict import RULE, comparable, judge, units, verdict
 
 MEANING = {
     "gap": "(window - hybrid)/(window - teacher) in log-loss, alike in scores: what of the window's loss comes back; negative: "
@@ -192,8 +192,7 @@ def _branches(record: Record, found: Sequence[Measure]) -> Block:
     )
     rows = []
     for measure in found:
-        unit = "nats" if measure.kind == "log_loss" else "points"
-        scale, digits = (1.0, 3) if unit == "nats" else (100.0, 1)
+        unit, scale, digits = units(measure.kind)
         label = f"{measure.label.replace('perplexity', 'log-loss')}, {unit}"
         draws = exposed_draws(measure)
         cells = [Cell(str(measure.exposed_items()))]
@@ -226,12 +225,11 @@ def _conversion(record: Record, found: Sequence[Measure]) -> Block:
         draws = exposed_draws(measure)
         if not {"teacher", "softmax", "hybrid"} <= set(draws):
             continue
-        nats = measure.kind == "log_loss"
-        scale, digits, unit = (1.0, 3, "nats") if nats else (100.0, 1, "points")
+        unit, scale, digits = units(measure.kind)
         cells = [Cell(str(measure.exposed_items()))]
         for one, other in (("softmax", "teacher"), ("hybrid", "softmax")):
             each = (draws[one] - draws[other]).interval()
-            number = Number(f"{one} - {other}", each, "nats" if nats else "fraction")
+            number = Number(f"{one} - {other}", each, "nats" if unit == "nats" else "fraction")
             cells.append(Cell(plus_minus(each, scale=scale, digits=digits, sign=True), (number,)))
         cells.append(Cell(compare(each, record.margin)))
         rows.append((f"{measure.label.replace('perplexity', 'log-loss')}, {unit}", tuple(cells)))

@@ -4,12 +4,11 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from .base import Config
 from .files import digest_file
@@ -29,6 +28,11 @@ class Stdlib(Config):
 
     source: Literal["python-stdlib"]
     weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @property
+    def label(self) -> str:
+        """As messages name it."""
+        return self.source
 
 
 class Parts(Config):
@@ -134,6 +138,11 @@ class LocalFile(Rows):
             if value == "text" and info.data.get(name) is not None:
                 raise ValueError(f"text has no columns for a {name}; use jsonl, parquet or hub")
         return value
+
+    @property
+    def label(self) -> str:
+        """As messages name it."""
+        return self.path
 
 
 class Shuffle(Config):
@@ -327,6 +336,11 @@ class Retrieval(Generated, Facts):
 Source = Annotated[Stdlib | LocalFile | Hub | Recall | Retrieval, Field(discriminator="source")]
 
 
+def text_of(source: Stdlib | LocalFile | Hub | Generated) -> Stdlib | LocalFile | Hub:
+    """What is read of a source: of generated rows the text around what is written."""
+    return source.text if isinstance(source, Generated) else source
+
+
 class Data(Config):
     """A mixture of sources and how it is packed into rows.
 
@@ -430,12 +444,9 @@ def dataset_folder(source: Hub, folder: Path) -> Path:
     raise SourceError(f"data: the dataset's folder {path} is not there{nearest(path.name, names)}")
 
 
-def fingerprint(source: Stdlib | LocalFile | Hub | Generated | Mapping[str, object], folder: Path) -> str:
+def fingerprint(source: Stdlib | LocalFile | Hub | Generated, folder: Path) -> str:
     """What a source reads: a hub's dataset@revision, else the sha256 of names and contents; `absent` if it is not here."""
-    if isinstance(source, Mapping):
-        source = TypeAdapter(Source).validate_python(dict(source))
-    if isinstance(source, Generated):
-        return fingerprint(source.text, folder)
+    source = text_of(source)
     if isinstance(source, Hub) and not source.local:
         return f"{source.dataset}@{source.revision}"
     if isinstance(source, Stdlib):

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import chat
-from .documents import Document, Reader, label
+from .documents import Document, Reader
 from .files import locked, write_atomically
 from .sources import PARTS, Hub, LocalFile, Part, SourceError, Stdlib, fingerprint
 
@@ -150,7 +150,7 @@ def _short(facts: Sequence[Any]) -> str:
 def _open(place: Path, source: Stdlib | LocalFile | Hub, part: Part) -> Stream:
     files = {name: place / f"{part}.{name}" for name in _FILES}
     if files["tokens"].stat().st_size == 0:
-        raise SourceError(f"{label(source)}: the {part} part holds no document")
+        raise SourceError(f"{source.label}: the {part} part holds no document")
     found = {
         name: np.asarray(np.memmap(path, dtype=_FILES[name], mode="r"))
         if path.stat().st_size
@@ -174,7 +174,7 @@ def _spool(source: Stdlib | LocalFile | Hub, tokenizer: Any, parts: Sequence[Par
         {"total": limit, "initial": writing.tokens} if limit else {"total": reader.length(), "initial": reader.rows}
     )
     with writing, tqdm(
-        desc=f"tokens of {label(source)}", unit="token" if limit else "row", unit_scale=True,
+        desc=f"tokens of {source.label}", unit="token" if limit else "row", unit_scale=True,
         file=sys.stderr, disable=None, mininterval=1.0, delay=1.0, **counts,
     ) as bar:  # fmt: skip
         for batch in () if limit and writing.tokens >= limit else _batches(reader.documents(parts)):
@@ -191,11 +191,11 @@ def _spool(source: Stdlib | LocalFile | Hub, tokenizer: Any, parts: Sequence[Par
                 break
     if limit and writing.tokens < limit:
         raise SourceError(
-            f"{label(source)}: the stream ends after {writing.tokens:,} tokens, {limit:,} are asked for: lower tokens"
+            f"{source.label}: the stream ends after {writing.tokens:,} tokens, {limit:,} are asked for: lower tokens"
         )
     if limit and isinstance(source, Hub) and source.parts and used < source.parts.end:
         raise SourceError(
-            f"{label(source)}: {limit:,} tokens end at row {used - 1}, parts name rows up to {source.parts.end - 1}"
+            f"{source.label}: {limit:,} tokens end at row {used - 1}, parts name rows up to {source.parts.end - 1}"
         )
     facts = {"format": FORMAT, "source": source.model_dump(mode="json"), "rows": reader.rows, "tokens": writing.tokens}
     write_atomically(working / "spool.json", json.dumps(facts, indent=1).encode())

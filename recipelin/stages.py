@@ -3,8 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -15,27 +14,14 @@ from .adapters import adapt, merge
 from .attention.captured import Captured, Drop
 from .branches import BranchSchedule, kept, window_at
 from .data import IGNORED, Batch
-from .loop import BatchSource, Evaluate, Loop, Measure, Part, StageError, total_steps
+from .loop import Around, BatchSource, Loop, Part, StageError, total_steps
 from .losses import hidden_states, token_loss
 from .schedule import Schedule
 from .steps import Calibrate, Transfer, Tune
 from .swap import form_parameters, forms, mark_merged, recording
 
 
-def transfer(
-    model: nn.Module,
-    step: Transfer,
-    batches: BatchSource,
-    *,
-    device: str,
-    folder: Path,
-    seed: int,
-    log: Path,
-    key: str = "",
-    validation_batches: BatchSource | None = None,
-    evaluate: Evaluate | None = None,
-    measure: Measure | None = None,
-) -> dict[str, Any]:
+def transfer(model: nn.Module, step: Transfer, batches: BatchSource, **around: Unpack[Around]) -> dict[str, Any]:
     """Layer-local distillation of `step.trains` in place; returns the report.
 
     One forward pass of the teacher's stream a micro-batch; each layer's loss is differentiated as soon as the stream has
@@ -51,8 +37,8 @@ def transfer(
             f"transfer: autocast: bfloat16 needs a teacher in bfloat16, found {str(dtype).removeprefix('torch.')}; set "
             f"model.dtype: bfloat16, or leave schedule.{step.stage}.autocast out"
         )
-    own = [p for form in found for name in step.trains for p in form.groups()[name]]
-    groups: dict[str, list[nn.Parameter]] = {n: [p for f in found for p in f.groups()[n]] for n in step.trains}
+    groups = _groups(found, step.trains)
+    device = around["device"]
     model.eval()
 
     def losses(batch: Batch, part: Part | None) -> tuple[float, dict[str, float]]:
@@ -78,22 +64,14 @@ def transfer(
         name=step.stage,
         model=model,
         schedule=step.schedule,
-        parameters={id(p) for p in own},
+        parameters={id(p) for ps in groups.values() for p in ps},
         groups=groups,
         losses=losses,
         weigh=lambda batch: float(batch.input_ids.numel()),
-        held_out=lambda batch: losses(batch, None)[0],
         batches=batches,
-        validation_batches=validation_batches,
-        evaluate=evaluate,
-        measure=measure,
-        device=device,
-        folder=folder,
-        seed=seed,
-        log=log,
-        key=key,
+        **around,
     )
-    with _only(model, {id(p) for p in own}):
+    with _only(model, loop.parameters):
         return loop.go()
 
 
@@ -102,15 +80,8 @@ def tune(
     step: Tune,
     batches: BatchSource,
     *,
-    device: str,
-    folder: Path,
-    seed: int,
-    log: Path,
-    key: str = "",
-    validation_batches: BatchSource | None = None,
-    evaluate: Evaluate | None = None,
-    measure: Measure | None = None,
     teacher: nn.Module | None = None,
+    **around: Unpack[Around],
 ) -> dict[str, Any]:
     """End-to-end training in place on `step.loss`; returns the report. `teacher`: needed for its `kl`.
 
@@ -118,12 +89,12 @@ def tune(
     again. Without, all weights train. `step.trains` names parameters of the forms that train along. `step.branches`
     drops or changes the window while the stage trains; afterwards, and in validation, the state is as before.
     """
-    found = forms(model)
+    found, device, seed = forms(model), around["device"], around["seed"]
     if step.loss.kl and teacher is None:
         raise StageError(f"{step.stage}: loss.kl needs the teacher")
     if step.branches and not found:
         raise StageError(f"{step.stage}: branches: no layer of the model is swapped")
-    groups: dict[str, list[nn.Parameter]] = {n: [p for f in found for p in f.groups()[n]] for n in step.trains}
+    groups = _groups(found, step.trains)
     if step.lora:
         adapt(model, step, seed)
         groups["lora"] = [p for n, p in model.named_parameters() if ".lora_" in n]
@@ -158,20 +129,12 @@ def tune(
         groups=groups,
         losses=losses,
         weigh=lambda batch: float((batch.labels[:, 1:] != IGNORED).sum()),
-        held_out=lambda batch: losses(batch, None)[0],
         batches=batches,
-        validation_batches=validation_batches,
-        evaluate=evaluate,
-        measure=measure,
-        device=device,
-        folder=folder,
-        seed=seed,
-        log=log,
-        key=key,
+        **around,
     )
     model.train()
     try:
-        with _only(model, {id(p) for p in own}):
+        with _only(model, loop.parameters):
             report = loop.go()
     finally:
         model.eval()
@@ -220,6 +183,11 @@ def calibrate(
 
 
 # --- what the stages need ---------------------------------------------------------------------------------------------
+
+
+def _groups(found: Sequence[Any], names: Sequence[str]) -> dict[str, list[nn.Parameter]]:
+    """The forms' parameters by the names that `trains` uses, over all layers."""
+    return {name: [p for form in found for p in form.groups()[name]] for name in names}
 
 
 def _autocast(schedule: Schedule, device: str) -> Any:

@@ -1,6 +1,7 @@
 """The closed vocabulary of steps that methods compose and `run` carries out (DESIGN §4, no torch)."""
 
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, SerializeAsAny, model_validator
 
@@ -249,3 +250,9 @@ ConvertedLayers = Annotated[
 ]
 
 Step = Select | Swap | Switch | Calibrate | Transfer | Tune | Evaluate
+_S = TypeVar("_S", bound=Config)
+
+
+def first(steps: Iterable[Step], kind: type[_S]) -> _S | None:
+    """The first step of a kind; None where there is none."""
+    return next((s for s in steps if isinstance(s, kind)), None)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,21 +16,13 @@ _KEPT = "_recipelin_kept"  # on a swapped layer: the softmax module it held, out
 _MERGED = "_recipelin_merged"
 
 
-@dataclass(frozen=True)
-class SwapReport:
-    """What a swap did: layers, and by how many parameters the model grew."""
-
-    layers: tuple[int, ...]
-    new_parameters: int
-
-
 def architecture_of(model: Any) -> Architecture:
     """The numbers of a loaded model. Raises ValueError for an unsupported family, naming the supported ones."""
     config = model.config.to_dict()
     return families.architecture({**config, "model_type": families.base_type(config["model_type"])})
 
 
-def swap(model: Any, step: Swap, *, seed: int) -> SwapReport:
+def swap(model: Any, step: Swap, *, seed: int) -> None:
     """Put the form of `step` into its layers; it shares the teacher's projections, or copies them (the form's choice).
 
     Raises ValueError for an unsupported family, a layer that is not there, or one that is swapped already.
@@ -47,19 +38,14 @@ def swap(model: Any, step: Swap, *, seed: int) -> SwapReport:
         raise ValueError(f"layers {wrong}: the model has layers 0 to {architecture.num_hidden_layers - 1}")
     if twice := [i for i in layers if _is_form(model.model.layers[i].self_attn)]:
         raise ValueError(f"layers {twice} are swapped already")
-    new = 0
     for index in layers:
         layer = model.model.layers[index]
-        made = form.from_softmax(
-            layer.self_attn, config=step.config, architecture=architecture, layer_index=index, seed=seed
-        )
-        new += sum(p.numel() for p in made.parameters()) - sum(p.numel() for p in layer.self_attn.parameters())
+        made = form(layer.self_attn, config=step.config, architecture=architecture, layer_index=index, seed=seed)
         # Past nn.Module's own bookkeeping: the kept module may share its projections and must not be saved twice.
         object.__setattr__(layer, _KEPT, layer.self_attn)
         made.train(layer.self_attn.training)
         layer.self_attn = made
     model.set_attn_implementation(ATTENTION)
-    return SwapReport(tuple(layers), new)
 
 
 def restore(model: Any) -> None:

@@ -16,6 +16,7 @@ from . import budget, figure
 from .budget import Budget, Point
 from .claims import claims_table
 from .claimspec import read_claims
+from .committed import is_current
 from .finding import kind_of
 from .measures import Measure
 from .published import Published, Source, TableError, find, provenance, read_published, source_of, to_run
@@ -379,29 +380,15 @@ def _show_spec(path: Path, format: Format, *, check: bool) -> bool:
     if not check:
         print(render(spec_table(path), format), end="")
         return True
-    committed, picture, spec, table = (
-        path.with_suffix(".md"),
-        path.with_suffix(".png"),
-        _figured(path),
-        spec_table(path),
-    )
+    table = spec_table(path)
     made = render(table, "markdown")
-    known = committed.read_text(encoding="utf-8") if committed.is_file() else ""
-    if made == known and spec and not figure.is_current(picture, spec, table):
+    if not is_current(path.with_suffix(".md"), made, source="the Records", command=f"recipelin table {path}"):
+        return False
+    picture, spec = path.with_suffix(".png"), _figured(path)
+    if spec and not figure.is_current(picture, spec, table):
         print(f"{picture} does not show its table; to draw it anew: recipelin table {path} --figure", file=sys.stderr)
         return False
-    if made == known:
-        print(f"{committed}: as made from the Records")
-        return True
-    lines = difflib.unified_diff(
-        known.splitlines(keepends=True), made.splitlines(keepends=True), str(committed), "made from the Records"
-    )
-    print("".join(lines), end="")
-    print(
-        f"{committed} is not what its Records give; to make it anew: recipelin table {path} > {committed}",
-        file=sys.stderr,
-    )
-    return False
+    return True
 
 
 __all__ = [

@@ -124,7 +124,7 @@ def _of_metric(measure: Measure, margin: float) -> Verdict.OfMetric:
 def _word(
     measure: Measure, lost: Interval, difference: Interval, part: Interval | None, margin: float
 ) -> tuple[Word, str]:
-    unit, scale, digits = _units(measure.kind)
+    unit, scale, digits = units(measure.kind)
     if part is None or lost.value <= margin:  # part is None where the interval of lost touches 0
         return (
             "not testable",
@@ -141,13 +141,13 @@ def _word(
     return "undecided", figures
 
 
-def _units(kind: str) -> tuple[str, float, int]:
-    """Unit, factor and digits in which differences of a metric are shown."""
+def units(kind: str) -> tuple[str, float, int]:
+    """Unit, factor and digits in which differences of a measure of this kind are shown."""
     return ("nats", 1.0, 3) if kind == "log_loss" else ("points", 100.0, 1)
 
 
 def _say(x: Interval, kind: str) -> str:
-    unit, scale, digits = _units(kind)
+    unit, scale, digits = units(kind)
     return f"{x.value * scale:+.{digits}f} {unit} [{x.low * scale:+.{digits}f}, {x.high * scale:+.{digits}f}]"
 
 

@@ -19,3 +19,17 @@ def left_padded(ids: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tens
         padded[row, -length:] = ids[row, :length]
         mask[row, -length:] = 1
     return padded, mask
+
+
+def poison_memory(monkeypatch) -> None:
+    """What torch gives out uninitialised holds NaN from here on."""
+
+    def poisoned(make):
+        def made(*args, **kwargs):
+            found = make(*args, **kwargs)
+            return found.fill_(torch.nan) if found.is_floating_point() and found.device.type != "meta" else found
+
+        return made
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

@@ -138,7 +138,7 @@ def test_perplexity_is_the_mean_log_loss(model, tokenizer, tmp_path):
     (result,) = run(config, model, tokenizer, tmp_path)
     (other,) = run(Perplexity(rows=5, length=40, batch=5), model, tokenizer, tmp_path)
     assert abs(result.value - other.value) < 1e-5, "the batch must not matter"
-    from recipelin.evals.perplexity.run import held_out_rows
+    from recipelin.evals.held_out import held_out_rows
 
     rows = torch.from_numpy(held_out_rows(config, tokenizer, base=tmp_path, seed=0))
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_recall_questions_are_what_they_say(tokenizer):
         here = [i for i in range(len(ids) - 2) if ids[i] == marker and ids[i + 1] == ids[-1]]
         assert len(here) == 1 and ids[-2] == marker
         assert len(ids) - 1 - (here[0] + 1) == item.distance and ids[here[0] + 2] == item.answer
-        assert len(set(item.values)) == 4
+        assert len({ids[i + 2] for i in range(len(ids) - 2) if ids[i] == marker}) == 4, "four values, all different"
     again = data.recall_items(tokenizer, tokens, **asked)
     assert all(np.array_equal(a.ids, b.ids) for a, b in zip(items, again, strict=True))
     with pytest.raises(data.SourceError, match="does not fit"):

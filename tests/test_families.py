@@ -18,7 +18,7 @@ from recipelin.losses import hidden_states, token_loss
 from recipelin.states import State, resolve
 from recipelin.steps import Loss, Swap
 from recipelin.swap import architecture_of, forms, recording, restore, swap, switch
-from tests.rows import left_padded, logits, tokens
+from tests.rows import left_padded, logits, poison_memory, tokens
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -201,15 +201,7 @@ def test_new_parameters_are_well_defined_whatever_memory_holds(teacher, student,
     config_class, model_class = hf.STUDENTS[plain.config.model_type]
     config = config_class.from_pretrained(tmp_path / "plain", recipelin=layout)
 
-    def poisoned(make):
-        def made(*args, **kwargs):
-            found = make(*args, **kwargs)
-            return found.fill_(torch.nan) if found.is_floating_point() and found.device.type != "meta" else found
-
-        return made
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    poison_memory(monkeypatch)
     model = model_class.from_pretrained(tmp_path / "plain", config=config)
     for form in forms(model):
         assert torch.equal(form.feature_map_q.weight[:, :, :8], torch.eye(8).expand(4, 8, 8))
@@ -218,6 +210,7 @@ def test_new_parameters_are_well_defined_whatever_memory_holds(teacher, student,
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter).all(), name
     assert torch.isfinite(logits(model, tokens(1, 19))).all()
+    assert torch.equal(model.model.embed_tokens.weight, plain.model.embed_tokens.weight)
 
 
 # --- generation -------------------------------------------------------------------------------------------------------

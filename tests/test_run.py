@@ -413,13 +413,12 @@ def test_a_reference_is_of_its_teacher_and_a_time_is_of_its_machine(folder, home
     from recipelin.evals.agreement.config import Config as Agreement
     from recipelin.evals.decode.config import Config as Decode
     from recipelin.evaluate import Evaluator
-    from recipelin.run import surroundings
 
     (folder / "untrained.yaml").write_text(WITHOUT_TRAINING.replace("STATES", "hybrid"), encoding="utf-8")
     (folder / "beside.yaml").write_text(BESIDE, encoding="utf-8")
     loaded = load(folder / "untrained.yaml")
     planned = plan(loaded)
-    around = surroundings(loaded, planned, "cpu")
+    around = reuse.surroundings(loaded, planned, "cpu")
     tokenizer = hf.load_tokenizer(folder / "teacher")
 
     def keys(**digests):

@@ -296,6 +296,8 @@ def test_a_stale_catalogue_is_shown_as_a_difference(folder, capsys):
     told = capsys.readouterr()
     assert "\n-| [pocket/windows]" in told.out and "\n+| [pocket/windows]" in told.out
     assert "stale.md is not what the recipes give" in told.err
+    (folder / "stale.md").write_bytes(b"\xd0")
+    assert main(["list", "--check", "stale.md"]) == 2 and "stale.md: not UTF-8; expected" in capsys.readouterr().err
 
 
 # --- the pages --------------------------------------------------------------------------------------------------------

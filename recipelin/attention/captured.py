@@ -12,8 +12,7 @@ class Captured:
     While recording, y and the log-sum-exp `lse` [B,H,T] are the teacher's; while observing, y is the layer's own and
     lse is None. key_mask [B,T] bool or None; segment_ids [B,T] or None. No gradient passes through any of them.
 
-    Forms that need more than q, k, v of the teacher record it: hidden_states [B,T,D], the layer's input; (cos, sin);
-    output [B,T,D], the teacher's, after o_proj.
+    Only while recording: hidden_states [B,T,D], the layer's input; (cos, sin); output [B,T,D], the teacher's, after o_proj.
     """
 
     q: Tensor

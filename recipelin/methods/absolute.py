@@ -53,8 +53,6 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     method = recipe.method
     assert isinstance(method, Config)
     state = hybrid_state(window=method.window, sinks=method.sinks, cover=method.cover, join="absolute")
-    size = recipe.schedule["transfer"] or STAGES["transfer"]
-    assert size is not None
     refined: dict[Objective, float] = {"hybrid_weights": 1.0}
     if method.linear_share:
         refined["weights"] = method.linear_share
@@ -64,7 +62,7 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
         Swap(form="hybrid", config=method.form),
         *transfer(recipe, "transfer", {"weights": 1.0}, ("feature_maps",)),
         Switch(state=state),
-        *(calibrate_scale(recipe, size, method.calibration_batches) if method.calibration_batches else ()),
+        *(calibrate_scale(recipe, STAGES, method.calibration_batches) if method.calibration_batches else ()),
         *transfer(recipe, "refine", refined, ("feature_maps", "log_scale")),
         *tune(
             recipe,

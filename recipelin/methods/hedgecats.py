@@ -69,8 +69,6 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     method = recipe.method
     assert isinstance(method, Config)
     state = hybrid_state(window=method.window, sinks=method.sinks, cover=method.cover, join=method.join)
-    size = recipe.schedule["transfer"] or STAGES["transfer"]
-    assert size is not None
     schedule = recipe.schedule["tune"]
     if schedule and method.early_stop:
         validation = (schedule.validation or Validation(every=10, patience=5)).model_copy(
@@ -85,6 +83,6 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
         Switch(state=linear_state()),
         *transfer(recipe, "transfer", {"weights": 1.0}, ("feature_maps",)),
         Switch(state=state),
-        *(calibrate_scale(recipe, size, method.calibration_batches) if method.join == "absolute" else ()),
+        *(calibrate_scale(recipe, STAGES, method.calibration_batches) if method.join == "absolute" else ()),
         *tune(recipe, "tune", lora=method.lora, trains=method.tune_form),
     )

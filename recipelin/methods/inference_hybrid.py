@@ -50,8 +50,6 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     assert isinstance(method, Config)
     cover = method.cover or ("all" if method.join in ("average", "sum") else "outside")
     state = hybrid_state(window=method.window, sinks=method.sinks, cover=cover, join=method.join, mix=method.mix)
-    size = recipe.schedule["transfer"] or STAGES["transfer"]
-    assert size is not None
     return in_layers(
         recipe,
         method.layers,
@@ -60,5 +58,5 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
         *transfer(recipe, "transfer", {"weights": 1.0}, ("feature_maps",)),
         *tune(recipe, "tune", lora=method.lora, trains=method.tune_form),
         Switch(state=state),
-        *(calibrate_scale(recipe, size, method.calibration_batches) if method.join == "absolute" else ()),
+        *(calibrate_scale(recipe, STAGES, method.calibration_batches) if method.join == "absolute" else ()),
     )

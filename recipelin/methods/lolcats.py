@@ -70,7 +70,6 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
         join=method.join,
         max_gradient=method.max_gradient,
     )
-    size = recipe.schedule["transfer"] or STAGES["transfer"]
     return in_layers(
         recipe,
         method.layers,
@@ -81,7 +80,7 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
             state,
             method.objective,
             block_loss=method.block_loss,
-            size=size,
+            stages=STAGES,
             calibration_batches=method.calibration_batches,
         ),
         *tune(recipe, "tune", lora=method.lora, trains=method.tune_form),

@@ -72,8 +72,6 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
     method = recipe.method
     assert isinstance(method, Config)
     state = hybrid_state(window=method.window, sinks=method.sinks, cover=method.cover, join=method.join)
-    size = recipe.schedule["transfer"] or STAGES["transfer"]
-    assert size is not None
     return in_layers(
         recipe,
         method.layers,
@@ -84,7 +82,7 @@ def steps(recipe: Recipe) -> tuple[Step, ...]:
             state,
             method.objective,
             block_loss=method.block_loss,
-            size=size,
+            stages=STAGES,
             calibration_batches=method.calibration_batches,
         ),
         *tune(recipe, "tune", lora=method.lora, trains=method.tune_form, branches=method.branches),

@@ -238,6 +238,9 @@ def test_check_compares_with_the_committed_table(make: Any, tmp_path: Path, caps
         table_command(argparse.Namespace(path=str(tmp_path / "tables"), format="markdown", check=True, figure=False))
         == 1
     )
+    path.with_suffix(".md").write_bytes(b"\xd0")
+    with pytest.raises(OSError, match="not UTF-8; expected the Markdown that recipelin table"):
+        table_command(check)
 
 
 def test_the_command_shows_a_run(make: Any, tmp_path: Path, capsys: Any) -> None:

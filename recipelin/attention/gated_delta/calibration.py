@@ -11,6 +11,7 @@ from recipelin_kernels import gated_delta_rule
 from ...masks import runs
 from ..calibration import Calibration
 from ..captured import Captured
+from ..swapped import after
 from .rules import DecayRule, OutputGateRule, Rule, SmallGateRule, ValueRule, WriteGateRule, ZeroGateRule
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ class Fit:
         hidden, positions = inputs(captured)
         assert captured.output is not None
         *_, y = form.attend(hidden, positions, key_mask=captured.key_mask, segment_ids=captured.segment_ids)
-        made = form.o_proj(y.to(hidden.dtype).transpose(1, 2).flatten(2))[:, None]
+        made = after(form.o_proj, y, hidden.dtype)[:, None]
         for part, student, teacher in (
             (slice(0, -1), y, captured.y),
             (slice(-1, None), made, captured.output[:, None]),

@@ -1,43 +1,41 @@
 """The `gated_delta` form: the module that takes the place of a layer's softmax attention."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from recipelin_kernels import gated_delta_rule, resolve_gated_delta_kernel, teacher_attention
+from recipelin_kernels import gated_delta_rule, resolve_gated_delta_kernel
 
 from ...base import Config as Base
-from ...cache import StateLayer, state_entry
+from ...cache import StateLayer
 from ...families import Architecture, family
-from ...masks import rows_of, runs
+from ...masks import runs
 from ..block_loss import block_loss
 from ..calibration import Calibration
-from ..captured import Captured, Drop
-from ..softmax import causal_softmax, project, rotation
+from ..captured import Captured
+from ..swapped import SwappedAttention, after
 from .calibration import Fit, calibration
 from .config import STATE, Config
 from .parts import DeltaState, Gate, OutputNorm, ShortConvolution, copy_of, decay_start
 from .rules import Rule
 
-Recorder = Callable[[int, Captured], None]
 L2_EPS = 1e-6  # fla's and transformers' l2norm
 
 
-class GatedDeltaAttention(nn.Module):
+class GatedDeltaAttention(SwappedAttention):
     """The gated delta rule with copies of the projections of the layer that it replaces (see Config for the formulas).
 
     Parameters, by their names in fla: q_proj, k_proj, v_proj [H d, D], o_proj [D, H d], a_proj, b_proj [H, D], g_proj
-    [H d, D], A_log, dt_bias [H] (in fp32 whatever the teacher's dtype), o_norm.weight [d]. With `recorder` set, the layer
-    computes the teacher's softmax attention with the teacher's own weights, shows it to the recorder and passes the teacher's
-    output on.
+    [H d, D], A_log, dt_bias [H] (in fp32 whatever the teacher's dtype), o_norm.weight [d].
     """
 
     NAME = "gated_delta"
     OPERATOR = "gated_delta_rule"
 
+    config: Config
     g_proj: Gate | None
     A_log: nn.Parameter
     dt_bias: nn.Parameter
@@ -46,13 +44,8 @@ class GatedDeltaAttention(nn.Module):
     def __init__(
         self, attention: Any, *, config: Config, architecture: Architecture, layer_index: int, seed: int
     ) -> None:
-        super().__init__()
-        self.config, self.architecture = config, architecture
-        self.layer_index = self.layer_idx = layer_index
-        self.head_dim, self.heads = architecture.head_dim, architecture.num_attention_heads
-        self.scaling = float(attention.scaling)
-        self.own_window = architecture.own_window(layer_index)
-        self._rotate = rotation(architecture)
+        super().__init__(attention, config=config, architecture=architecture, layer_index=layer_index, state=STATE)
+        self.heads = architecture.num_attention_heads
         # Out of sight of parameters() and of the state dict: what `recorder` shows.
         object.__setattr__(self, "teacher", attention)
         hidden, wide = architecture.hidden_size, self.heads * self.head_dim
@@ -80,17 +73,6 @@ class GatedDeltaAttention(nn.Module):
         exact = torch.promote_types(weight.dtype, torch.float32)
         for name, value in self.start_values().items():
             self.register_parameter(name, nn.Parameter(value.to(device=weight.device, dtype=exact)))
-        self.state = STATE
-        self.drop: Drop | None = None  # of the forms that have a window
-        self.recorder: Recorder | None = None
-        self.observer: Recorder | None = None
-
-    @classmethod
-    def from_softmax(
-        cls, attention: Any, *, config: Config, architecture: Architecture, layer_index: int, seed: int
-    ) -> "GatedDeltaAttention":
-        """The form in place of a softmax attention, whose projections it copies; that module stays the teacher's."""
-        return cls(attention, config=config, architecture=architecture, layer_index=layer_index, seed=seed)
 
     def start_values(self) -> dict[str, Tensor]:
         """A_log and dt_bias: a pure function of the seed."""
@@ -113,52 +95,13 @@ class GatedDeltaAttention(nn.Module):
         """The implementation of gated_delta_rule that runs."""
         return resolve_gated_delta_kernel(self.config.kernel, self.q_proj.weight.device)
 
-    @property
-    def is_softmax(self) -> bool:
-        """Whether its state is causal softmax with the student's projections."""
-        return "window" in self.state.branches
-
-    @property
-    def no_cache(self) -> str:
-        """Why it keeps no cache in its state: it always does."""
-        return ""
+    def softmax_module(self) -> Any:
+        """The teacher's own: what is here is a copy, which may train."""
+        if self.teacher is None:
+            raise RuntimeError("recording: a loaded student has no teacher; swap the teacher itself")
+        return self.teacher
 
     # --- forward ------------------------------------------------------------------------------------------------------
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        position_ids: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        if position_embeddings is None:
-            raise ValueError("GatedDeltaAttention needs position_embeddings (cos, sin)")
-        if why := self.config.refuses("", self.state, self.architecture):
-            raise ValueError(f"layer {self.layer_index}: {why}")
-        length = hidden_states.shape[1]
-        real, key_mask, segment_ids = rows_of(attention_mask, position_ids, segment_ids, length)
-        if past_key_values is not None and (segment_ids is not None or self.recorder is not None):
-            raise ValueError("packed rows and recording take no cache: pass use_cache=False")
-        if self.recorder is not None:
-            return self._record(hidden_states, position_embeddings, key_mask, segment_ids), None
-        if self.is_softmax:
-            q, k, v = project(self, hidden_states, position_embeddings, head_dim=self.head_dim, rotate=self._rotate)
-            if past_key_values is not None:
-                k, v = past_key_values.update(k, v, self.layer_index)
-            own = self.own_window
-            y = causal_softmax(q, k, v, scale=self.scaling, window=own, real=real, segment_ids=segment_ids)
-        else:
-            layer = None if past_key_values is None else state_entry(past_key_values, self.layer_index)
-            q, k, v, y = self.attend(
-                hidden_states, position_embeddings, key_mask=key_mask, segment_ids=segment_ids, layer=layer
-            )
-        if self.observer is not None:
-            self.observer(self.layer_index, Captured(q, k, v, y, None, key_mask, segment_ids))
-        return self.o_proj(y.to(hidden_states.dtype).transpose(1, 2).flatten(2)), None
 
     def attend(
         self,
@@ -169,7 +112,7 @@ class GatedDeltaAttention(nn.Module):
         segment_ids: Tensor | None = None,
         layer: StateLayer | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v and y before o_proj, [B,H,T,d] each; goes on from a cache layer, and leaves the next state there."""
+        """q, k, v and y before o_proj, [B,H,T,d] each; see SwappedAttention."""
         state: DeltaState | None = None if layer is None else layer.state
         segment = None if segment_ids is None else runs(segment_ids)
         q, k, v, before = self.prepare(hidden_states, position_embeddings, key_mask, segment, state)
@@ -239,25 +182,6 @@ class GatedDeltaAttention(nn.Module):
 
     # --- learning from the teacher ------------------------------------------------------------------------------------
 
-    def _record(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        key_mask: Tensor | None,
-        segment_ids: Tensor | None,
-    ) -> Tensor:
-        assert self.recorder is not None
-        teacher = self.teacher
-        if teacher is None:
-            raise RuntimeError("recording: a loaded student has no teacher; swap the teacher itself")
-        q, k, v = project(teacher, hidden_states, position_embeddings, head_dim=self.head_dim, rotate=self._rotate)
-        own = self.own_window
-        y, lse = teacher_attention(q, k, v, scale=self.scaling, key_mask=key_mask, segment_ids=segment_ids, window=own)
-        output: Tensor = teacher.o_proj(y.to(hidden_states.dtype).transpose(1, 2).flatten(2))
-        seen = Captured(q, k, v, y, lse, key_mask, segment_ids, hidden_states, position_embeddings, output)
-        self.recorder(self.layer_index, seen)
-        return output
-
     def losses(self, captured: Captured, objective: Mapping[str, float], block: str = "mse") -> dict[str, Tensor]:
         """Unweighted losses of this layer, fed the teacher's stream, against the teacher: a scalar each.
 
@@ -277,7 +201,7 @@ class GatedDeltaAttention(nn.Module):
                 made, target = (x.transpose(1, 2).flatten(2) for x in (y, captured.y))
                 found[name] = block_loss(made, target.detach(), "mse", captured.key_mask)
             elif name == "block_outputs":
-                made = self.o_proj(y.to(hidden.dtype).transpose(1, 2).flatten(2))
+                made = after(self.o_proj, y, hidden.dtype)
                 found[name] = block_loss(made, captured.output.detach(), block, captured.key_mask)
             else:
                 raise ValueError(f"{self.NAME} has no objective {name!r}; it has {', '.join(self.config.OBJECTIVES)}")

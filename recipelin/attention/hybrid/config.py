@@ -110,7 +110,8 @@ class Config(Form):
 
     def refuses_calibration(self, what: str, rule: Base | None) -> str:
         """It has log_scale alone, without settings."""
-        return "" if what == "log_scale" and rule is None else super().refuses_calibration(what, rule)
+        has = what == "log_scale" and rule is None
+        return "" if has else f"the hybrid form has no calibration {what!r}; it has log_scale, without settings"
 
     def parameters(self, architecture: Architecture) -> dict[str, int]:
         """New parameters of one layer, by group: held against the built module by a test."""

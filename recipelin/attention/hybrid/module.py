@@ -1,6 +1,6 @@
 """The `hybrid` form: the module that takes the place of a layer's softmax attention."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,50 +11,39 @@ from recipelin_kernels import (
     hybrid_attention,
     outside_mass,
     resolve_kernel,
-    teacher_attention,
     weight_transfer_loss,
 )
 
-from ...cache import StateLayer, state_entry
+from ...base import Config as Base
+from ...cache import StateLayer
 from ...families import Architecture, family
-from ...masks import rows_of
 from ...states import State
 from ..block_loss import block_loss
-from ..captured import Captured, Drop
-from ..softmax import causal_softmax, project, rotation
+from ..captured import Captured
+from ..swapped import SwappedAttention, after
 from .calibration import LogScaleCalibration
 from .config import Config
 from .feature_map import HeadFeatureMap
 from .scales import LogScale, Mix
 
-Recorder = Callable[[int, Captured], None]
 
-
-class HybridAttention(nn.Module):
-    """Softmax over a window joined with linear attention over the rest, with the projections of the layer it replaces.
-
-    `state` says what takes part in a forward pass. With `recorder` set, the layer computes the teacher's softmax
-    attention, shows it to the recorder and passes the teacher's output on: every layer then sees the teacher's stream.
-    """
+class HybridAttention(SwappedAttention):
+    """Softmax over a window joined with linear attention over the rest; shares the projections of the layer it replaces."""
 
     NAME = "hybrid"
     OPERATOR = "hybrid_attention"
 
+    config: Config
+
     def __init__(
         self, attention: Any, *, config: Config, architecture: Architecture, layer_index: int, seed: int
     ) -> None:
-        super().__init__()
-        self.config, self.architecture = config, architecture
-        self.layer_index = self.layer_idx = layer_index
+        super().__init__(attention, config=config, architecture=architecture, layer_index=layer_index, state=State())
         self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
         self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
-        self.scaling = float(attention.scaling)
-        self.head_dim = architecture.head_dim
         row = family(architecture.model_type)
         self.q_norm: nn.Module | None = attention.q_norm if row.qk_norm else None
         self.k_norm: nn.Module | None = attention.k_norm if row.qk_norm else None
-        self.own_window = architecture.own_window(layer_index)
-        self._rotate = rotation(architecture)
         key_heads = (
             architecture.num_attention_heads
             if config.feature_map.key_heads == "query"
@@ -69,17 +58,6 @@ class HybridAttention(nn.Module):
         for part in (self.feature_map_q, self.feature_map_k, self.mix, self.log_scale):
             # fp32 whatever the teacher's dtype: these are what training moves.
             part.to(device=weight.device, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        self.state = State()
-        self.drop: Drop | None = None
-        self.recorder: Recorder | None = None
-        self.observer: Recorder | None = None
-
-    @classmethod
-    def from_softmax(
-        cls, attention: Any, *, config: Config, architecture: Architecture, layer_index: int, seed: int
-    ) -> "HybridAttention":
-        """The form in place of a softmax attention; shares its projections."""
-        return cls(attention, config=config, architecture=architecture, layer_index=layer_index, seed=seed)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """The form's own parameters by the names that `trains` uses."""
@@ -99,11 +77,6 @@ class HybridAttention(nn.Module):
         )
 
     @property
-    def is_softmax(self) -> bool:
-        """Whether its state is causal softmax over all keys."""
-        return self.state.window == "full" and "window" in self.state.branches and "linear" not in self.state.branches
-
-    @property
     def no_cache(self) -> str:
         """Why it keeps no cache in its state; empty where it does."""
         if self.is_softmax:
@@ -116,46 +89,22 @@ class HybridAttention(nn.Module):
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    def forward(
+    def attend(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        position_ids: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor],
+        *,
+        key_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
-        **_: Any,
-    ) -> tuple[Tensor, None]:
-        if position_embeddings is None:
-            raise ValueError("HybridAttention needs position_embeddings (cos, sin)")
+        layer: StateLayer | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q [B,H,T,d], k, v [B,Hkv,T,d] and y [B,H,T,d] before o_proj; see SwappedAttention."""
+        if layer is not None and self.state.window == "full":
+            raise ValueError(f"{self.no_cache}: pass use_cache=False")
         q, k, v = self.project(hidden_states, position_embeddings)
-        real, key_mask, segment_ids = rows_of(attention_mask, position_ids, segment_ids, q.shape[2])
-        if past_key_values is not None and (segment_ids is not None or self.recorder is not None):
-            raise ValueError("packed rows and recording take no cache: pass use_cache=False")
-        if self.recorder is not None:
-            y = self._record(q, k, v, key_mask, segment_ids)
-        elif self.is_softmax:
-            if past_key_values is not None:
-                k, v = past_key_values.update(k, v, self.layer_index)
-            own = self.own_window
-            y = causal_softmax(q, k, v, scale=self.scaling, window=own, real=real, segment_ids=segment_ids)
-        else:
-            if self.state.window == "full" and past_key_values is not None:
-                raise ValueError(f"{self.no_cache}: pass use_cache=False")
-            layer = None if past_key_values is None else state_entry(past_key_values, self.layer_index)
-            y = self.attend(q, k, v, key_mask=key_mask, segment_ids=segment_ids, layer=layer)
-        if self.observer is not None:
-            self.observer(self.layer_index, Captured(q, k, v, y, None, key_mask, segment_ids))
-        y = y.to(hidden_states.dtype).transpose(1, 2).flatten(2)
-        return self.o_proj(y), None
+        return q, k, v, self.join(q, k, v, key_mask=key_mask, segment_ids=segment_ids, layer=layer)
 
-    def project(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B,H,T,d] and k, v [B,Hkv,T,d] after the family's q/k norm and RoPE."""
-        return project(self, hidden_states, position_embeddings, head_dim=self.head_dim, rotate=self._rotate)
-
-    def attend(
+    def join(
         self,
         q: Tensor,
         k: Tensor,
@@ -230,13 +179,6 @@ class HybridAttention(nn.Module):
 
     # --- learning from the teacher ------------------------------------------------------------------------------------
 
-    def _record(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor:
-        assert self.recorder is not None
-        own = self.own_window
-        y, lse = teacher_attention(q, k, v, scale=self.scaling, key_mask=key_mask, segment_ids=segment_ids, window=own)
-        self.recorder(self.layer_index, Captured(q, k, v, y, lse, key_mask, segment_ids))
-        return y
-
     def losses(self, captured: Captured, objective: Mapping[str, float], block: str = "mse") -> dict[str, Tensor]:
         """Unweighted losses of this layer against the teacher, a scalar each.
 
@@ -277,9 +219,7 @@ class HybridAttention(nn.Module):
                     q, k, captured.v.detach(), self.feature_map_q(q), self.feature_map_k(k), **options, **where
                 )
                 if name == "block_outputs":
-                    own, taught = (
-                        self.o_proj(x.to(self.o_proj.weight.dtype).transpose(1, 2).flatten(2)) for x in (y, captured.y)
-                    )
+                    own, taught = (after(self.o_proj, x, self.o_proj.weight.dtype) for x in (y, captured.y))
                     found[name] = block_loss(own, taught.detach(), block, captured.key_mask)
                     continue
                 # Not in bf16: the error of a good student is far below the outputs themselves.
@@ -292,10 +232,10 @@ class HybridAttention(nn.Module):
                     found[name] = torch.where(real, error, 0).sum() / real.sum()
         return found
 
-    def calibration(self, what: str, rule: object = None) -> "LogScaleCalibration":
-        """A calibration by name: feed it batches with `add`, then `finish`. Raises ValueError for an unknown name."""
-        if what != "log_scale" or rule is not None:
-            raise ValueError(f"the hybrid form has no calibration {what!r}; it has log_scale, without settings")
+    def calibration(self, what: str, rule: Base | None = None) -> LogScaleCalibration:
+        """A calibration by name: feed it batches with `add`, then `finish`. Raises ValueError for one that it does not have."""
+        if why := self.config.refuses_calibration(what, rule):
+            raise ValueError(why)
         return LogScaleCalibration(self)
 
     def components(self, captured: Captured) -> Components:

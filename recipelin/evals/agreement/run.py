@@ -11,8 +11,8 @@ from tqdm import tqdm
 from ...exposure import exposed_share
 from ...records import Item, Result
 from ..greedy import cannot_generate, greedy
-from ..perplexity.run import held_out_rows
-from ..standard_error import standard_error
+from ..held_out import held_out_rows
+from ..over_items import over_items
 from ..subject import Subject
 from .config import Config
 
@@ -79,7 +79,7 @@ def _equal(own: Sequence[int], theirs: Sequence[int]) -> int:
 def _result(
     config: Config, task: str, metric: str, scores: list[float], lengths: list[int], exposed_from: int | None
 ) -> Result:
-    items = tuple(
+    items = [
         Item(
             id=f"prompt{i}",
             score=score,
@@ -87,14 +87,5 @@ def _result(
             exposed=exposed_share(range(config.length, config.length + made), exposed_from),
         )
         for i, (score, made) in enumerate(zip(scores, lengths, strict=True))
-    )
-    mean = sum(scores) / len(scores)
-    return Result(
-        task=f"{task}@{config.new_tokens}",
-        metric=metric,
-        value=mean,
-        stderr=standard_error(scores),
-        n=len(items),
-        exposed=sum(i.exposed for i in items) / len(items),
-        items=items,
-    )
+    ]
+    return over_items(f"{task}@{config.new_tokens}", metric, items)

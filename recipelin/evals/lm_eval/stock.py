@@ -1,12 +1,12 @@
 """lm-eval's own tasks: which folder defines a name, and whether its data can be had (no torch)."""
 
-import difflib
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ...mistakes import nearest
 from .. import EvalError
 
 _NAME = re.compile(r"^(?:task|group):[ \t]*([\"']?)([^\s\"'\[{#]+)\1[ \t]*(?:#.*)?$", re.MULTILINE)
@@ -24,8 +24,7 @@ def folders(names: Iterable[str]) -> list[Path]:
     asked = list(names)
     for name in asked:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = nearest(name, known)
             raise EvalError(f"lm-eval has no task {name!r}{hint} (a task of ours needs its `next_line` settings)")
     found: dict[Path, None] = {}
     seen: set[str] = set()

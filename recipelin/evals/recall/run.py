@@ -5,9 +5,9 @@ import torch
 
 from ... import data
 from ...exposure import exposed_share
-from ...files import home
 from ...records import Item, Result
-from ..standard_error import standard_error
+from ..held_out import held_out_tokens
+from ..over_items import over_items
 from ..subject import Subject
 from .config import Config
 
@@ -15,9 +15,7 @@ from .config import Config
 @torch.no_grad()
 def run(config: Config, subject: Subject) -> tuple[Result, ...]:
     """A Result for each distance; an item is a question, its score 1 or 0; chance is the in-context guess 1 / pairs."""
-    tokens = data.stream(
-        config.text, subject.tokenizer, part=config.part, folder=subject.base, cache=home() / "tokens"
-    ).tokens
+    tokens = held_out_tokens(config, subject.tokenizer, base=subject.base)
     questions = data.recall_items(
         subject.tokenizer,
         tokens,
@@ -37,23 +35,10 @@ def run(config: Config, subject: Subject) -> tuple[Result, ...]:
     exposed = exposed_share([config.length], subject.exposed_from)
     found = []
     for distance in config.distances:
-        items = tuple(
+        items = [
             Item(id=q.id, score=score, length=config.length, exposed=exposed)
             for q, score in zip(questions, right, strict=True)
             if q.distance == distance
-        )
-        mean = float(np.mean([i.score for i in items]))
-        found.append(
-            Result(
-                task=config.task(distance),
-                metric="accuracy",
-                value=mean,
-                stderr=standard_error([i.score for i in items]),
-                n=len(items),
-                exposed=exposed,
-                chance=1 / config.pairs,
-                distance=distance,
-                items=items,
-            )
-        )
+        ]
+        found.append(over_items(config.task(distance), "accuracy", items, chance=1 / config.pairs, distance=distance))
     return tuple(found)

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ... import data
 from ...exposure import exposed_share
 from ...facts import DIGITS, Question, Row, filler
-from ...files import home
 from ...records import Item, Result
 from ..greedy import cannot_generate, greedy
-from ..standard_error import standard_error
+from ..held_out import held_out_tokens
+from ..over_items import over_items
 from ..subject import Subject
 from .config import Config
 from .items import rows
@@ -79,10 +78,7 @@ def _haystack(config: Config, tokenizer: Any, base: Path) -> np.ndarray:
     """Tokens of the part (a memory map), or the filler over and over."""
     if config.text is None:
         return filler(tokenizer, config.filler, config.length)
-    tokens: np.ndarray = data.stream(
-        config.text, tokenizer, part=config.part, folder=base, cache=home() / "tokens"
-    ).tokens
-    return tokens
+    return held_out_tokens(config, tokenizer, base=base)
 
 
 def _likelihood(model: Any, tokenizer: Any, ids: torch.Tensor, questions: Sequence[Question]) -> torch.Tensor:
@@ -139,21 +135,11 @@ def _result(
         places = range(q.answer, q.answer + q.size)[config.positions.get(metric, slice(None))]
         return exposed_share(places, exposed_from)
 
-    items = tuple(
+    items = [
         Item(id=q.id, score=score(config, metric, hits), length=config.length, exposed=exposed(q)) for q, hits in scored
-    )
-    mean = sum(i.score for i in items) / len(items)
-    return Result(
-        task=config.task(distance),
-        metric=metric,
-        value=mean,
-        stderr=standard_error([i.score for i in items]),
-        n=len(items),
-        exposed=sum(i.exposed for i in items) / len(items),
-        chance=sum(chance(config, metric, q) for q, _ in scored) / len(scored),
-        distance=distance,
-        items=items,
-    )
+    ]
+    guessed = sum(chance(config, metric, q) for q, _ in scored) / len(scored)
+    return over_items(config.task(distance), metric, items, chance=guessed, distance=distance)
 
 
 __all__ = ["Row", "preflight", "run"]

@@ -11,7 +11,7 @@ from ... import exposure
 from ...attention.captured import Captured
 from ...records import Bands, Result
 from ...swap import forms, observing
-from ..perplexity.run import held_out_rows
+from ..held_out import held_out_rows
 from ..subject import Subject
 from .config import Config
 
