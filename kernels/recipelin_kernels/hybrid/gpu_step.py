@@ -14,7 +14,7 @@ The ratio is the same for every batch, and the write is the keys': 1 row at 3 TB
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpu_call import Blocks, Compiled, make_form, power
-from .gpu_parts import BASE2, HIDDEN, LEAST, factors, head, over, sets, shown, softmax_weights
+from .gpu_parts import BASE2, HIDDEN, LEAST, factors, head, sets, shown, softmax_weights
 from .gpu_support import interpreted
 from .rows import Options
 from .state import HybridState
@@ -30,24 +30,27 @@ from .step_state import FOLD, StepState, held_by, standing, stepping
 
 
 class Tiles(NamedTuple):
-    """What a program has at once: columns of D, features, keys of the window, late keys; powers of two."""
+    """What a program has at once: columns of D, features (fewer where it writes), keys of the window, late keys; powers of 2."""
 
     columns: int
     features: int
+    written: int
     near: int
     late: int
 
 
 @dataclass(frozen=True)
 class StepBlocks:
-    """elements: of a tile of keys or sums; programs: so many at least, if columns of D can be shared by that."""
+    """Elements of a tile of the sums, and of keys and values together; programs: so many at least, if columns of D can be
+    shared by that."""
 
-    elements: int = 8192  # 64 registers a thread in 4 warps
+    sums: int = 4096  # 32 registers a thread in 4 warps
+    keys: int = 10240
     programs: int = 96  # of an H100's 132 multiprocessors
     fold: int = FOLD
 
 
-INTERPRETED = StepBlocks(256, 8, 2)  # so that short rows have several of each
+INTERPRETED = StepBlocks(256, 256, 8, 2)  # so that short rows have several of each
 
 
 def columns_of(blocks: StepBlocks, heads: int, width: int) -> int:
@@ -59,8 +62,11 @@ def columns_of(blocks: StepBlocks, heads: int, width: int) -> int:
 
 
 def tiles_of(blocks: StepBlocks, columns: int, width: int, features: int, window: int) -> Tiles:
-    keys = max(16, blocks.elements // power(width))
-    return Tiles(columns, min(power(features), max(16, blocks.elements // columns)), min(power(window), keys), 16)
+    near = 16
+    while near < window and 2 * near * (power(width) + columns) <= blocks.keys:
+        near *= 2
+    read, written = (min(power(features), max(16, n // columns)) for n in (blocks.sums, blocks.sums // 2))
+    return Tiles(columns, read, written, near, 16)
 
 
 @triton.jit
@@ -167,10 +173,11 @@ def step(
     here = 1
     if MASKED:
         here = tl.load(real + b).to(tl.int32)
-    if o.terraced and o.window > 0:
-        begin = tl.maximum((at // o.window - 1) * o.window, 0)
-    else:
-        begin = tl.maximum(at - o.window + 1, 0)
+    begin = (
+        tl.maximum((at // o.window - 1) * o.window, 0)
+        if o.terraced and o.window > 0
+        else tl.maximum(at - o.window + 1, 0)
+    )
     stop = begin  # of keys that may be linear
     if o.cover_all:
         stop = at + 1
@@ -236,8 +243,8 @@ def step(
     if here != 0:
         limit = tl.maximum(at - o.span + 1, 0)
         if limit - folded >= s.fold:
-            for start in range(0, o.features, t.features):
-                f = start + tl.arange(0, t.features)
+            for start in range(0, o.features, t.written):
+                f = start + tl.arange(0, t.written)
                 mask = (f < o.features)[:, None] & inside[None, :]
                 to = value + f[:, None] * o.width + column[None, :]
                 total = tl.load(to, mask=mask, other=0.0)
@@ -248,9 +255,9 @@ def step(
                     if not s.covers:
                         counted = counted & (j >= s.sinks)
                     place = feature_place(j, s)
-                    phi = held_or_new(ring_phi, fk, place, j, known, counted, start, o.features, t.features)
+                    phi = held_or_new(ring_phi, fk, place, j, known, counted, start, o.features, t.written)
                     values = held_or_new(ring_v, v, place_of(j, s), j, at, counted, first, o.width, t.columns)
-                    total = tl.dot(tl.trans(phi), values, total, input_precision="ieee")
+                    total = tl.dot(tl.trans(phi), values, total, input_precision="tf32x3")
                     alone += tl.sum(phi, 0)
                 tl.store(to, total, mask=mask)
                 tl.store(mass + f, alone, mask=f < o.features)
@@ -259,7 +266,11 @@ def step(
         if p % (maps // (heads // o.group)) == 0:  # one head of phi_k for each key head
             to = place_of(at, s) * o.width
             tl.store(ring_k + to + column, new_key.to(ring_k.dtype.element_ty), mask=inside)
-            tl.store(ring_v + to + column, tl.load(v + column, mask=inside, other=0.0).to(ring_v.dtype.element_ty), mask=inside)
+            tl.store(
+                ring_v + to + column,
+                tl.load(v + column, mask=inside, other=0.0).to(ring_v.dtype.element_ty),
+                mask=inside,
+            )
             if s.lag > 0:
                 following = tl.maximum(known + 1, 0)
                 key = new_key.to(ring_k.dtype.element_ty)

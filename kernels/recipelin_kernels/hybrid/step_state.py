@@ -99,7 +99,9 @@ class StepState:
     def select(self, index: Tensor) -> "StepState":
         """The rows of a batch that `index` names (beam search), in tensors of their own."""
         index = index.to(self.value.device)
-        return StepState(**{n: x.index_select(0, index) for n, x in self.tensors.items()}, held=self.held, columns=self.columns)
+        return StepState(
+            **{n: x.index_select(0, index) for n, x in self.tensors.items()}, held=self.held, columns=self.columns
+        )
 
 
 def _place(position: Tensor, held: Held) -> Tensor:
@@ -138,13 +140,16 @@ def stepping(
     there = (place >= held.sinks) & (newest >= (seen - lead).clamp(min=held.sinks))
     rings = []
     for old, sink in ((state.ring_k, state.sink_k), (state.ring_v, state.sink_v)):
-        ring = _pick(old, newest - seen + lead, there) if lead else old.new_zeros(*old.shape[:2], held.places, old.shape[3])
+        ring = (
+            _pick(old, newest - seen + lead, there)
+            if lead
+            else old.new_zeros(*old.shape[:2], held.places, old.shape[3])
+        )
         ring[:, :, : held.sinks] = torch.where((place[:, : held.sinks] < seen)[:, None, :, None], sink, 0)
         rings.append(ring.to(k.dtype))
-    if held.paired:
-        phi = phi_k_fn(rings[0]).float()
-    else:
-        phi = state.sums.new_zeros(batch, maps, held.fold, state.sums.shape[2])
+    phi = (
+        phi_k_fn(rings[0]).float() if held.paired else state.sums.new_zeros(batch, maps, held.fold, state.sums.shape[2])
+    )
     last = seen - held.lag
     sums = state.sums[:, :: heads // maps].float()
     folded = (seen - lead).clamp(min=0)
