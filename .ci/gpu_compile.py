@@ -24,6 +24,7 @@ from triton.runtime.driver import driver
 
 from recipelin_kernels import empty_state, hybrid_attention, hybrid_attention_step
 from recipelin_kernels.hybrid import gpu_call, gpu_support
+from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 
 SHARED = 227 * 1024  # bytes that a program may have on an H100
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -153,6 +154,7 @@ def decode(
     state = empty_state(batch, heads, key_heads, width, features, window=window, sinks=sinks, shape=shape, like=q)
     if padded:
         options["key_mask"] = torch.ones(batch, 1, dtype=torch.bool)
+    softmax_features_gpu(q, torch.rand(heads, width, features // 2), 1e-12)
     hybrid_attention_step(
         q, k, v, torch.rand(batch, heads, 1, features), phi_k_fn, torch.rand(heads), state, window=window, sinks=sinks,
         shape=shape, log_scale=torch.zeros(heads), kernel="gpu", **options,

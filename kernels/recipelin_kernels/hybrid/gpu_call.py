@@ -57,6 +57,7 @@ LAUNCHES = {
     "key_features_gradient": Launch(8, 2),
     "sink_gradient": Launch(4, 2),
     "step": Launch(4, 1),
+    "softmax_features": Launch(4, 1),
 }
 
 
@@ -66,9 +67,9 @@ def power(n: int, least: int = 16) -> int:
 
 @dataclass(frozen=True)
 class Compiled:
-    """Kernels of a form, launched."""
+    """Kernels of a form (for each its own NamedTuple of constants), launched."""
 
-    form: Form
+    form: Any
     stages: int
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
@@ -86,6 +87,7 @@ class Compiled:
 class Call(Compiled):
     """One call without what carries gradient."""
 
+    form: Form
     options: Options
     keep: Tensor | None
     q_rows: tuple[Tensor, Tensor]  # positions and segments, int32 [B, T] each; of a plain call empty
