@@ -128,7 +128,8 @@ def hybrid_attention(
     window of w, one token at a time. It takes no padding, segments, sinks, other cover or join.
 
     Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that cannot run
-    here. `gpu` (Triton) computes what `chunked` does, forward and backward; its precision: gpu.py.
+    here. `gpu` (Triton) computes what `chunked` does, forward and backward; its precision: gpu.py. One token after a state
+    has a kernel of its own, see `hybrid_attention_step`.
     """
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)
@@ -259,12 +260,16 @@ def hybrid_attention_step(
     phi_q: Tensor,
     phi_k_fn: Callable[[Tensor], Tensor],
     mix: Tensor | None,
-    state: HybridState,
+    state: HybridState | StepState,
     **options: Any,
-) -> tuple[Tensor, HybridState]:
+) -> tuple[Tensor, HybridState | StepState]:
     """One token a row: q [B,H,1,D], k, v [B,Hkv,1,D], phi_q [B,H,1,F] -> (y [B,H,1,D], the next state).
 
     Options as `hybrid_attention`. Features of a key are computed by `phi_k_fn` when it leaves the window.
+
+    kernel `gpu` without gradient, `reach` and `window_keep`: one Triton launch. Given a HybridState, it returns a StepState;
+    given that, it writes into it and returns the same one: nothing is read by the host, and such a call may be captured in
+    a CUDA graph, its inputs being the same tensors at each replay. A key_mask [B,1] leaves out rows that rest.
     """
     if q.shape[2] != 1:
         raise ValueError(
@@ -315,6 +320,7 @@ def _check_shapes(
 __all__ = [
     "Components",
     "HybridState",
+    "StepState",
     "empty_state",
     "hybrid_attention",
     "hybrid_attention_step",

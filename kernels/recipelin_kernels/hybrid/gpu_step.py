@@ -140,16 +140,16 @@ def step(
     q_b, q_h, k_b, k_h, v_b, v_h, fq_b, fq_h, fk_b, fk_h, maps, scale,
     MASKED: tl.constexpr, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
-    """y [B,H,1,D], and the state (step_state.py) moved on. Grid: (ceil(D / columns), B maps).
+    """y [B,H,1,D], and the state (step_state.py) moved on. Grid: (B maps, ceil(D / columns)).
 
     First all is read, for one query head after the other; then, behind a barrier, all is written. No program reads what
     another one writes in the same launch: places of a new key and of new features are those of none that counts. Rows
     whose token is not real (`real` [B]) have y 0, and their state stays.
     """
-    part = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(1) // maps
-    p = tl.program_id(1) % maps
+    part = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
+    b = tl.program_id(0) // maps
+    p = tl.program_id(0) % maps
     kv = p * o.map_group // o.group
     heads = maps * o.map_group
     first = part * t.columns
@@ -160,7 +160,7 @@ def step(
         ring_phi += row * s.places * o.features
     else:
         ring_phi += row * s.fold * o.features
-    mine = row * tl.num_programs(0) + part
+    mine = row * tl.num_programs(1) + part
     mass += mine * o.features
     value += row * o.features * o.width
     k = head(k, b, kv, k_b, k_h)
@@ -330,7 +330,7 @@ def hybrid_attention_step_gpu(
         options, Blocks(), heads=heads, key_heads=k.shape[1], maps=maps, width=width, features=features, dtype=q.dtype
     )
     Compiled(form, 1).launch(
-        step, (programs, batch * maps),
+        step, (batch * maps, programs),
         q, k, v, phi_q, phi_k, *numbers, real, *state.tensors.values(), y,
         *[n for x in (q, k, v, phi_q, phi_k) for n in x.stride()[:2]], maps, options.scale,
         MASKED=real is not None, t=tiles, s=held,
