@@ -198,7 +198,7 @@ def test_a_layer_decodes_by_it(tiny):
                     x[:, a:b].unflatten(2, (-1, 8)).transpose(1, 2)
                     for x in (p(hidden) for p in (form.q_proj, form.k_proj, form.v_proj))
                 )
-                y.append(form.attend(q, k, v, layer=layer))
+                y.append(form.join(q, k, v, layer=layer))
         assert isinstance(layer.state, StepState if kernel == "gpu" else HybridState) and layer.state.bytes > 0
         found.append(torch.cat(y, 2))
     close(*[z.double() for z in found])
