@@ -22,8 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from recipelin_kernels import hybrid_attention
+from recipelin_kernels import empty_state, hybrid_attention, hybrid_attention_step
 from recipelin_kernels.hybrid import gpu_call, gpu_support
+from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 
 SHARED = 227 * 1024  # bytes that a program may have on an H100
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -47,6 +48,23 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# One token from a state: batch, and as above.
+STEPS: dict[str, dict[str, Any]] = {
+    "decode, batch 1": {},
+    "decode, batch 32": {"batch": 32},
+    "decode, batch 32, F 256": {"batch": 32, "features": 256},
+    "decode, phi_k of key heads": {"maps": 8},
+    "decode, float32, d 64": {"dtype": torch.float32, "width": 64},
+    "decode, fp16, d 80, F 96": {"dtype": torch.float16, "width": 80, "features": 96, "batch": 32},
+    "decode, d 256, F 256": {"width": 256, "features": 256, "batch": 32},
+    "decode, replace, sinks, padding": {"join": "replace", "sinks": 4, "padded": True},
+    "decode, absolute, terraced": {"join": "absolute", "shape": "terraced", "batch": 32},
+    "decode, cover all, average": {"join": "average", "cover": "all", "sinks": 4, "batch": 32},
+    "decode, one head, window 0": {"heads": 1, "key_heads": 1, "maps": 1, "window": 0},
+    "decode, window alone": {"ablate": {"linear": "mass"}},
+}  # fmt: skip
+
+
 class NoGpu:
     """What Triton asks of a driver before it compiles."""
 
@@ -60,8 +78,8 @@ class NoGpu:
         return GPUTarget("cuda", 90, 32)
 
 
-def compiled(self: gpu_call.Call, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
-    """In the place of `Call.launch`."""
+def compiled(self: gpu_call.Compiled, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
+    """In the place of `Compiled.launch`."""
     if 0 in grid:
         return
     how = self.how(kernel.__name__)
@@ -121,19 +139,45 @@ def call(
         y.sum().backward()
 
 
+def decode(
+    *, dtype: torch.dtype = torch.bfloat16, width: int = 128, features: int = 128, heads: int = 32, key_heads: int = 8,
+    maps: int = 32, batch: int = 1, window: int = 64, sinks: int = 0, shape: str = "sliding", padded: bool = False,
+    **options: Any,
+) -> None:  # fmt: skip
+    def normal(h: int, w: int) -> torch.Tensor:
+        return torch.randn(batch, h, 1, w).to(dtype)
+
+    def phi_k_fn(k: torch.Tensor) -> torch.Tensor:
+        return torch.rand(batch, maps, k.shape[2], features)
+
+    q, k, v = (normal(h, width) for h in (heads, key_heads, key_heads))
+    state = empty_state(batch, heads, key_heads, width, features, window=window, sinks=sinks, shape=shape, like=q)
+    if padded:
+        options["key_mask"] = torch.ones(batch, 1, dtype=torch.bool)
+    softmax_features_gpu(q, torch.rand(heads, width, features // 2), 1e-12)
+    hybrid_attention_step(
+        q, k, v, torch.rand(batch, heads, 1, features), phi_k_fn, torch.rand(heads), state, window=window, sinks=sinks,
+        shape=shape, log_scale=torch.zeros(heads), kernel="gpu", **options,
+    )  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=sorted(CASES), help="one case")
+    parser.add_argument("--only", choices=sorted(CASES | STEPS), help="one case")
     parser.add_argument("--forward", action="store_true", help="without gradients")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     driver.set_active(NoGpu())
     gpu_support.why_not = lambda *_: ""
-    gpu_call.Call.launch = compiled  # type: ignore[method-assign]
+    gpu_call.Compiled.launch = compiled  # type: ignore[method-assign]
     for name, case in CASES.items():
         if arguments.only in (None, name):
             print(f"{name}{', forward' if arguments.forward else ''}", flush=True)
             call(learns=not arguments.forward, **case)
+    for name, case in STEPS.items():
+        if arguments.only in (None, name):
+            print(name, flush=True)
+            decode(**case)
     return 0 if all(fits) else 1
 
 

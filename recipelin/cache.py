@@ -9,7 +9,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 
 class LayerState(Protocol):
-    """What a form keeps of the past between calls, a batch of rows: HybridState, or a form's own."""
+    """What a form keeps of the past between calls, a batch of rows: HybridState, StepState, or a form's own."""
 
     @property
     def bytes(self) -> int: ...

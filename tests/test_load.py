@@ -326,6 +326,8 @@ def test_what_python_itself_would_choke_on(tmp_path):
 
 def test_a_mistake_of_a_whole_map_is_placed_in_the_file_that_was_laid_over(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("name: mine\nextends: pocket/lolcats\ndata:\n  mix: [{source: python-stdlib}, {source: recall}]\n  order: first\n")
+    path.write_text(
+        "name: mine\nextends: pocket/lolcats\ndata:\n  mix: [{source: python-stdlib}, {source: recall}]\n  order: first\n"
+    )
     with pytest.raises(RecipeError, match=r"mine\.yaml:4:3: data: order: first is of one source that is read"):
         load(str(path))

@@ -1,13 +1,22 @@
 """Operators of recipelin: each a plain reference beside its fast form. Knows nothing of recipelin itself."""
 
 from .gated_delta import gated_delta_rule, resolve_gated_delta_kernel
-from .hybrid import Components, HybridState, empty_state, hybrid_attention, hybrid_attention_step, resolve_kernel
+from .hybrid import (
+    Components,
+    HybridState,
+    StepState,
+    empty_state,
+    hybrid_attention,
+    hybrid_attention_step,
+    resolve_kernel,
+)
 from .outside_mass import outside_mass
 from .weight_transfer import log_scale_closed_form, teacher_attention, weight_transfer_loss
 
 __all__ = [
     "Components",
     "HybridState",
+    "StepState",
     "empty_state",
     "gated_delta_rule",
     "hybrid_attention",

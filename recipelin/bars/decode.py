@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from recipelin_kernels import HybridState, empty_state, hybrid_attention, hybrid_attention_step
+from recipelin_kernels import HybridState, StepState, empty_state, hybrid_attention, hybrid_attention_step
 
 from ..attention.hybrid.config import FeatureMap
 from ..attention.hybrid.feature_map import HeadFeatureMap
@@ -42,7 +42,7 @@ class Decode:
         ]
         maps = [HeadFeatureMap(FeatureMap(), self.heads, self.width, seed) for seed in range(2)]
         mix = torch.full((self.heads,), 0.1)
-        state = self._state(normal, maps[1])
+        state: HybridState | StepState = self._state(normal, maps[1])
 
         @torch.no_grad()
         def call() -> object:
@@ -77,7 +77,7 @@ def long_rows(quick: bool) -> Mapping[str, float]:
     def phi(x: torch.Tensor) -> torch.Tensor:
         return (x @ weight.to(x.dtype)).softmax(-1)
 
-    state = empty_state(1, heads, heads, width, features, window=window, sinks=0, like=q)
+    state: HybridState | StepState = empty_state(1, heads, heads, width, features, window=window, sinks=0, like=q)
     exact = torch.empty_like(q)
     with torch.no_grad():
         for t in range(length):
@@ -91,8 +91,8 @@ def long_rows(quick: bool) -> Mapping[str, float]:
             y = hybrid_attention(*x, window=window, kernel="chunked")
             found[f"output, {name}"] = _error(y, exact)
         coarse = [t.bfloat16() for t in (q, k, v, phi(q), phi(k), mix)]
-        _, state = hybrid_attention(*coarse, window=window, output_state=True)
-        kept = state.sums
+        _, left = hybrid_attention(*coarse, window=window, output_state=True)
+        kept = left.sums
         gone = length - window + 1
         values = torch.cat((coarse[2], torch.ones_like(coarse[2][..., :1])), -1)[:, :, :gone]
         want = coarse[4][:, :, :gone].double().mT @ values.double()

@@ -1,14 +1,16 @@
 """Hybrid attention's Triton kernels against flash attention, fla and the arithmetic of an H100 (`bench --device cuda`)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from recipelin_kernels import hybrid_attention
+from recipelin_kernels import empty_state, hybrid_attention, hybrid_attention_step
 
+from ..attention.hybrid.config import FeatureMap
+from ..attention.hybrid.feature_map import HeadFeatureMap
 from ..bench.measure import Bar, Fact
 
 
@@ -72,6 +74,75 @@ def _without_gradient(attend: Callable[..., Any], inputs: list[torch.Tensor]) ->
     return attend(*inputs)
 
 
+@dataclass(frozen=True)
+class DecodeOnGpu:
+    """A token of every row under a CUDA graph, feature maps made too. A step is a layer: each has a state and maps of its own,
+    and there are so many that an H100's 50 MB of L2 do not hold them from one replay to the next."""
+
+    batch: int
+    steps: int
+    heads: int = 32
+    key_heads: int = 8
+    width: int = 128
+    window: int = 64
+
+    @torch.no_grad()
+    def make(self) -> Callable[[], object]:
+        draw = torch.Generator("cuda").manual_seed(0)
+
+        def normal(heads: int) -> torch.Tensor:
+            x = torch.randn(self.batch, heads, 1, self.width, generator=draw, device="cuda")
+            return x.to(torch.bfloat16)
+
+        q, k, v = (normal(h) for h in (self.heads, self.key_heads, self.key_heads))
+        mix = torch.full((self.heads,), 0.1, device="cuda")
+        layers = [
+            [HeadFeatureMap(FeatureMap(), self.heads, self.width, 2 * n + side, "gpu").cuda() for side in range(2)]
+            for n in range(self.steps)
+        ]
+        empty = empty_state(
+            self.batch, self.heads, self.key_heads, self.width, self.width, window=self.window, sinks=0, like=q
+        )
+        seen = torch.full((self.batch,), 1000, device="cuda")
+        states: list[Any] = [replace(empty, positions=seen) for _ in layers]
+
+        @torch.no_grad()
+        def token() -> list[torch.Tensor]:
+            found = []
+            for n, (phi_q, phi_k) in enumerate(layers):
+                y, states[n] = hybrid_attention_step(
+                    q, k, v, phi_q(q), phi_k, mix, states[n], window=self.window, kernel="gpu"
+                )
+                found.append(y)
+            return found
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                token()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = token()
+
+        def call() -> object:
+            graph.replay()
+            return y
+
+        return call
+
+    @property
+    def floor(self) -> float:
+        """Seconds a step for the bytes that must move, at an H100's 3.35 TB/s: gpu_step.py counts them."""
+        sums = self.heads * self.width * self.width * 4
+        late = 8 * self.heads * self.width * 4  # features of 8 of 16 keys that are not yet in the sums, on average
+        ring = 2 * self.key_heads * self.window * self.width * 2
+        given = (2 * self.heads + 2 * self.key_heads) * self.width * 2 + 2 * self.heads * self.width * 4
+        maps = 2 * self.heads * self.width * self.width // 2 * 4
+        return (self.batch * (sums + sums / 16 + late + ring + given) + maps) / 3.35e12
+
+
 def _over(other: str, length: int, backward: bool = False, **shape: Any) -> dict[str, OnGpu]:
     return {other: OnGpu(other, length, backward, **shape), "ours": OnGpu("gpu", length, backward, **shape)}
 
@@ -87,6 +158,10 @@ _UNFUSED = (
 _UNFUSED_256 = (
     "as with F 128; features then are 48 KB a token and states 40 KB: 108 KB, 36 ns at 3 TB/s, so that the bar needs fused maps "
     "and a state less often than every 256 tokens."
+)
+_LAUNCHES = (
+    "three launches a layer, of which each costs a microsecond or so under a graph: features of queries, of the leaving key, and "
+    "the step. The bytes (4.8 MB with maps in fp32) are 1.4 us."
 )
 _CUDA: dict[str, Any] = {"device": "cuda"}
 
@@ -119,4 +194,13 @@ BARS: list[Bar | Fact] = [
     Bar("gpu/growth-memory-both", "T 65536 over T 32768, peak memory, forward and backward",
         {str(n): OnGpu("gpu", n, True) for n in (32768, 65536)}, ("65536", "32768"), 2.1, at_most=True, peak=True,
         **_CUDA),
+    Bar("gpu/decode-1", f"a token under a CUDA graph, batch 1, {_SHAPE}, with both feature maps: time of a layer over 6 us",
+        {"ours": DecodeOnGpu(1, 32)}, ("ours", "6 us"), 1, at_most=True, unit="us", floors={"6 us": 6e-6},
+        bound=_LAUNCHES, **_CUDA),
+    *(
+        Bar(f"gpu/decode-{batch}", f"the same at batch {batch}: time over that of its bytes at 3.35 TB/s (1.43: 70 % of them)",
+            {"ours": DecodeOnGpu(batch, steps)}, ("ours", "bytes"), 1.43, at_most=True, unit="us",
+            floors={"bytes": DecodeOnGpu(batch, steps).floor}, **_CUDA)
+        for batch, steps in ((32, 2), (256, 1))
+    ),
 ]  # fmt: skip

@@ -6,8 +6,12 @@ import random
 import pytest
 import torch
 
+from recipelin_kernels import hybrid_attention, hybrid_attention_step
+from recipelin_kernels.hybrid.gpu_step import StepBlocks
+from recipelin_kernels.hybrid.step_state import standing
 from tests.kernels.hybrid_inputs import Inputs, assert_same, padding, with_gradients
-from tests.kernels.test_hybrid_gpu import DEVICE, compare
+from tests.kernels.test_hybrid_gpu import DEVICE, compare, on_device
+from tests.kernels.test_hybrid_gpu_step import close, decode, same
 
 # Products of 8 or 11 bits, and y, from which backward takes its row terms, rounded to them.
 COARSE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -69,3 +73,110 @@ def test_results_repeat_bit_by_bit():
     x = Inputs((4, 2), 2049, 2, dim=128, features=128).like(torch.bfloat16, DEVICE)
     once, again = (with_gradients(x, window=64, sinks=4, kernel="gpu") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+# decoding: keys enter the sums 16 at once, so rows of many tokens
+
+
+def exactly(x: Inputs) -> Inputs:
+    """The same numbers in float64; x gets features of keys that are made of them, in float32, as the forms' are."""
+    exact = x.like(torch.float64, DEVICE)
+    x.features = lambda k: exact.features(k.double()).float()
+    x.phi_k, exact.phi_k = x.features(x.k), exact.features(exact.k)
+    return exact
+
+
+STEPS = {
+    "shared": dict(join="shared", window=64),
+    "absolute, sinks": dict(join="absolute", window=33, sinks=4),
+    "absolute, terraced": dict(join="absolute", window=24, shape="terraced"),
+    "replace, sinks": dict(join="replace", window=40, sinks=3),
+    "average, cover all": dict(join="average", window=64, cover="all"),
+    "sum, no window": dict(join="sum", window=0, sinks=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *COARSE], ids=str)
+@pytest.mark.parametrize(
+    ("dim", "features", "heads", "per_key_head"),
+    [(64, 64, (4, 2), False), (128, 128, (8, 1), True), (80, 96, (2, 1), False), (256, 256, (4, 4), True)],
+)
+@pytest.mark.parametrize("name", STEPS)
+def test_decoding_equals_the_definition(name, dim, features, heads, per_key_head, dtype):
+    x = Inputs(heads, 200, 2, per_key_head, dim=dim, features=features).like(dtype, DEVICE)
+    exact, options = exactly(x), on_device({**STEPS[name], "log_scale": x.log_scale})
+    mask = torch.ones(2, 200, dtype=torch.bool, device=DEVICE)
+    mask[0, :90], mask[1, 130] = False, False
+    expected = []
+    for row in (0, 1):
+        real = mask[row].nonzero()[:, 0]
+        alone = [z[row : row + 1, :, real] for z in exact.cut(0, 200)]
+        expected.append(hybrid_attention(*alone, exact.mix, kernel="reference", **options)[0])
+    _, state = hybrid_attention(
+        *x.cut(0, 100), x.mix, key_mask=mask[:, :100], output_state=True, kernel="chunked", **options
+    )
+    y, state = decode(x, state, 100, 200, mask, **options)
+    for row, found in enumerate(y):
+        now = mask[row, 100:]
+        close(found[:, now], expected[row][:, -int(now.sum()) :], COARSE.get(dtype, 1e-5))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+@pytest.mark.parametrize("join", ["shared", "replace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decodes_under_a_graph(dtype, join, batch):
+    """One token is captured and replayed; beside it the eager step in torch. A row rests at times."""
+    x = Inputs((8, 2), 160, batch, dim=128, features=128).like(dtype, DEVICE)
+    exactly(x)
+    options = on_device(dict(window=48, sinks=2, join=join, log_scale=x.log_scale))
+    _, eager = hybrid_attention(*x.cut(0, 60), x.mix, output_state=True, kernel="chunked", **options)
+    _, state = decode(x, eager, 60, 61, **options)
+    eager = hybrid_attention(*x.cut(0, 61), x.mix, output_state=True, kernel="chunked", **options)[1]
+    fixed = [z.clone() for z in x.cut(61, 62)[:4]]
+    real = torch.ones(batch, 1, dtype=torch.bool, device=DEVICE)
+
+    def token():
+        q, k, v, phi_q = fixed
+        return hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, kernel="gpu", key_mask=real, **options)
+
+    begun = {n: t.clone() for n, t in state.tensors.items()}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            token()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, after = token()
+    assert after is state
+    for n, t in begun.items():
+        state.tensors[n].copy_(t)
+    for t in range(61, 160):
+        for into, z in zip(fixed, x.cut(t, t + 1)[:4], strict=True):
+            into.copy_(z)
+        real.fill_(True)
+        real[0, 0] = t % 7 != 0
+        graph.replay()
+        q, k, v, phi_q, _ = x.cut(t, t + 1)
+        expected, eager = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, eager, key_mask=real, **options)
+        close(y, expected.double(), COARSE.get(dtype, 2e-5))
+    assert torch.equal(state.positions.long(), eager.positions)
+
+
+def test_a_batch_of_256_decodes():
+    x = Inputs((4, 1), 100, 256, dim=64, features=64).like(torch.bfloat16, DEVICE)
+    exact, options = exactly(x), dict(window=32)
+    expected = hybrid_attention(*exact.cut(0, 100), exact.mix, kernel="chunked", **options)
+    _, state = hybrid_attention(*x.cut(0, 50), x.mix, output_state=True, kernel="chunked", **options)
+    y, state = decode(x, state, 50, 100, **options)
+    close(y, expected[:, :, 50:], COARSE[torch.bfloat16])
+    assert state.held.fold == StepBlocks().fold and state.counts.shape[2] == 1
+
+
+def test_a_state_after_long_decoding_is_the_chunked_forms():
+    x = Inputs((4, 2), 400, 1, dim=128, features=128).like(torch.float32, DEVICE)
+    exact, options = exactly(x), dict(window=64, sinks=4, join="absolute", log_scale=x.log_scale)
+    _, state = hybrid_attention(*x.cut(0, 100), x.mix, output_state=True, kernel="chunked", **options)
+    _, state = decode(x, state, 100, 400, **options)
+    same(standing(state, x.features, 4), exact, 400, **options)

@@ -15,6 +15,7 @@ from .reference import hybrid_attention_reference
 from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, one_of, rows
 from .state import HybridState, check_lead, check_state, continued, empty_state, filled, next_state, settled
 from .step import is_plain, one_token, plain_token
+from .step_state import StepState, standing
 
 KERNELS = ("auto", "reference", "chunked", "gpu")
 
@@ -82,7 +83,7 @@ def hybrid_attention(
     segment_ids: Tensor | None = None,
     window_keep: Tensor | None = None,
     on_drop: str = "linear_covers_all",
-    state: HybridState | None = None,
+    state: HybridState | StepState | None = None,
     output_state: bool = False,
     components: bool = False,
     kernel: str = "auto",
@@ -127,7 +128,8 @@ def hybrid_attention(
     window of w, one token at a time. It takes no padding, segments, sinks, other cover or join.
 
     Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that cannot run
-    here. `gpu` (Triton) computes what `chunked` does, forward and backward; its precision: gpu.py.
+    here. `gpu` (Triton) computes what `chunked` does, forward and backward; its precision: gpu.py. One token after a state
+    has a kernel of its own, see `hybrid_attention_step`.
     """
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)
@@ -168,11 +170,24 @@ def hybrid_attention(
         held = decoding(options)
         options = held if state is not None else whole_rows(options, length)
     plain = key_mask is None and segment_ids is None and state is None
-    if state is not None and phi_k_fn is not None and length == 1 and kernel == "auto":
-        one = output_state and not components and key_mask is None and segment_ids is None
-        if one and is_plain(held, window_keep) and not _learning(q, k, v, phi_q, phi_k, mix, log_scale):
-            check_lead(state, held)
-            return plain_token(q, k, v, phi_q, mix, log_scale, phi_k_fn, held, state)
+    sizes: dict[str, Any] = {"dtype": q.dtype, "width": q.shape[-1], "features": phi_q.shape[-1]}
+    if state is not None and phi_k_fn is None:
+        raise ValueError("state: needs phi_k_fn, the keys' feature map, for the keys of the ring")
+    if state is not None and length == 1 and output_state and not components and segment_ids is None:
+        assert phi_k_fn is not None
+        if not _learning(q, k, v, phi_q, phi_k, mix, log_scale):
+            own_numbers = mix if join == "shared" else None, log_scale if join == "absolute" else None
+            if not gpu_support.why_no_step(held, window_keep) and resolve_kernel(kernel, q.device, **sizes) == "gpu":
+                from .gpu_step import hybrid_attention_step_gpu
+
+                return hybrid_attention_step_gpu(q, k, v, phi_q, *own_numbers, phi_k_fn, held, key_mask, state)
+            if kernel == "auto" and key_mask is None and is_plain(held, window_keep):
+                state = standing(state, phi_k_fn, q.shape[1])
+                check_lead(state, held)
+                return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
+    if state is not None:
+        assert phi_k_fn is not None
+        state = standing(state, phi_k_fn, q.shape[1])
     if phi_k is None:
         assert phi_k_fn is not None
         phi_k = phi_k_fn(k)
@@ -184,7 +199,7 @@ def hybrid_attention(
     if state is None and reach is not None and (length <= reach or int(own.position.max()) < reach):
         options = replace(options, reach=None)  # no key of the call is that far
     covered = plain and not asked and options.reach is None and length <= options.span
-    ran = resolve_kernel(kernel, q.device, covered=covered, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1])
+    ran = resolve_kernel(kernel, q.device, covered=covered, **sizes)
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
     if key_mask is not None:
         real = key_mask[:, None, :, None]
@@ -195,8 +210,7 @@ def hybrid_attention(
     if state is not None:
         if segment_ids is not None:
             raise ValueError("state: a call that goes on from a state cannot hold segments")
-        if phi_k_fn is None:
-            raise ValueError("state: needs phi_k_fn, the keys' feature map, for the keys of the ring")
+        assert phi_k_fn is not None
         check_state(state, own, options)
         tensors = (q, k, v, phi_q, phi_k, mix, log_scale)
         learns = learns or _learning(q, k, v)
@@ -246,12 +260,16 @@ def hybrid_attention_step(
     phi_q: Tensor,
     phi_k_fn: Callable[[Tensor], Tensor],
     mix: Tensor | None,
-    state: HybridState,
+    state: HybridState | StepState,
     **options: Any,
-) -> tuple[Tensor, HybridState]:
+) -> tuple[Tensor, HybridState | StepState]:
     """One token a row: q [B,H,1,D], k, v [B,Hkv,1,D], phi_q [B,H,1,F] -> (y [B,H,1,D], the next state).
 
     Options as `hybrid_attention`. Features of a key are computed by `phi_k_fn` when it leaves the window.
+
+    kernel `gpu` without gradient, `reach` and `window_keep`: one Triton launch. Given a HybridState, it returns a StepState;
+    given that, it writes into it and returns the same one: nothing is read by the host, and such a call may be captured in
+    a CUDA graph, its inputs being the same tensors at each replay. A key_mask [B,1] leaves out rows that rest.
     """
     if q.shape[2] != 1:
         raise ValueError(
@@ -302,6 +320,7 @@ def _check_shapes(
 __all__ = [
     "Components",
     "HybridState",
+    "StepState",
     "empty_state",
     "hybrid_attention",
     "hybrid_attention_step",

@@ -56,6 +56,8 @@ LAUNCHES = {
     "key_gradient": Launch(8, 2),
     "key_features_gradient": Launch(8, 2),
     "sink_gradient": Launch(4, 2),
+    "step": Launch(4, 1),
+    "softmax_features": Launch(4, 1),
 }
 
 
@@ -64,7 +66,25 @@ def power(n: int, least: int = 16) -> int:
 
 
 @dataclass(frozen=True)
-class Call:
+class Compiled:
+    """Kernels of a form (for each its own NamedTuple of constants), launched."""
+
+    form: Any
+    stages: int
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
+        if 0 in grid:
+            return
+        how = {} if interpreted() else self.how(kernel.__name__)
+        kernel[grid](*arguments, o=self.form, **more, **how)
+
+    def how(self, kernel: str) -> dict[str, int]:
+        launch = LAUNCHES[kernel]
+        return {"num_warps": launch.num_warps, "num_stages": min(launch.num_stages, self.stages)}
+
+
+@dataclass(frozen=True)
+class Call(Compiled):
     """One call without what carries gradient."""
 
     form: Form
@@ -76,18 +96,62 @@ class Call:
     lead: int
     ahead: int  # sinks of the state in front of the keys
     segmented: bool
-    stages: int
     stored_dtype: torch.dtype  # of states: bf16 for bf16 inputs, else fp32 (fp16 could overflow)
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
-        if 0 in grid:
-            return
-        how = {} if interpreted() else self.how(kernel.__name__)
-        kernel[grid](*arguments, o=self.form, **more, **how)
 
-    def how(self, kernel: str) -> dict[str, int]:
-        launch = LAUNCHES[kernel]
-        return {"num_warps": launch.num_warps, "num_stages": min(launch.num_stages, self.stages)}
+def make_form(
+    options: Options,
+    blocks: Blocks,
+    *,
+    heads: int,
+    key_heads: int,
+    maps: int,
+    width: int,
+    features: int,
+    dtype: torch.dtype,
+    plain: bool = True,
+    drops: bool = False,
+    resumed: bool = False,
+    ahead: int = 0,
+) -> Form:
+    o = options
+    near_linear = o.has("linear") and (o.cover == "all" or (drops and o.on_drop == "linear_covers_all"))
+    return Form(
+        join=o.join,
+        signed=o.signed,
+        through=o.join == "shared" and o.max_gradient == "through",
+        terraced=o.shape == "terraced",
+        window=o.window,
+        sinks=o.sinks,
+        reach=o.reach or 0,
+        span=o.span,
+        cover_all=o.cover == "all",
+        drops=drops,
+        drop_covers=o.on_drop == "linear_covers_all",
+        has_window=o.has("window"),
+        has_sinks=o.has("sinks"),
+        has_linear=o.has("linear"),
+        show_window=o.shown("window"),
+        show_sinks=o.shown("sinks"),
+        show_linear=o.shown("linear"),
+        sums=o.sums_up,
+        initial=resumed and o.sums_up,
+        ahead=ahead,
+        plain=plain,
+        width=width,
+        features=features,
+        width_block=power(width),
+        tile=min(power(features), blocks.tile),
+        group=heads // key_heads,
+        map_group=heads // maps,
+        rows=blocks.rows,
+        columns=blocks.columns,
+        stored=blocks.stored,
+        sink_block=power(o.sinks),
+        precision="tf32x3" if dtype == torch.float32 else "tf32",
+        near_linear=near_linear,
+        near_pairs=near_linear or o.join == "replace",
+    )
 
 
 def make_call(
@@ -104,51 +168,17 @@ def make_call(
     segmented: bool,
     blocks: Blocks,
 ) -> Call:
-    heads, width, features = q.shape[1], q.shape[-1], phi_q.shape[-1]
-    o, ahead = options, 0
-    if past is not None and o.sinks and o.has("sinks"):
-        ahead = o.sinks
+    ahead = 0
+    if past is not None and options.sinks and options.has("sinks"):
+        ahead = options.sinks
         k_rows = Rows(
             torch.cat((past.sink_rows.position, k_rows.position), 1),
             torch.cat((past.sink_rows.segment, k_rows.segment), 1),
         )
-    near_linear = o.has("linear") and (o.cover == "all" or (keep is not None and o.on_drop == "linear_covers_all"))
-    form = Form(
-        join=o.join,
-        signed=o.signed,
-        through=o.join == "shared" and o.max_gradient == "through",
-        terraced=o.shape == "terraced",
-        window=o.window,
-        sinks=o.sinks,
-        reach=o.reach or 0,
-        span=o.span,
-        cover_all=o.cover == "all",
-        drops=keep is not None,
-        drop_covers=o.on_drop == "linear_covers_all",
-        has_window=o.has("window"),
-        has_sinks=o.has("sinks"),
-        has_linear=o.has("linear"),
-        show_window=o.shown("window"),
-        show_sinks=o.shown("sinks"),
-        show_linear=o.shown("linear"),
-        sums=o.sums_up,
-        initial=past is not None and o.sums_up,
-        ahead=ahead,
-        plain=plain,
-        width=width,
-        features=features,
-        width_block=power(width),
-        tile=min(power(features), blocks.tile),
-        group=heads // k.shape[1],
-        map_group=heads // phi_k.shape[1],
-        rows=blocks.rows,
-        columns=blocks.columns,
-        stored=blocks.stored,
-        sink_block=power(o.sinks),
-        precision="tf32x3" if q.dtype == torch.float32 else "tf32",
-        near_linear=near_linear,
-        near_pairs=near_linear or o.join == "replace",
-    )
+    form = make_form(
+        options, blocks, heads=q.shape[1], key_heads=k.shape[1], maps=phi_k.shape[1], width=q.shape[-1],
+        features=phi_q.shape[-1], dtype=q.dtype, plain=plain, drops=keep is not None, resumed=past is not None, ahead=ahead,
+    )  # fmt: skip
 
     def places(rows: Rows) -> tuple[Tensor, Tensor]:
         if plain:
@@ -162,7 +192,7 @@ def make_call(
         keep=None if keep is None else keep.to(torch.uint8).contiguous(),
         q_rows=places(q_rows),
         k_rows=tuple(x[:, ahead:] if ahead else x for x in places(k_rows)),  # type: ignore[arg-type]
-        sums=past.sums if past is not None and o.sums_up else None,
+        sums=past.sums if past is not None and options.sums_up else None,
         lead=0 if past is None else past.lead,
         ahead=ahead,
         segmented=segmented,

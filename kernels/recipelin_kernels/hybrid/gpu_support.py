@@ -6,6 +6,8 @@ import os
 
 import torch
 
+from .rows import Options
+
 WIDEST = 256  # head_dim: a block of 64 rows of it in float32 is 64 KiB
 MOST_FEATURES = 1024
 # Whether `make test-gpu` has passed on a GPU: not yet. Until then the kernels, which have run in Triton's interpreter
@@ -27,6 +29,13 @@ def _installed() -> bool:
 @functools.cache
 def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+def why_no_step(options: Options, keep: object) -> str:
+    """Why the decode kernel does not take one token with these options; empty where it does."""
+    if options.reach is not None:
+        return "the decode kernel keeps sums, which cannot forget the keys that a `reach` leaves behind"
+    return "" if keep is None else "the decode kernel drops no windows: `window_keep` is of training"
 
 
 def why_not(

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recipelin_kernels import resolve_kernel
+
 from .config import FeatureMap
 
 ROWS_AT_ONCE = 1024  # tokens x heads: with 256 features 1 MiB
@@ -17,7 +19,7 @@ class HeadFeatureMap(nn.Module):
     u = x W (+ b), W [H, d, columns]; `fixed`: u = x. softmax: [softmax(u), softmax(-u)] over features; exp:
     [exp(u - max u), exp(-u + min u)], maximum over the features of one token; relu, elu (1 + ELU), none: [act(u), act(-u)],
     or act(u) alone (t2r, `as_lolcats`). Then clamped below (not `none`), and times exp(u_h.x) with `token_scale`.
-    Computed in fp32 (fp64 for fp64).
+    Computed in fp32 (fp64 for fp64). kernel: of the form; `gpu` makes softmax features by Triton where nothing learns.
     Source: LoLCATs' feature_map.py (softmax_dim, exp_dim, relu, pos_elu), arXiv 2510.05901 §3.4, T2R: arXiv 2103.13076.
     """
 
@@ -25,8 +27,9 @@ class HeadFeatureMap(nn.Module):
     bias: nn.Parameter
     log_scale: nn.Parameter
 
-    def __init__(self, config: FeatureMap, heads: int, head_dim: int, seed: int) -> None:
+    def __init__(self, config: FeatureMap, heads: int, head_dim: int, seed: int, kernel: str = "auto") -> None:
         super().__init__()
+        self.kernel = kernel
         self.config, self.heads, self.head_dim = config, heads, head_dim
         self.seed = seed
         for name, value in self.start_values().items():
@@ -51,7 +54,19 @@ class HeadFeatureMap(nn.Module):
             found["log_scale"] = torch.zeros(heads, width, device="cpu")
         return found
 
+    def _by_kernel(self, x: Tensor) -> bool:
+        """Whether the Triton kernel makes the features: the standard map, where nothing learns."""
+        config = self.config
+        standard = config.name == "hedgehog" and config.activation == "softmax" and not config.token_scale
+        learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        sizes: dict[str, Any] = {"dtype": x.dtype, "width": self.head_dim, "features": config.size(self.head_dim)}
+        return standard and not learns and resolve_kernel(self.kernel, x.device, **sizes) == "gpu"
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._by_kernel(x):
+            from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
+
+            return softmax_features_gpu(x, self.weight, self.config.clamp)
         exact = torch.float64 if x.dtype == torch.float64 else torch.float32
         x = x.to(exact)
         batch, h, length, width = x.shape

@@ -50,8 +50,10 @@ class HybridAttention(SwappedAttention):
             else architecture.num_key_value_heads
         )
         draw = seed * 1_000_003 + layer_index * 2
-        self.feature_map_q = HeadFeatureMap(config.feature_map, architecture.num_attention_heads, self.head_dim, draw)
-        self.feature_map_k = HeadFeatureMap(config.feature_map, key_heads, self.head_dim, draw + 1)
+        self.feature_map_q, self.feature_map_k = (
+            HeadFeatureMap(config.feature_map, heads, self.head_dim, draw + side, config.kernel)
+            for side, heads in enumerate((architecture.num_attention_heads, key_heads))
+        )
         self.mix = Mix(architecture.num_attention_heads, config.mix)
         self.log_scale = LogScale(architecture.num_attention_heads)
         weight = self.q_proj.weight

@@ -1,0 +1,204 @@
+"""The Triton decode kernel is the definition, one token after the other; its state is HybridState's, moved on in place."""
+
+import pytest
+import torch
+
+from recipelin.attention.hybrid.config import Config, FeatureMap
+from recipelin.attention.hybrid.feature_map import HeadFeatureMap
+from recipelin.cache import StateLayer
+from recipelin.states import State
+from recipelin.steps import Swap
+from recipelin.swap import forms, swap, switch
+from recipelin_kernels import HybridState, hybrid_attention, hybrid_attention_step
+from recipelin_kernels.hybrid.state import settled
+from recipelin_kernels.hybrid.step_state import StepState, standing
+from tests.kernels.hybrid_inputs import Inputs
+from tests.kernels.test_hybrid_gpu import DEVICE, FP32, on_device
+
+pytestmark = pytest.mark.usefixtures("language_patched_once")
+
+
+def close(found, expected, tolerance=FP32):
+    assert bool(found.isfinite().all())
+    assert float((found.double() - expected).norm() / expected.norm().clamp(min=1e-2)) <= tolerance
+
+
+def decode(x: Inputs, state, start, stop, mask=None, **options):
+    """y [B,H,n,D] of the tokens from `start` on, and the state; what is not real is NaN."""
+    found = []
+    for t in range(start, stop):
+        q, k, v, phi_q, _ = x.cut(t, t + 1)
+        if mask is not None:
+            real = mask[:, t : t + 1]
+            q, k, v, phi_q = (torch.where(real[:, None, :, None], z, torch.nan) for z in (q, k, v, phi_q))
+            options["key_mask"] = real
+        y, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, kernel="gpu", **options)
+        found.append(y)
+    return torch.cat(found, 2), state
+
+
+def poison(state: StepState):
+    """NaN, in a state of one row, at every place of no key that counts. Returns how many there were."""
+    (seen, folded), held = state.counts[0, 0, 0].tolist(), state.held
+    least = min(folded, seen - held.span)
+    newest = [seen - 1 - (seen - 1 - p) % held.ring for p in range(held.places)]
+    unused = [p for p in range(held.sinks, held.places) if newest[p] < max(least, held.sinks)]
+    for x in (state.ring_k, state.ring_v, *([state.ring_phi] if held.paired else [])):
+        x[:, :, unused] = torch.nan
+    if seen < held.lag:
+        state.leaving.fill_(torch.nan)
+    return len(unused)
+
+
+# In the interpreter keys are folded two at once, and a tile has 16 features, columns and keys.
+CASES = {
+    "shared": dict(window=3, start=2),
+    "absolute, phi_k of key heads, 4:1": dict(
+        heads=(4, 1), per_key_head=True, window=2, join="absolute", start=5, stop=8
+    ),
+    "replace, sinks": dict(window=2, sinks=2, join="replace", start=1),
+    "average, cover all, sinks": dict(window=3, sinks=1, cover="all", join="average", start=3),
+    "sum, terraced": dict(window=2, shape="terraced", join="sum", start=3),
+    "no window, from the first token": dict(window=0, start=0, stop=5),
+    "shared, cover all, the window not shown": dict(
+        window=2, cover="all", ablate={"window": "output"}, start=3, stop=6
+    ),
+    "sinks alone, odd widths": dict(
+        window=1, sinks=2, ablate={"window": "mass"}, dim=19, features=21, start=3, stop=6, heads=(1, 1)
+    ),
+    "without the linear branch": dict(window=17, ablate={"linear": "mass"}, start=16, stop=20, heads=(1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_definition_and_its_state_the_chunked_ones(name):
+    case = dict(CASES[name])
+    sizes = {n: case.pop(n) for n in ("dim", "features") if n in case}
+    start, stop = case.pop("start"), case.pop("stop", None)
+    stop = stop or start + 6
+    x = Inputs(case.pop("heads", (2, 1)), stop, 1, case.pop("per_key_head", False), **sizes).like(torch.float32, DEVICE)
+    exact, options = x.like(torch.float64, DEVICE), {**case, "log_scale": x.log_scale}
+    expected = hybrid_attention(*exact.cut(0, stop), exact.mix, kernel="reference", **options)
+    _, state = hybrid_attention(*x.cut(0, start or 1), x.mix, output_state=True, kernel="chunked", **options)
+    if not start:
+        state = HybridState(**{n: torch.zeros_like(t) for n, t in vars(state).items()})
+    begun = {n: t.clone() for n, t in vars(state).items()}
+    y, moved = decode(x, state, start, start + 1, **options)
+    assert poison(moved)
+    more, moved = decode(x, moved, start + 1, stop, **options)
+    close(torch.cat((y, more), 2), expected[:, :, start:])
+    assert all(torch.equal(t, begun[n]) for n, t in vars(state).items()), "the state that was given is not written into"
+    same(standing(moved, x.features, x.q.shape[1]), exact, stop, **options)
+
+
+def same(state: HybridState, exact: Inputs, stop: int, **options):
+    """A state against the one that a call over all of the row leaves."""
+    whole = settled(hybrid_attention(*exact.cut(0, stop), exact.mix, output_state=True, kernel="chunked", **options)[1])
+    for name, other in vars(whole).items():
+        one = getattr(state, name)
+        assert one.shape == other.shape
+        if one.numel():
+            assert float((one - other).abs().max() / other.abs().max().clamp(min=1.0)) < 1e-5, name
+
+
+def test_rows_that_begin_later_and_rest_and_what_goes_on_in_between():
+    """One row is padded on its left until after decoding has begun; the other rests for a token. Then a beam, three tokens at
+    once, and again single ones."""
+    x = Inputs((2, 1), 14, 2, per_key_head=True).like(torch.float32, DEVICE)
+    exact = x.like(torch.float64, DEVICE)
+    options = on_device(dict(window=3, log_scale=x.log_scale, join="absolute"))
+    mask = torch.ones(2, 14, dtype=torch.bool, device=DEVICE)
+    mask[0, :5], mask[1, 6] = False, False
+    _, state = hybrid_attention(
+        *x.cut(0, 4), x.mix, key_mask=mask[:, :4], output_state=True, kernel="chunked", **options
+    )
+    y, state = decode(x, state, 4, 9, mask, **options)
+    assert state.positions.tolist() == [4, 8] and not y[0, :, 0].any() and not y[1, :, 2].any()
+    for row in (0, 1):
+        real = mask[row].nonzero()[:, 0]
+        alone = [z[row : row + 1, :, real] for z in exact.cut(0, 14)]
+        expected = hybrid_attention(*alone, exact.mix, kernel="reference", **options)[0]
+        now = mask[row, 4:9]
+        close(y[row][:, now], expected[:, (real >= 4) & (real < 9)])
+    turned = state.select(torch.tensor([1, 0]))
+    many = dict(options, state=turned, phi_k_fn=x.features, output_state=True)
+    y, state = hybrid_attention(*(z.flip(0) for z in x.cut(9, 12)), x.mix, kernel="chunked", **many)
+    assert isinstance(state, HybridState)
+    x.q, x.k, x.v, x.phi_q = (z.flip(0) for z in (x.q, x.k, x.v, x.phi_q))
+    last, state = decode(x, state, 12, 14, **options)
+    for row in (0, 1):
+        real = mask[1 - row].nonzero()[:, 0]
+        alone = [z[1 - row : 2 - row, :, real] for z in exact.cut(0, 14)]
+        expected = hybrid_attention(*alone, exact.mix, kernel="reference", **options)[0]
+        close(torch.cat((y, last), 2)[row], expected[:, -5:])
+
+
+def test_the_state_stays_where_it_is_and_steps_repeat_bit_by_bit():
+    x = Inputs((2, 1), 8, 1, dim=24).like(torch.float16, DEVICE)  # two programs share a head
+    strided = x.like(torch.float16, DEVICE)
+    for name in ("q", "k", "v", "phi_q"):
+        z = getattr(strided, name)
+        setattr(strided, name, z.transpose(2, 3).contiguous().transpose(2, 3))
+    options = dict(window=3, log_scale=x.log_scale)
+    _, state = hybrid_attention(*x.cut(0, 5), x.mix, output_state=True, kernel="chunked", **options)
+    _, state = decode(x, state, 5, 6, **options)
+    other = state.select(torch.tensor([0]))
+    before, size = {n: t.data_ptr() for n, t in state.tensors.items()}, state.bytes
+    y, following = decode(x, state, 6, 8, **options)
+    assert following is state and before == {n: t.data_ptr() for n, t in state.tensors.items()} and size == state.bytes
+    again, other = decode(strided, other, 6, 8, **options)
+    assert torch.equal(y, again) and y.dtype == torch.float16
+    assert all(torch.equal(a, b) for a, b in zip(state.tensors.values(), other.tensors.values(), strict=True))
+    assert state.counts.shape[2] == 2 and state.batch == 1
+
+
+def test_a_state_of_other_sizes_is_refused_and_what_it_does_not_take_goes_the_long_way():
+    x = Inputs((2, 1), 7, 1).like(torch.float32, DEVICE)
+    options = dict(window=3, log_scale=x.log_scale)
+    _, plain = hybrid_attention(*x.cut(0, 4), x.mix, output_state=True, kernel="chunked", **options)
+    _, state = decode(x, plain, 4, 5, **options)
+    with pytest.raises(ValueError, match=r"state: batch 2 \(the call's: 1\)"):
+        decode(x, state.select(torch.tensor([0, 0])), 5, 6, **options)
+    with pytest.raises(ValueError, match="made with other options"):
+        decode(x, state, 5, 6, **dict(options, window=4))
+    _, limited = hybrid_attention(*x.cut(0, 4), x.mix, output_state=True, kernel="chunked", reach=4, **options)
+    y, state = decode(x, limited, 4, 5, reach=4, **options)
+    assert isinstance(state, HybridState)
+    exact = x.like(torch.float64, DEVICE)
+    close(y, hybrid_attention(*exact.cut(0, 5), exact.mix, kernel="reference", reach=4, **options)[:, :, 4:])
+
+
+def test_the_standard_map_is_the_forms():
+    x = torch.randn(2, 9, 1, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE).transpose(1, 2)
+    for width in (1, 2):
+        made, plain = (
+            HeadFeatureMap(FeatureMap(width=width, clamp=1e-3), 2, 8, 0, kernel).to(DEVICE)
+            for kernel in ("gpu", "auto")
+        )
+        for each in (made, plain):
+            each.weight.data.mul_(9.0)  # so that some features are clamped
+        with torch.no_grad():
+            close(made(x), plain.double()(x.double()))
+        assert made(x).requires_grad, "what learns is torch's"
+
+
+def test_a_layer_decodes_by_it(tiny):
+    """`kernel: gpu`: after a prompt, the cache holds a StepState."""
+    found = []
+    hidden = torch.randn(1, 8, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for kernel in ("gpu", "chunked"):
+        model = tiny(heads=2, key_heads=1, layers=1).to(DEVICE)
+        swap(model, Swap(form="hybrid", config=Config(kernel=kernel)), seed=0)
+        switch(model, State(window=3))
+        form, layer = forms(model)[0], StateLayer()
+        with torch.no_grad():
+            y = []
+            for a, b in ((0, 5), (5, 6), (6, 7), (7, 8)):
+                q, k, v = (
+                    x[:, a:b].unflatten(2, (-1, 8)).transpose(1, 2)
+                    for x in (p(hidden) for p in (form.q_proj, form.k_proj, form.v_proj))
+                )
+                y.append(form.join(q, k, v, layer=layer))
+        assert isinstance(layer.state, StepState if kernel == "gpu" else HybridState) and layer.state.bytes > 0
+        found.append(torch.cat(y, 2))
+    close(*[z.double() for z in found])
