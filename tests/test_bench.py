@@ -1,12 +1,18 @@
 """`recipelin bench`: its bars, its refusals, and a record of what was measured."""
 
 import json
+import math
 import re
 
 import pytest
+import torch
 
 from recipelin import bench, lookup
-from recipelin.bench.measure import Bar, Fact, Measured, find_bars, measure, peak
+from recipelin.bars import long_context
+from recipelin.bars.stages import LLAMA_LAYER, Stages
+from recipelin.bench import profile
+from recipelin.bench.measure import Bar, Fact, Measured, apart, figures, find_bars, measure, peak
+from recipelin.bench.profile import Stretch
 from recipelin.bench.record import Record, as_json, as_markdown, table
 from recipelin.cli import main
 
@@ -88,3 +94,111 @@ def test_times_are_of_a_step():
     cases = {str(n): Decode("hybrid", 128, heads=2, key_heads=1, width=8, window=4, steps=n) for n in (8, 64)}
     found = measure(Bar("x/steps", "", cases, ("64", "8"), None, unit="us"), quick=True)
     assert 0.3 < found.ratio < 3 and found.rounds == 3 and set(found.values) == {"8", "64"}
+
+
+# --- the whole job ----------------------------------------------------------------------------------------------------
+
+RECIPE = """\
+name: test/small
+model: {teacher: pocket}
+method: {name: lolcats, window: 16, form: {feature_map: {width: 2}}}
+data: {mix: [{source: text, path: corpus.txt}]}
+schedule:
+  transfer: {steps: 9, batch: 2, accumulation: 1, length: 48, optimizer: {lr: 3e-2}}
+  tune: {steps: 9, batch: 2, accumulation: 1, length: 48, clip: 1.0, optimizer: {lr: 1e-2}}
+eval: {suites: [suite.yaml]}
+"""
+SUITE = """\
+name: small
+evals:
+  - {eval: perplexity, rows: 2, length: 48, batch: 1, text: {source: text, path: corpus.txt}}
+  - {eval: usage, rows: 2, length: 48, text: {source: text, path: corpus.txt}}
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A recipe of the pocket teacher on a text of its own."""
+    folder = tmp_path_factory.mktemp("stages")
+    words = [f"def f{i}(x):\n    return x + {i}" for i in range(1500)]
+    (folder / "corpus.txt").write_text("\n\n".join(words), encoding="utf-8")
+    (folder / "suite.yaml").write_text(SUITE, encoding="utf-8")
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    return Stages(str(folder / "recipe.yaml"))
+
+
+def whole(values):
+    """The shares of a fact, which are together the whole."""
+    found = {part: values[f"{part} %"] for part in profile.PARTS}
+    assert sum(found.values()) == pytest.approx(100) and min(found.values()) >= 0
+    assert all(math.isfinite(v) and v > 0 for name, v in values.items() if not name.endswith("%"))
+    return found
+
+
+@pytest.mark.parametrize("stage", ["transfer", "tune"])
+def test_the_parts_of_a_training_step_are_together_the_step(small, stage):
+    values = small.training(stage, 2)
+    found = whole(values)
+    assert values["tokens/s"] * values["ms a step"] == pytest.approx(2 * 48 * 1e3)
+    # Attention of the teacher is in transfer alone: in tune every layer is swapped.
+    absent = [] if stage == "transfer" else ["softmax attention"]
+    assert [name for name, share in found.items() if share == 0] == absent
+    assert found["operator"] > found["data"] and found["feature maps"] > found["optimiser"]
+
+
+def test_the_parts_of_an_evaluation_are_together_the_evaluation(small):
+    hybrid, teacher = (small.evaluation(state) for state in ("hybrid", "teacher"))
+    assert hybrid["perplexity s"] > 0 and hybrid["usage s"] > 0
+    assert whole(hybrid)["operator"] > 0 and whole(hybrid)["optimiser"] == 0
+    assert whole(teacher)["operator"] == 0 and whole(teacher)["softmax attention"] > 0
+
+
+def test_a_layer_of_a_large_model_in_small_and_in_a_process_of_its_own():
+    numbers = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small = LLAMA_LAYER.model_copy(update={**numbers, "head_dim": 16})
+    given = {"architecture": small.model_dump(mode="json"), "length": 128, "features": 16, "window": 32}
+    values = apart("stages", "layer", given)
+    assert all(share > 0 for share in whole(values).values())
+    assert 0 < values["GiB at the peak"] < 4 and values["tokens/s"] * values["s a step"] == pytest.approx(128)
+    with pytest.raises(RuntimeError, match=r"bench: apart .*no bars 'stagez'"):
+        apart("stagez", "layer", {})
+
+
+def test_a_node_of_the_backward_pass_goes_where_its_operation_went():
+    weight = torch.ones(256, 256, requires_grad=True)
+    stretch = Stretch(True)
+    stretch.begin()
+    with profile.part("data"):
+        x = (weight @ weight).exp().sum()
+    x.backward()  # all of it made by operations within `data`, but for what adds the gradient to the weight
+    stretch.end()
+    assert sum(stretch.shares.values()) == pytest.approx(1)
+    assert stretch.shares["data"] > stretch.shares["rest of the model"] > 0 == stretch.shares["optimiser"]
+
+
+def test_a_marked_model_computes_the_same_and_is_left_as_it_was(small):
+    model = small.model()
+    ids = torch.arange(40)[None]
+    before = {name: set(vars(m)) for name, m in model.named_modules()}
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        with profile.marked(model):
+            assert torch.equal(model(ids, use_cache=False).logits, plain)
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == before
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_long_context_and_its_picture(monkeypatch):
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    monkeypatch.setattr(long_context, "ARCHITECTURE", long_context.ARCHITECTURE.model_copy(update=small))
+    found = [Measured(f"long_context/{n}", "", values=long_context.measured(n)) for n in (96, 192)]
+    assert all(math.isfinite(v) and v > 0 for m in found for v in m.values.values())
+    one, two = (m.values for m in found)
+    # Keys and values of 2 layers and 2 heads of 8, in fp32, grow; states do not once the window is full.
+    assert one["cache teacher, bytes"] == 96 * 2 * 2 * 2 * 8 * 4 and two["context"] == 192
+    assert two["cache teacher, bytes"] == 2 * one["cache teacher, bytes"]
+    assert two["cache student, bytes"] == one["cache student, bytes"]
+    made = figures([Measured("hybrid/x", ""), *found])
+    assert list(made) == ["long-context.png"] and made["long-context.png"][:4] == b"\x89PNG"
+    page = as_markdown(Record.begin(quick=True).end(found), tuple(made))
+    assert "![long-context](long-context.png)" in page
