@@ -7,11 +7,12 @@ import re
 import pytest
 import torch
 
-from recipelin import bench, lookup
+from recipelin import bench, lookup, memory
 from recipelin.bars import long_context
 from recipelin.bars.stages import LLAMA_LAYER, Stages
-from recipelin.bench import profile
-from recipelin.bench.measure import Bar, Fact, Measured, apart, figures, find_bars, measure, peak
+from recipelin.bench import apart, profile
+from recipelin.bench.measure import Bar, Fact, Measured, figures, find_bars, measure, peak
+from recipelin.bench.measure import apart as measure_apart
 from recipelin.bench.profile import Stretch
 from recipelin.bench.record import Record, as_json, as_markdown, table
 from recipelin.cli import main
@@ -153,15 +154,23 @@ def test_the_parts_of_an_evaluation_are_together_the_evaluation(small):
     assert whole(teacher)["operator"] == 0 and whole(teacher)["softmax attention"] > 0
 
 
-def test_a_layer_of_a_large_model_in_small_and_in_a_process_of_its_own():
+def test_a_layer_of_a_large_model_in_small(monkeypatch, capsys):
+    """As the process of its own finds it, in this one."""
     numbers = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    small = LLAMA_LAYER.model_copy(update={**numbers, "head_dim": 16})
-    given = {"architecture": small.model_dump(mode="json"), "length": 128, "features": 16, "window": 32}
-    values = apart("stages", "layer", given)
+    small = LLAMA_LAYER.model_copy(update={**numbers, "head_dim": 16}).model_dump(mode="json")
+    given = {"architecture": small, "length": 128, "features": 16, "window": 32}
+    monkeypatch.setattr("sys.argv", ["apart", json.dumps(["stages", "layer", given])])
+    monkeypatch.setattr(memory, "tune_allocator", lambda: None)  # it would be so for the tests that follow
+    apart.main()
+    values = json.loads(capsys.readouterr().out)
     assert all(share > 0 for share in whole(values).values())
-    assert 0 < values["GiB at the peak"] < 4 and values["tokens/s"] * values["s a step"] == pytest.approx(128)
-    with pytest.raises(RuntimeError, match=r"bench: apart .*no bars 'stagez'"):
-        apart("stagez", "layer", {})
+    assert 0 < values["GiB at the peak"] < 8 and values["tokens/s"] * values["s a step"] == pytest.approx(128)
+
+
+def test_a_process_that_fails_is_an_error(monkeypatch):
+    monkeypatch.setattr("sys.executable", "false")
+    with pytest.raises(RuntimeError, match=r'bench: apart \["stages", "layer", {}\] ended with 1'):
+        measure_apart("stages", "layer", {})
 
 
 def test_a_node_of_the_backward_pass_goes_where_its_operation_went():

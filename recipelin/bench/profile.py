@@ -5,9 +5,9 @@ own time, without the events within it, goes to a part: by its name (NAMES) or i
 the operation that made it went (they share a sequence number); what has none goes with the event around it. An operation within
 nothing is the rest of the model; time within no event at all is Python and other. So the parts add up to the whole.
 
-Shares are of the wall clock that the profiler reads, on the thread that begins a stretch. An event costs the profiler a microsecond
-or more, so that what is many small operations (operator, Python) looks larger than it is, by at most what a stretch takes longer
-with the profiler than without.
+Shares are of the wall clock that the profiler reads, on the thread that begins a stretch. An event costs the profiler a
+microsecond or more, so that what is many small operations (operator, Python) looks larger than it is, by at most what a stretch
+takes longer with the profiler than without.
 """
 
 import time
@@ -38,7 +38,6 @@ NAMES = {
     "aten::repeat_interleave": SOFTMAX,
     # The norm of all gradients, and what clips them.
     "aten::_foreach_norm": OPTIMISER,
-    "aten::linalg_vector_norm": OPTIMISER,
     "aten::_foreach_mul_": OPTIMISER,
 }
 OPERATORS = ("attend", "components", "outside_mass")  # methods of a form that call an operator
