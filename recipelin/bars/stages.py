@@ -151,7 +151,7 @@ class Stages:
         model, tokens, seconds = self.model(named.weights), 0, dict[str, float]()
         if named.state is not None:
             swap.switch(model, named.state)
-        asked = [config for suite in suites_of(step) for config in suite.evals]
+        asked: list[Any] = [config for suite in suites_of(step) for config in suite.evals]
 
         def count(_: Any, __: Any, given: Mapping[str, Any]) -> None:
             nonlocal tokens
@@ -259,7 +259,7 @@ def evaluation(state: str) -> dict[str, float]:
 
 
 def _apart(function: Callable[..., Any], full: Mapping[str, Any], quick: Mapping[str, Any]) -> Callable[[bool], Any]:
-    return lambda short: apart("stages", function.__name__, full | quick if short else full)
+    return lambda short: apart("stages", function.__name__, {**full, **quick} if short else full)
 
 
 _LAYER = {"architecture": LLAMA_LAYER.model_dump(mode="json"), "features": 128, "window": 64}

@@ -105,7 +105,7 @@ def find_bars(only: str = "") -> list[Bar | Fact]:
 
 def figures(found: Sequence[Measured]) -> dict[str, bytes]:
     """The pictures that files of bars draw of their own bars, by the names of their files: `FIGURES`."""
-    made = {}
+    made: dict[str, bytes] = {}
     for name in lookup.names("bars"):
         if own := [m for m in found if m.name.startswith(f"{name}/")]:
             drawn = getattr(lookup.implementation("bars", name), "FIGURES", {})

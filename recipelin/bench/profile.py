@@ -75,7 +75,7 @@ class Stretch:
 
 def part(name: str) -> AbstractContextManager[Any]:
     """Within: time belongs to a part of PARTS."""
-    return record_function(_RANGE + name)  # type: ignore[no-any-return]
+    return record_function(_RANGE + name)
 
 
 @contextmanager
