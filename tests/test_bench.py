@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from recipelin.bars.stages import LLAMA_LAYER, Stages
 from recipelin.bench import apart, profile
 from recipelin.bench.measure import Bar, Fact, Measured, figures, find_bars, measure, peak
 from recipelin.bench.measure import apart as measure_apart
-from recipelin.bench.profile import Stretch
 from recipelin.bench.record import Record, as_json, as_markdown, table
 from recipelin.cli import main
 
@@ -173,16 +173,36 @@ def test_a_process_that_fails_is_an_error(monkeypatch):
         measure_apart("stages", "layer", {})
 
 
-def test_a_node_of_the_backward_pass_goes_where_its_operation_went():
-    weight = torch.ones(256, 256, requires_grad=True)
-    stretch = Stretch(True)
-    stretch.begin()
-    with profile.part("data"):
-        x = (weight @ weight).exp().sum()
-    x.backward()  # all of it made by operations within `data`, but for what adds the gradient to the weight
-    stretch.end()
-    assert sum(stretch.shares.values()) == pytest.approx(1)
-    assert stretch.shares["data"] > stretch.shares["rest of the model"] > 0 == stretch.shares["optimiser"]
+def test_every_event_counts_once_and_a_node_of_the_backward_pass_goes_where_its_operation_went():
+    def event(name, microseconds, *children, number=-1):
+        return SimpleNamespace(
+            name=name, self_cpu_time_total=microseconds, cpu_children=list(children), sequence_nr=number
+        )
+
+    def node(microseconds, *children, number=-1):
+        return event("autograd::engine::evaluate_function: X", microseconds, *children, number=number)
+
+    whole = event(
+        "recipelin stretch", 1,
+        event("aten::view", 2, number=9),  # makes no node: the number is that of the next operation
+        event("recipelin part: data", 4, event("aten::mm", 8, number=9)),
+        event("aten::exp", 16, number=10),
+        event("_Hybrid", 32, event("aten::bmm", 64, number=12), number=11),
+        node(128, event("aten::bmm", 256), number=11),
+        node(512, number=10),
+        node(1024, event("aten::mm", 2048), number=9),
+        node(4096),  # adds a gradient to a parameter
+        event("Optimizer.step#AdamW.step", 8192, event("aten::mul_", 16384)),
+    )  # fmt: skip
+    found = profile.by_part([event("before", 1e9), whole])
+    expected = {
+        "operator": 32 + 64 + 128 + 256,
+        "data": 4 + 8 + 1024 + 2048,
+        "rest of the model": 2 + 16 + 512 + 4096,
+        "optimiser": 8192 + 16384,
+        "Python and other": 1,
+    }
+    assert found == {part: pytest.approx(expected.get(part, 0) / (2**15 - 1)) for part in profile.PARTS}
 
 
 def test_a_marked_model_computes_the_same_and_is_left_as_it_was(small):

@@ -69,7 +69,7 @@ class Stretch:
             each.__exit__(None, None, None)
         if self.profiled:
             seen: Any = self._open[0]
-            self.shares = _by_part(seen.events())
+            self.shares = by_part(seen.events())
             self._open = []
 
 
@@ -119,8 +119,8 @@ def _within(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
 # --- from events to parts ---------------------------------------------------------------------------------------------
 
 
-def _by_part(events: Sequence[Any]) -> dict[str, float]:
-    """The share of each part of PARTS in a stretch."""
+def by_part(events: Sequence[Any]) -> dict[str, float]:
+    """The share of each part of PARTS in a stretch, from the profiler's events."""
     whole = next(e for e in events if e.name == _WHOLE)
     made = dict[int, str]()
     _forward(whole, MODEL, made)
