@@ -285,7 +285,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     bench = command(
         "bench",
         _bench,
-        "measure the operators' speed and memory against every bar, on one thread of this machine's CPU or on its GPU",
+        "measure the operators' speed and memory against every bar, and the whole job's, on one thread of a CPU or on a GPU",
         "--quick",
         "--device cuda",
         "--only hybrid/sdpa-forward",

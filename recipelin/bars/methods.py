@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from .. import data, hf, stages, swap
 from ..bench.measure import Bar, Fact
 from ..load import load
+from ..loop import BatchSource
 from ..plan import plan, teacher_folder
 from ..steps import Swap, Switch, Transfer, Tune
 
@@ -64,19 +65,20 @@ class Training:
                             }
                         )
                         short = step.model_copy(update={"schedule": schedule})
-                        _train(model, short, rows[step.stage], Path(made))
+                        train(model, short, rows[step.stage], Path(made))
 
-        return lambda: _quietly(call)
+        return lambda: quietly(call)
 
 
-def _train(model: Any, step: Transfer | Tune, rows: data.Batches, folder: Path) -> None:
+def train(model: Any, step: Transfer | Tune, rows: BatchSource, folder: Path) -> None:
+    """The stage of a step on the CPU, from seed 0."""
     if isinstance(step, Transfer):
         stages.transfer(model, step, rows, device="cpu", folder=folder / step.stage, seed=0, log=folder / "log")
     else:
         stages.tune(model, step, rows, device="cpu", folder=folder / step.stage, seed=0, log=folder / "log")
 
 
-def _quietly(call: Callable[[], object]) -> object:
+def quietly(call: Callable[[], object]) -> object:
     """Without the progress bars of loading and training."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
         return call()

@@ -22,8 +22,10 @@ def bench_command(arguments: argparse.Namespace) -> int:
         return _refused("--write: a record holds every bar, measured in full; leave out --quick and --only")
     if importlib.util.find_spec("torch") is None:
         return _refused("bench needs torch, which is not installed: pip install 'recipelin[run]'")
+    if arguments.write and importlib.util.find_spec("PIL") is None:
+        return _refused("--write: the record has a picture, which needs Pillow: pip install 'recipelin[run]'")
     from . import cuda
-    from .measure import find_bars, measure
+    from .measure import figures, find_bars, measure
     from .record import Record, as_json, as_markdown, table
 
     if arguments.device == "cuda" and (reason := cuda.missing()):
@@ -49,9 +51,13 @@ def bench_command(arguments: argparse.Namespace) -> int:
     if arguments.write and target:
         from ..files import write_atomically
 
-        write_atomically(target, as_markdown(record).encode())
-        write_atomically(target.with_suffix(".json"), as_json(record).encode())
-        print(f"\nwritten: {target} and {target.with_suffix('.json').name}")
+        pictures = figures(record.bars)
+        contents = dict(pictures)
+        contents[target.with_suffix(".json").name] = as_json(record).encode()
+        contents[target.name] = as_markdown(record, tuple(pictures)).encode()
+        for file, content in contents.items():
+            write_atomically(target.parent / file, content)
+        print(f"\nwritten: {', '.join(contents)} in {target.parent}")
     return 0
 
 

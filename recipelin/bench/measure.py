@@ -10,7 +10,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -102,6 +103,16 @@ def find_bars(only: str = "") -> list[Bar | Fact]:
     return [bar for name in ((one,) if one in names else names) for bar in lookup.implementation("bars", name).BARS]
 
 
+def figures(found: Sequence[Measured]) -> dict[str, bytes]:
+    """The pictures that files of bars draw of their own bars, by the names of their files: `FIGURES`."""
+    made: dict[str, bytes] = {}
+    for name in lookup.names("bars"):
+        if own := [m for m in found if m.name.startswith(f"{name}/")]:
+            drawn = getattr(lookup.implementation("bars", name), "FIGURES", {})
+            made |= {file: draw(own) for file, draw in drawn.items()}
+    return made
+
+
 def measure(bar: Bar | Fact, *, quick: bool = False) -> Measured:
     """One bar. quick: three rounds, where a record takes eleven (five where a round is slow)."""
     if isinstance(bar, Fact):
@@ -130,17 +141,11 @@ def measure(bar: Bar | Fact, *, quick: bool = False) -> Measured:
 
 def times(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """CPU seconds of one call of each case in every round, all of them alternating, after one that is not counted."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with on_one_thread():
         repeats = {}
         for name, call in calls.items():
             call()
-            start = time.process_time()
-            call()
-            repeats[name] = max(1, round(LEAST_SECONDS / max(time.process_time() - start, 1e-6)))
+            repeats[name] = max(1, round(LEAST_SECONDS / max(seconds_of(call)[1], 1e-6)))
         found: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds):
             for name, call in calls.items():
@@ -149,6 +154,24 @@ def times(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, l
                     call()
                 found[name].append((time.process_time() - start) / repeats[name])
         return found
+
+
+def seconds_of(call: Callable[[], Any]) -> tuple[Any, float]:
+    """(what a call gives, its seconds in CPU time of the process)."""
+    start = time.process_time()
+    found = call()
+    return found, time.process_time() - start
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Within: torch computes on one thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
 
@@ -159,12 +182,29 @@ def times(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, l
 def peak(case: Any) -> float:
     """MiB at the peak of one call beyond its inputs, results included (VmHWM of a fresh process; Linux)."""
     kind = type(case)
-    given = json.dumps([kind.__module__, kind.__qualname__, asdict(case)])
-    paths = os.pathsep.join(p for p in (*_roots(), os.environ.get("PYTHONPATH", "")) if p)
     # A fixed threshold: freed blocks go back to the system at once and are not counted for free later.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "recipelin.bench.peak", given]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+    return float(_process("peak", [kind.__module__, kind.__qualname__, asdict(case)], MALLOC_MMAP_THRESHOLD_="65536"))
+
+
+# --- a process of its own ---------------------------------------------------------------------------------------------
+
+
+def apart(file: str, function: str, given: Mapping[str, Any]) -> dict[str, float]:
+    """What a function of a file of bars finds, as numbers, in a process with one thread and the allocator of a run."""
+    found: dict[str, float] = json.loads(_process("apart", [file, function, dict(given)]))
+    return found
+
+
+def _process(module: str, given: Sequence[Any], **environment: str) -> str:
+    """The last line of `python -m recipelin.bench.<module> <given>`. Raises RuntimeError with its last words where it fails."""
+    paths = os.pathsep.join(p for p in (*_roots(), os.environ.get("PYTHONPATH", "")) if p)
+    command = [sys.executable, "-m", f"recipelin.bench.{module}", json.dumps(given)]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": paths, **environment}
+    )
+    if ran.returncode:
+        raise RuntimeError(f"bench: {module} {json.dumps(given)} ended with {ran.returncode}: {ran.stderr[-2000:]}")
+    return ran.stdout.splitlines()[-1]
 
 
 def _roots() -> list[str]:

@@ -55,8 +55,8 @@ def table(record: Record) -> str:
     return "\n".join(lines)
 
 
-def as_markdown(record: Record) -> str:
-    """The page of the record: how it was measured, the bars, and what bounds those that were missed."""
+def as_markdown(record: Record, pictures: Sequence[str] = ()) -> str:
+    """The page of the record: how it was measured, the bars, pictures beside it, and what bounds the bars that were missed."""
     v = record.versions
     missed = [m for m in record.bars if m.met is False]
     asked = [m for m in record.bars if m.met is not None]
@@ -76,12 +76,15 @@ def as_markdown(record: Record) -> str:
         "",
         f"A bar is the median of the ratios of alternating rounds in one process, in {clock}; beside it the "
         "quartiles of the ratios and the median of each case. Memory is the peak of one call beyond its inputs, results "
-        f"included, {memory}. Made by `{command} --write`; the same numbers are in `{file}`.",
+        f"included, {memory}. A row without a ratio is recorded only. Made by `{command} --write`; the same numbers are in "
+        f"`{file}`.",
         "",
         f"{len(asked) - len(missed)} of {len(asked)} bars are met.",
         "",
         table(record),
     ]
+    for picture in pictures:
+        lines += ["", f"![{picture.partition('.')[0]}]({picture})"]
     if missed:
         lines += ["", "## What bounds the bars that were missed", ""]
         lines += [f"* **{m.name}** ({m.ratio:.2f} of {m.reach:g}): {m.bound or 'not known'}" for m in missed]
