@@ -289,13 +289,16 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         "--quick",
         "--device cuda",
         "--only hybrid/sdpa-forward",
+        "--only long_context --write",
         "--write",
     )
     bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose bars (default: cpu)")
     bench.add_argument("--quick", action="store_true", help="three rounds a bar")
     bench.add_argument("--only", metavar="NAME", help="one bar, or all that begin with NAME/ (hybrid, decode, ...)")
     bench.add_argument(
-        "--write", action="store_true", help="keep the result as kernels/bench/record.md and .json (cuda: record-cuda)"
+        "--write",
+        action="store_true",
+        help="keep the result as kernels/bench/record.md and .json (cuda: record-cuda); with --only a group: record-GROUP",
     )
     return parser, commands
 

@@ -46,7 +46,7 @@ def test_one_bar_from_the_command_line(capsys):
         (["--device", "cuda"], "no CUDA device"),
         (["--only", "gpu/floor"], "no bar 'gpu/floor' of --device cpu"),
         (["--write", "--quick"], "a record holds every bar"),
-        (["--write", "--only", "decode"], "a record holds every bar"),
+        (["--write", "--only", "decode/4k"], "a record holds every bar of a group"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_any_work(arguments, words, capsys, monkeypatch):
@@ -79,6 +79,21 @@ def test_a_record_says_what_is_met_and_what_bounds_the_rest():
     assert "2 of 3 bars are met" in page and "**a/slow** (3.00 of 5): products" in page and "a/fast** (" not in page
     assert record.processor in page and f"torch {record.versions['torch']}" in page
     assert table(record).count("\n") == 5 and json.loads(as_json(record))["bars"][1]["ratio"] == 3.0
+
+
+def test_a_group_has_a_record_of_its_own_until_the_whole_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "CHECKOUT", tmp_path / "recipes")
+    (tmp_path / "recipes").mkdir()
+    fact = Fact("some/fact", "one", lambda quick: {"a": 1.0})
+    other = Fact("other/fact", "two", lambda quick: {"b": 2.0})
+    monkeypatch.setattr("recipelin.bench.measure.find_bars", lambda only="": [fact, other])
+    folder = tmp_path / "kernels" / "bench"
+    assert main(["bench", "--only", "some", "--write"]) == 0
+    page = (folder / "record-some.md").read_text()
+    assert "recipelin bench --only some --write" in page and "some/fact" in page and "other/fact" not in page
+    assert not (folder / "record.md").exists() and "bars are met" not in page
+    assert main(["bench", "--write"]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["record.json", "record.md"]
 
 
 def test_memory_is_that_of_one_call():

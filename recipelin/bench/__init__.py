@@ -18,8 +18,8 @@ def bench_command(arguments: argparse.Namespace) -> int:
     target = CHECKOUT.parent / asked if CHECKOUT.is_dir() else None
     if arguments.write and target is None:
         return _refused(f"--write: the record is {asked} of a checkout, and this is an installed copy; leave it out")
-    if arguments.write and (arguments.quick or arguments.only):
-        return _refused("--write: a record holds every bar, measured in full; leave out --quick and --only")
+    if arguments.write and (arguments.quick or "/" in (arguments.only or "")):
+        return _refused("--write: a record holds every bar of a group, or of all, measured in full; leave out --quick")
     if importlib.util.find_spec("torch") is None:
         return _refused("bench needs torch, which is not installed: pip install 'recipelin[run]'")
     if arguments.write and importlib.util.find_spec("PIL") is None:
@@ -52,11 +52,15 @@ def bench_command(arguments: argparse.Namespace) -> int:
         from ..files import write_atomically
 
         pictures = figures(record.bars)
+        name = f"{target.stem}-{arguments.only}" if arguments.only else target.stem
         contents = dict(pictures)
-        contents[target.with_suffix(".json").name] = as_json(record).encode()
-        contents[target.name] = as_markdown(record, tuple(pictures)).encode()
+        contents[f"{name}.json"] = as_json(record).encode()
+        contents[f"{name}.md"] = as_markdown(record, tuple(pictures), only=arguments.only or "").encode()
         for file, content in contents.items():
             write_atomically(target.parent / file, content)
+        for group in {bar.name.partition("/")[0] for bar in bars} if not arguments.only else ():
+            for suffix in ("md", "json"):  # an older record of a part, which the whole one replaces
+                (target.parent / f"{target.stem}-{group}.{suffix}").unlink(missing_ok=True)
         print(f"\nwritten: {', '.join(contents)} in {target.parent}")
     return 0
 

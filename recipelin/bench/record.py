@@ -55,7 +55,7 @@ def table(record: Record) -> str:
     return "\n".join(lines)
 
 
-def as_markdown(record: Record, pictures: Sequence[str] = ()) -> str:
+def as_markdown(record: Record, pictures: Sequence[str] = (), *, only: str = "") -> str:
     """The page of the record: how it was measured, the bars, pictures beside it, and what bounds the bars that were missed."""
     v = record.versions
     missed = [m for m in record.bars if m.met is False]
@@ -67,6 +67,8 @@ def as_markdown(record: Record, pictures: Sequence[str] = ()) -> str:
         device, clock, memory = "a GPU", "time between two events of the GPU", "of torch's allocator"
         command, file = "recipelin bench --device cuda", "record-cuda.json"
         where = f"{record.gpu} beside {record.cores} cores of {record.processor}"
+    if only:
+        command, file = f"{command} --only {only}", file.replace(".json", f"-{only}.json")
     changed = " with changes" if record.dirty else ""
     lines = [
         f"# Speed and memory of the operators on {device}",
@@ -79,8 +81,7 @@ def as_markdown(record: Record, pictures: Sequence[str] = ()) -> str:
         f"included, {memory}. A row without a ratio is recorded only. Made by `{command} --write`; the same numbers are in "
         f"`{file}`.",
         "",
-        f"{len(asked) - len(missed)} of {len(asked)} bars are met.",
-        "",
+        *([f"{len(asked) - len(missed)} of {len(asked)} bars are met.", ""] if asked else []),
         table(record),
     ]
     for picture in pictures:
