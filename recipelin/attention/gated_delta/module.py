@@ -34,7 +34,6 @@ class GatedDeltaAttention(SwappedAttention):
 
     NAME = "gated_delta"
     OPERATOR = "gated_delta_rule"
-    OBJECTIVE_OPERATORS: Mapping[str, str] = {}
 
     config: Config
     g_proj: Gate | None

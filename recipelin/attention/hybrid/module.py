@@ -32,7 +32,6 @@ class HybridAttention(SwappedAttention):
 
     NAME = "hybrid"
     OPERATOR = "hybrid_attention"
-    # Operators of objectives, beside OPERATOR; they run as `kernel` too.
     OBJECTIVE_OPERATORS = dict.fromkeys(("weights", "hybrid_weights"), "weight_transfer_loss")
 
     config: Config
