@@ -167,14 +167,15 @@ def weight_transfer_loss(
     log_scale = log_scale if target == "hybrid" and join == "absolute" else None
     learned = (phi_q, phi_k, mix, log_scale)
     row = (target, options, own, teacher_window)
+    learn = learning(*learned)
     if ran == "reference":
         sums = weight_transfer_loss_reference(q, k, phi_q, phi_k, lse, mix, log_scale, *row).sum((0, 2))
     elif ran == "gpu":
         from .gpu import weight_transfer_gpu
 
-        sums = made(*weight_transfer_gpu(q, k, *learned, lse, *row, learning(*learned), plain=alike), *learned)
+        sums = made(lambda: weight_transfer_gpu(q, k, *learned, lse, *row, learn, plain=alike), *learned)
     else:
-        sums = made(*weight_transfer_chunked(q, k, *learned, lse, *row, learning(*learned)), *learned)
+        sums = made(lambda: weight_transfer_chunked(q, k, *learned, lse, *row, learn), *learned)
     return sums / count if per_head else sums.sum() / (count * heads)
 
 

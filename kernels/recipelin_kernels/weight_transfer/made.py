@@ -1,5 +1,6 @@
 """A loss whose gradients are made in the same pass as it: backward only scales them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ def learning(*tensors: Tensor | None) -> frozenset[str]:
     return frozenset(n for n, x in zip(LEARNED, tensors, strict=True) if x is not None and x.requires_grad)
 
 
-class _Made(torch.autograd.Function):
+class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, grads: dict[str, Tensor], *learned: Tensor | None) -> Tensor:
-        ctx.grads, ctx.dtypes = grads, [None if x is None else x.dtype for x in learned]
-        return sums.clone()
+    def forward(ctx: Any, compute: Callable[[], tuple[Tensor, dict[str, Tensor]]], *learned: Tensor | None) -> Tensor:
+        sums, ctx.grads = compute()
+        ctx.dtypes = [None if x is None else x.dtype for x in learned]
+        return sums
 
     @staticmethod
     def backward(ctx: Any, weight: Tensor) -> Any:
@@ -37,9 +39,10 @@ class _Made(torch.autograd.Function):
                     raise ValueError("per-head losses with features per key head: weigh the heads alike")
                 factor = factor[::group, None, None]
             found.append((grad * factor).to(dtype))
-        return None, None, *found
+        return None, *found
 
 
-def made(sums: Tensor, grads: dict[str, Tensor], *learned: Tensor | None) -> Tensor:
-    """sums [H], as a function of the tensors of LEARNED with these gradients of each head's sum."""
-    return _Made.apply(sums, grads, *learned) if grads else sums
+def made(compute: Callable[[], tuple[Tensor, dict[str, Tensor]]], *learned: Tensor | None) -> Tensor:
+    """sums [H] as a function of the tensors of LEARNED; `compute` gives them and the gradients of each head's own sum."""
+    sums: Tensor = _Loss.apply(compute, *learned)
+    return sums
