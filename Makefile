@@ -24,7 +24,7 @@ test: .venv/.dev  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
 
 test-gpu: .venv/.dev  ## the Triton kernels on a CUDA device, nothing skipped (JOBS=8: so many compile at once; needs a CUDA build of torch in .venv)
-	RECIPELIN_TEST_GPU=1 $(BIN)/python -m pytest -n $(or $(JOBS),4) tests/kernels/test_hybrid_gpu.py tests/kernels/test_hybrid_gpu_step.py tests/kernels/on_gpu_hybrid.py
+	RECIPELIN_TEST_GPU=1 $(BIN)/python -m pytest -n $(or $(JOBS),4) tests/kernels/test_*_gpu*.py tests/kernels/on_gpu_*.py
 
 gpu-compile: .venv/.dev  ## compiles the Triton kernels for an H100, without one: registers, spills, shared memory
 	PYTHONPATH=.:kernels $(BIN)/python .ci/gpu_compile.py

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels for an H100 without one: registers, spills and shared memory of each (`make gpu-compile`).
 
-The operator is called on CPU tensors; in the place of a launch its kernel is compiled for sm_90. It shows that kernels
+The operators are called on CPU tensors; in the place of a launch its kernel is compiled for sm_90. It shows that kernels
 compile and fit, nothing of their results or speed. Exit 1 where one does not fit.
 """
 
@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from recipelin_kernels import empty_state, hybrid_attention, hybrid_attention_step
+from recipelin_kernels import empty_state, hybrid_attention, hybrid_attention_step, weight_transfer_loss
 from recipelin_kernels.hybrid import gpu_call, gpu_support
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 
@@ -45,6 +45,24 @@ CASES: dict[str, dict[str, Any]] = {
     "one head": {"heads": 1, "key_heads": 1, "length": 300},
     "one head, short, window alone": {"heads": 1, "key_heads": 1, "length": 33, "ablate": {"linear": "mass"}},
     "dropped windows": {"drop": True, "sinks": 4},
+}  # fmt: skip
+TRANSFERS: dict[str, dict[str, Any]] = {
+    "transfer, F 128": {},
+    "transfer, F 256": {"features": 256},
+    "transfer, float32 features": {"feature_dtype": torch.float32},
+    "transfer, float32 features, F 256": {"feature_dtype": torch.float32, "features": 256},
+    "transfer, float32": {"dtype": torch.float32},
+    "transfer, fp16": {"dtype": torch.float16},
+    "transfer, d 64": {"width": 64},
+    "transfer, d 256, F 512": {"width": 256, "features": 512},
+    "transfer, padding": {"padded": True},
+    "transfer, both windowed": {"reach": 200, "teacher_window": 200},
+    "transfer, one head, one token": {"heads": 1, "key_heads": 1, "length": 1},
+    "transfer of the hybrid's row": {"target": "hybrid", "join": "absolute", "window": 64},
+    "transfer of the hybrid's row, replace, sinks": {"target": "hybrid", "join": "replace", "window": 64, "sinks": 4},
+    "transfer of the hybrid's row, average, signed, padding": {
+        "target": "hybrid", "join": "average", "window": 64, "shape": "terraced", "signed": True, "padded": True,
+    },
 }  # fmt: skip
 
 
@@ -110,16 +128,19 @@ fits: list[bool] = []
 known: set[str] = set()
 
 
+def normal(heads: int, length: int, width: int, kind: torch.dtype) -> torch.Tensor:
+    return torch.randn(1, heads, length, width).to(kind)
+
+
 def call(
     *, dtype: torch.dtype = torch.bfloat16, feature_dtype: torch.dtype | None = None, width: int = 128, features: int = 128,
     heads: int = 8, key_heads: int = 2, length: int = 600, learns: bool = True, padded: bool = False, drop: bool = False,
     resumed: bool = False, **options: Any,
 ) -> None:  # fmt: skip
-    def normal(h: int, w: int, kind: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(1, h, length, w).to(kind).requires_grad_(learns)
-
-    x = [normal(h, width) for h in (heads, key_heads, key_heads)]
-    x += [normal(heads, features, feature_dtype or dtype) for _ in range(2)]
+    x = [normal(h, length, width, dtype) for h in (heads, key_heads, key_heads)]
+    x += [normal(heads, length, features, feature_dtype or dtype) for _ in range(2)]
+    for one in x:
+        one.requires_grad_(learns)
     if padded:
         options["key_mask"] = torch.arange(length)[None] >= 5
     if drop:
@@ -161,19 +182,31 @@ def decode(
     )  # fmt: skip
 
 
+def transfer(
+    *, dtype: torch.dtype = torch.bfloat16, feature_dtype: torch.dtype | None = None, width: int = 128, features: int = 128,
+    heads: int = 8, key_heads: int = 2, length: int = 600, learns: bool = True, padded: bool = False, **options: Any,
+) -> None:  # fmt: skip
+    q, k = (normal(h, length, width, dtype) for h in (heads, key_heads))
+    phi = [normal(heads, length, features, feature_dtype or dtype).requires_grad_(learns) for _ in range(2)]
+    if padded:
+        options["key_mask"] = torch.arange(length)[None] >= 5
+    scales = {n: torch.rand(heads, requires_grad=learns) for n in ("mix", "log_scale")}
+    weight_transfer_loss(q, k, *phi, torch.zeros(1, heads, length), kernel="gpu", **scales, **options)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=sorted(CASES | STEPS), help="one case")
+    parser.add_argument("--only", choices=sorted(CASES | TRANSFERS | STEPS), help="one case")
     parser.add_argument("--forward", action="store_true", help="without gradients")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     driver.set_active(NoGpu())
     gpu_support.why_not = lambda *_: ""
     gpu_call.Compiled.launch = compiled  # type: ignore[method-assign]
-    for name, case in CASES.items():
+    for name, case in (CASES | TRANSFERS).items():
         if arguments.only in (None, name):
             print(f"{name}{', forward' if arguments.forward else ''}", flush=True)
-            call(learns=not arguments.forward, **case)
+            (transfer if name in TRANSFERS else call)(learns=not arguments.forward, **case)
     for name, case in STEPS.items():
         if arguments.only in (None, name):
             print(name, flush=True)

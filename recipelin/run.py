@@ -236,6 +236,10 @@ class _Walk:
                 )
             )
             return
+        if isinstance(step, Transfer):
+            form = swap.forms(self.model)[0]
+            operators = form.OBJECTIVE_OPERATORS
+            self.kernels |= {operators[n]: form.kernel for n in step.objective if n in operators}
         with self.store.lock(key):
             if self.fresh:
                 self.store.forget(key)

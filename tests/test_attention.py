@@ -1,5 +1,6 @@
 """The laws of DESIGN §5 that belong to the hybrid: windows, joins, sinks, feature maps. What holds for all: test_forms.py."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,17 @@ def test_transfer_losses_are_cut_as_the_student_is(tiny):
             for name, options in (("weights", {}), ("hybrid_weights", {"target": "hybrid", **joint})):
                 expected = weight_transfer_loss(*given, **reach, **options)
                 assert abs(found[name] - float(expected.detach())) < 1e-5
+
+
+def test_the_transfer_loss_runs_by_the_forms_kernel(tiny):
+    model = swapped(tiny(), State(window=4), kernel="gpu")
+    form, captured = forms(model)[0], []
+    with torch.no_grad(), recording(model, lambda i, c: captured.append(c)):
+        logits(model, tokens(1, 5))
+    for name in form.OBJECTIVE_OPERATORS:
+        with pytest.raises(RuntimeError, match=r"found torch\.float64|not installed"):
+            q, k = (t.double() for t in (captured[0].q, captured[0].k))
+            form.losses(replace(captured[0], q=q, k=k), {name: 1.0})
 
 
 def test_losses_of_signed_features_divide_by_the_signed_sum(tiny):

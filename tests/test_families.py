@@ -330,7 +330,7 @@ def test_what_a_config_leaves_out_is_what_transformers_fills(family):
 RECIPE = """\
 name: test/family
 model: {{teacher: teacher, dtype: {dtype}}}
-method: {{name: lolcats, window: 8, form: {{feature_map: {{width: 2}}}}}}
+method: {{name: lolcats, window: 8, form: {{feature_map: {{width: 2}}}}, objective: {{outputs: 1, weights: 1}}}}
 data: {{mix: [{{source: text, path: corpus.txt, documents: paragraph}}]}}
 schedule:
   transfer: {{steps: 3, batch: 2, accumulation: 1, length: 32, optimizer: {{lr: 3e-2}}}}
@@ -375,6 +375,7 @@ def test_a_whole_lolcats_run(corpus, tiny, tmp_path, home, case, dtype):
     out = run(load(tmp_path / "recipe.yaml"), out=tmp_path / "run", device="cpu")
     record = read_record(out)
     assert record.status == "finished" and {r.state for r in record.rows} >= {"teacher", "hybrid", "linear", "none"}
+    assert record.kernels == dict.fromkeys(("hybrid_attention", "weight_transfer_loss"), "chunked")
     merge = next(s.report["merge"] for s in record.steps if s.step == "tune")
     assert merge["dtype"] == dtype and (merge["rounding"] < 1e-3) == (dtype == "float32")
     student, _ = hf.load_student(out / "model", dtype=dtype, device="cpu")

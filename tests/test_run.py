@@ -87,7 +87,8 @@ def weights(run_folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_is_whole_and_the_second_reuses_it(folder, home, tmp_path, capfd):
     one = go(folder, home, tmp_path / "one")
     record, items = read_record(one), read_items(one)
-    assert record.status == "finished" and record.kernels["hybrid_attention"] == "chunked"
+    assert record.status == "finished"
+    assert record.kernels == {"hybrid_attention": "chunked"}
     assert [t.step for t in record.steps] == ["swap", "switch", "transfer", "tune", "evaluate"]
     assert {r.state for r in record.rows} == {
         "teacher",

@@ -9,13 +9,10 @@ import torch
 from recipelin_kernels import hybrid_attention, hybrid_attention_step
 from recipelin_kernels.hybrid.gpu_step import StepBlocks
 from recipelin_kernels.hybrid.step_state import standing
+from tests.kernels.gpu_device import COARSE, DEVICE, on_device
 from tests.kernels.hybrid_inputs import Inputs, assert_same, padding, with_gradients
-from tests.kernels.test_hybrid_gpu import DEVICE, compare, on_device
+from tests.kernels.test_hybrid_gpu import compare
 from tests.kernels.test_hybrid_gpu_step import close, decode, same
-
-# Products of 8 or 11 bits, and y, from which backward takes its row terms, rounded to them.
-COARSE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
-
 
 # Each set of options is compiled anew, which takes longer than to run it: few sets, many lengths (`pytest -n` helps).
 SETS = {

@@ -10,24 +10,10 @@ import torch
 from recipelin_kernels import hybrid_attention, resolve_kernel
 from recipelin_kernels.hybrid import gpu_support
 from tests.conftest import GPU
+from tests.kernels.gpu_device import DEVICE, FP32, on_device
 from tests.kernels.hybrid_inputs import Inputs, assert_same, attend, padding, with_gradients
 
-DEVICE = "cuda" if GPU else "cpu"
-if GPU:
-    assert torch.cuda.is_available(), "make test-gpu needs a CUDA device"
-    torch.backends.cuda.matmul.allow_tf32 = False
-else:
-    pytest.importorskip("triton", reason="the kernels' tests need Triton: pip install 'recipelin[dev]'")
-
-# Against float64, relative norm; found in the interpreter: at most 8e-7. A GPU's products are made of three of tf32.
-FP32 = 1e-5 if GPU else 3e-6
-
-
 pytestmark = pytest.mark.usefixtures("language_patched_once")
-
-
-def on_device(options):
-    return {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
 
 
 def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32):

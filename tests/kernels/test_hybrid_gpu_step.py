@@ -12,8 +12,8 @@ from recipelin.swap import forms, swap, switch
 from recipelin_kernels import HybridState, hybrid_attention, hybrid_attention_step
 from recipelin_kernels.hybrid.state import settled
 from recipelin_kernels.hybrid.step_state import StepState, standing
+from tests.kernels.gpu_device import DEVICE, FP32, on_device
 from tests.kernels.hybrid_inputs import Inputs
-from tests.kernels.test_hybrid_gpu import DEVICE, FP32, on_device
 
 pytestmark = pytest.mark.usefixtures("language_patched_once")
 

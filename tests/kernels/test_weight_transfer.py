@@ -287,7 +287,9 @@ def test_memory_is_linear():
         ({"target": "lineer"}, "did you mean 'linear'"),
         ({"join": "shard"}, "did you mean 'shared'"),
         ({"shape": "terrace"}, "did you mean 'terraced'"),
-        ({"kernel": "gpu"}, "expected one of auto, reference, chunked"),
+        ({"kernel": "chunk"}, "did you mean 'chunked'"),
+        ({"teacher_window": 0}, "teacher_window=0: expected an integer of at least 1"),
+        ({"mix": torch.ones(1)}, r"mix \(1,\): expected \(2,\)"),
         ({"target": "hybrid", "join": "absolute", "log_scale": None}, "needs log_scale"),
     ],
 )
@@ -295,7 +297,11 @@ def test_bad_options_are_named(change, words):
     x = inputs(2, 1, 9)
     _, lse = teacher_attention(x["q"], x["k"], x["v"])
     with pytest.raises(ValueError, match=words):
-        weight_transfer_loss(x["q"], x["k"], x["phi_q"], x["phi_k"], lse, mix=x["mix"], **change)
+        weight_transfer_loss(x["q"], x["k"], x["phi_q"], x["phi_k"], lse, **({"mix": x["mix"]} | change))
+    with pytest.raises(ValueError, match=r"lse \(2, 2, 8\): expected \(2, 2, 9\)"):
+        weight_transfer_loss(x["q"], x["k"], x["phi_q"], x["phi_k"], lse[..., 1:])
+    with pytest.raises(ValueError, match=r"phi_q \(2, 2, 8, 6\): expected \(2, 2, 9, 6\)"):
+        weight_transfer_loss(x["q"], x["k"], x["phi_q"][:, :, 1:], x["phi_k"], lse)
 
 
 # --- signed features --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from . import gpu_support
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
 from .reference import hybrid_attention_reference
-from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, one_of, rows
+from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, check_shapes, one_of, rows
 from .state import HybridState, check_lead, check_state, continued, empty_state, filled, next_state, settled
 from .step import is_plain, one_token, plain_token
 from .step_state import StepState, standing
@@ -141,7 +141,7 @@ def hybrid_attention(
         one_of(f"ablate[{branch!r}]", how, ABLATIONS)
     if phi_k is None and (state is None or phi_k_fn is None):
         raise ValueError("phi_k=None: only a call that goes on from a state computes it, by phi_k_fn")
-    _check_shapes(q, k, v, phi_q, phi_k, window, sinks)
+    check_shapes(q, k, v, phi_q, phi_k, window, sinks)
     if reach is not None and (isinstance(reach, bool) or not isinstance(reach, int) or reach < 1):
         raise ValueError(f"reach={reach!r}: expected an integer of at least 1, or None")
     if join == "shared" and mix is None:
@@ -294,27 +294,6 @@ class _Beside(torch.autograd.Function):
 
 def _learning(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _check_shapes(
-    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor | None, window: int, sinks: int
-) -> None:
-    batch, heads, length, width = q.shape
-    key_heads = k.shape[1]
-    if isinstance(window, bool) or not isinstance(window, int) or window < 0 or sinks < 0:
-        raise ValueError(f"window={window!r}, sinks={sinks!r}: expected integers of at least 0")
-    if heads % key_heads:
-        raise ValueError(f"{heads} query heads are not a multiple of {key_heads} key heads")
-    for name, x, expected in (
-        ("k", k, (batch, key_heads, length, width)),
-        ("v", v, (batch, key_heads, length, width)),
-        ("phi_q", phi_q, (batch, heads, length, phi_q.shape[-1])),
-        *([] if phi_k is None else [("phi_k", phi_k, (batch, phi_k.shape[1], length, phi_q.shape[-1]))]),
-    ):
-        if tuple(x.shape) != expected:
-            raise ValueError(f"{name} {tuple(x.shape)}: expected {expected} beside q {tuple(q.shape)}")
-    if phi_k is not None and phi_k.shape[1] not in (heads, key_heads):
-        raise ValueError(f"phi_k has {phi_k.shape[1]} heads: expected {heads} (query heads) or {key_heads} (key heads)")
 
 
 __all__ = [

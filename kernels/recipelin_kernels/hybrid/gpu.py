@@ -19,12 +19,8 @@ from torch.autograd.function import once_differentiable
 from . import gpu_backward, gpu_backward_keys, gpu_forward
 from .chunk import Inputs
 from .chunked import Past
-from .gpu_call import Blocks, Call, fitting, make_call, power
+from .gpu_call import Blocks, Call, check_size, fitting, make_call, strides
 from .rows import Options, Rows
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [s for t in tensors for s in t.stride()[:3]]
 
 
 def _own(x: Inputs, call: Call) -> Inputs:
@@ -58,24 +54,16 @@ def _states(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
         gpu_forward.sum_keys,
         (states - 1, batch * maps, triton.cdiv(features, o.tile)),
         x.fk, x.v, call.keep, call.q_rows[1], *call.k_rows, parts, masses,
-        *_strides(x.fk, x.v), maps, length, keys, call.lead, states,
+        *strides(x.fk, x.v), maps, length, keys, call.lead, states,
     )  # fmt: skip
     return _scanned(call, parts, masses, length, backward=False)
 
 
 def _scanned(call: Call, parts: Tensor, masses: Tensor, length: int, *, backward: bool) -> tuple[Tensor, Tensor]:
     """Running sums of parts [B,p,n,F,D] and masses [B,p,n,F], made in fp32; those of parts are kept as products read them."""
-    batch, maps, states = parts.shape[:3]
     value = parts if call.stored_dtype == parts.dtype else torch.empty_like(parts, dtype=call.stored_dtype)
-    for part, out in ((parts, value), (masses, masses)):
-        size = part[0, 0, 0].numel()
-        block = min(1024, power(size))
-        call.launch(
-            gpu_forward.scan,
-            (batch * maps, triton.cdiv(size, block)),
-            part, out, call.q_rows[1], maps, length, states, size,
-            backward=backward, block=block,
-        )  # fmt: skip
+    call.running_sums(parts, value, length, backward=backward)
+    call.running_sums(masses, masses, length, backward=backward)
     return value, masses
 
 
@@ -114,7 +102,7 @@ def _forward(call: Call, x: Inputs, *, components: bool, learns: bool) -> Kept:
         (triton.cdiv(length, o.rows), batch * heads),
         x.q, x.k, x.v, x.fq, x.fk, x.mix, x.log_scale, call.keep, *call.q_rows, *call.k_rows, value, mass,
         kept.y, kept.y_soft, kept.y_linear, kept.share, kept.stats, kept.bests,
-        *_strides(x.q, x.k, x.v, x.fq, x.fk),
+        *strides(x.q, x.k, x.v, x.fq, x.fk),
         heads, length, x.k.shape[2], call.lead, _number(call, length), call.options.anchor, call.options.scale,
         COMPONENTS=components, SOFT_OUT=kept.y_soft is not None, STATS=learns, BEST=kept.bests is not None,
     )  # fmt: skip
@@ -163,7 +151,7 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
     terms = torch.empty(5, batch, heads, length, **exact)
     call.launch(
         gpu_backward.row_terms, (rows, batch * heads),
-        kept.y, kept.y_soft, dy, x.mix, x.log_scale, *call.q_rows, kept.stats, terms, *_strides(dy), heads, length,
+        kept.y, kept.y_soft, dy, x.mix, x.log_scale, *call.q_rows, kept.stats, terms, *strides(dy), heads, length,
     )  # fmt: skip
     if "mix" in wants:
         found["mix"] = terms[4].sum((0, 2))
@@ -174,7 +162,7 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
         parts[:, :, 0], masses[:, :, 0] = 0.0, 0.0
         call.launch(
             gpu_backward.sum_queries, (states - 1, batch * maps, tiles),
-            x.fq, dy, *call.q_rows, terms, parts, masses, *_strides(x.fq, dy), maps, heads, batch, length, states,
+            x.fq, dy, *call.q_rows, terms, parts, masses, *strides(x.fq, dy), maps, heads, batch, length, states,
         )  # fmt: skip
         value, mass = _scanned(call, parts, masses, length, backward=True)
     if "q" in wants:
@@ -182,7 +170,7 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
         call.launch(
             gpu_backward.query_gradient, (rows, batch * heads),
             x.q, x.k, x.v, dy, call.keep, *spots, kept.stats, terms, kept.bests, x.mix, found["q"],
-            *_strides(x.q, x.k, x.v, dy), heads, length, keys, lead, anchor, scale,
+            *strides(x.q, x.k, x.v, dy), heads, length, keys, lead, anchor, scale,
         )  # fmt: skip
     # Without a linear branch, features count in `replace` alone.
     featureless = not o.has_linear and o.join != "replace"
@@ -196,7 +184,7 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
         call.launch(
             gpu_backward.query_features_gradient, (rows, batch * heads, tiles),
             x.v, x.fq, x.fk, dy, call.keep, *spots, kept.value, kept.mass, terms, found["fq"], d_scale,
-            *_strides(x.v, x.fq, x.fk, dy), heads, length, keys, lead, states, anchor, SCALE=d_scale is not None,
+            *strides(x.v, x.fq, x.fk, dy), heads, length, keys, lead, states, anchor, SCALE=d_scale is not None,
         )  # fmt: skip
         if d_scale is not None:
             found["log_scale"] = d_scale.sum((0, 1, 3))
@@ -211,7 +199,7 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
         call.launch(
             gpu_backward_keys.key_gradient, (blocks, batch * key_heads),
             x.q, x.k, x.v, x.fq, x.fk, dy, call.keep, *spots, kept.stats, terms, kept.bests, x.mix, value, dk, dv,
-            *_strides(x.q, x.k, x.v, x.fq, x.fk, dy), heads, batch, length, keys, lead, states, origin, anchor, scale,
+            *strides(x.q, x.k, x.v, x.fq, x.fk, dy), heads, batch, length, keys, lead, states, origin, anchor, scale,
             K=dk is not None, V=dv is not None,
         )  # fmt: skip
         found |= {n: d for n, d in (("k", dk), ("v", dv)) if d is not None}
@@ -221,7 +209,7 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
         call.launch(
             gpu_backward_keys.key_features_gradient, (blocks, batch * maps, tiles),
             x.v, x.fq, dy, call.keep, *spots, terms, value, mass, found["fk"],
-            *_strides(x.v, x.fq, dy), heads, batch, length, keys, lead, states, origin, anchor,
+            *strides(x.v, x.fq, dy), heads, batch, length, keys, lead, states, origin, anchor,
         )  # fmt: skip
     if sinks and wants & {"k", "v", "fk"}:
         _add_sinks(call, x, kept, dy, terms, found)
@@ -246,7 +234,7 @@ def _add_sinks(call: Call, x: Inputs, kept: Kept, dy: Tensor, terms: Tensor, fou
     call.launch(
         gpu_backward_keys.sink_gradient, (parts, batch * heads, tiles),
         x.q, x.k, x.v, x.fq, dy, call.keep, *call.q_rows, *call.k_rows, kept.stats, terms, kept.bests, x.mix,
-        dk, dv, dfk, *_strides(x.q, x.k, x.v, x.fq, dy), heads, length, keys, call.lead, parts, queries,
+        dk, dv, dfk, *strides(x.q, x.k, x.v, x.fq, dy), heads, length, keys, call.lead, parts, queries,
         call.options.anchor, call.options.scale,
     )  # fmt: skip
     start = torch.zeros(batch, 1, dtype=torch.long, device=dy.device)
@@ -313,7 +301,7 @@ def hybrid_attention_gpu(
         k, v = torch.cat((past.sink_k.to(kind), k), 2), torch.cat((past.sink_v.to(kind), v), 2)
         phi_k = torch.cat((sink_phi.to(features), phi_k), 2)
     tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, phi_q, phi_k)]
-    _check_size(tensors)
+    check_size(tensors)
     numbers = [None if x is None else x.float().contiguous() for x in (mix, log_scale)]
     # Inside a Function `needs_input_grad` is true under no_grad too: ask here.
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, *numbers)):
@@ -323,15 +311,3 @@ def hybrid_attention_gpu(
         kept = _forward(call, Inputs(*tensors, *numbers), components=components, learns=False)
         parts = [x for x in (kept.y, kept.y_soft, kept.y_linear, kept.share) if x is not None]
     return [x.to(given) for x in parts]
-
-
-def _check_size(tensors: list[Tensor]) -> None:
-    """Kernels count 32 bits within a head: ValueError where that is too little."""
-    for x in tensors:
-        if x.shape[2] * x.stride(2) >= 2**31:
-            raise ValueError(
-                f"kernel='gpu': a head of a tensor {tuple(x.shape)} with strides {x.stride()} spans 2^31 elements or more; "
-                "make it contiguous, or use 'chunked'"
-            )
-        if x.shape[0] * x.shape[1] > 65535:
-            raise ValueError(f"kernel='gpu': {x.shape[0]} rows of {x.shape[1]} heads are more than 65535 programs wide")

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import gpu_forward
 from .chunked import Past
 from .gpu_parts import Form
 from .gpu_support import interpreted
@@ -58,11 +59,30 @@ LAUNCHES = {
     "sink_gradient": Launch(4, 2),
     "step": Launch(4, 1),
     "softmax_features": Launch(4, 1),
+    "row_masses": Launch(8, 2),
+    "transfer_rows": Launch(8, 3),
+    "transfer_keys": Launch(8, 3),
 }
 
 
 def power(n: int, least: int = 16) -> int:
     return max(least, triton.next_power_of_2(n))
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    return [s for t in tensors for s in t.stride()[:3]]
+
+
+def check_size(tensors: list[Tensor]) -> None:
+    """Kernels count 32 bits within a head: ValueError where that is too little."""
+    for x in tensors:
+        if x.shape[2] * x.stride(2) >= 2**31:
+            raise ValueError(
+                f"kernel='gpu': a head of a tensor {tuple(x.shape)} with strides {x.stride()} spans 2^31 elements or more; "
+                "make it contiguous, or use 'chunked'"
+            )
+        if x.shape[0] * x.shape[1] > 65535:
+            raise ValueError(f"kernel='gpu': {x.shape[0]} rows of {x.shape[1]} heads are more than 65535 programs wide")
 
 
 @dataclass(frozen=True)
@@ -97,6 +117,18 @@ class Call(Compiled):
     ahead: int  # sinks of the state in front of the keys
     segmented: bool
     stored_dtype: torch.dtype  # of states: bf16 for bf16 inputs, else fp32 (fp16 could overflow)
+
+    def running_sums(self, parts: Tensor, out: Tensor, length: int, *, backward: bool) -> None:
+        """out[:, :, n] = the sum of parts [B,p,n,...] up to n (backward: from n on), a segment's own; both may be one."""
+        batch, maps, states = parts.shape[:3]
+        size = parts[0, 0, 0].numel()
+        block = min(1024, power(size))
+        self.launch(
+            gpu_forward.scan,
+            (batch * maps, triton.cdiv(size, block)),
+            parts, out, self.q_rows[1], maps, length, states, size,
+            backward=backward, block=block,
+        )  # fmt: skip
 
 
 def make_form(

@@ -54,7 +54,7 @@ def sum_keys(
 ):  # fmt: skip
     """sum phi_k [v, 1] over the keys that state n + 1 has and state n has not. Grid: (states - 1, B maps, tiles).
 
-    value [B maps, states, F, D] and mass [B maps, states, F] in float32, of which this fills 1 .. states - 1.
+    value [B maps, states, F, D] or None and mass [B maps, states, F] in float32, of which this fills 1 .. states - 1.
     """
     number = tl.program_id(0) + 1
     b = tl.program_id(1) // maps
@@ -80,7 +80,8 @@ def sum_keys(
             total = weighed(tl.trans(phi), take(v, j, v_t, ks >= 0, 0, o.width, o.width_block), total, o)
     row = tl.program_id(1).to(tl.int64) * states + number
     f = first + tl.arange(0, o.tile)
-    put(value + row * o.features * o.width, f, o.width, f < o.features, 0, o.width, o.width_block, total)
+    if value is not None:
+        put(value + row * o.features * o.width, f, o.width, f < o.features, 0, o.width, o.width_block, total)
     tl.store(mass + row * o.features + f, alone, mask=f < o.features)
 
 

@@ -29,6 +29,26 @@ def one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(valid)}{hint}")
 
 
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor | None, window: int, sinks: int) -> None:
+    """Raises ValueError for what does not fit beside q, and for a window or sinks that are none."""
+    batch, heads, length, width = q.shape
+    key_heads = k.shape[1]
+    if isinstance(window, bool) or not isinstance(window, int) or window < 0 or sinks < 0:
+        raise ValueError(f"window={window!r}, sinks={sinks!r}: expected integers of at least 0")
+    if heads % key_heads:
+        raise ValueError(f"{heads} query heads are not a multiple of {key_heads} key heads")
+    for name, x, expected in (
+        ("k", k, (batch, key_heads, length, width)),
+        ("v", v, (batch, key_heads, length, width)),
+        ("phi_q", phi_q, (batch, heads, length, phi_q.shape[-1])),
+        *([] if phi_k is None else [("phi_k", phi_k, (batch, phi_k.shape[1], length, phi_q.shape[-1]))]),
+    ):
+        if tuple(x.shape) != expected:
+            raise ValueError(f"{name} {tuple(x.shape)}: expected {expected} beside q {tuple(q.shape)}")
+    if phi_k is not None and phi_k.shape[1] not in (heads, key_heads):
+        raise ValueError(f"phi_k has {phi_k.shape[1]} heads: expected {heads} (query heads) or {key_heads} (key heads)")
+
+
 def span_of(window: int, shape: str, reach: int | None, *, linear: bool) -> int:
     """How far back keys are looked at one by one, the query included; what is farther is summed up, or cut off.
 

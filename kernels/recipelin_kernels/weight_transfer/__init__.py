@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor
 
+from ..hybrid import resolve_kernel
 from ..hybrid.chunk import dot
 from ..hybrid.compat import check_compat, whole_rows
-from ..hybrid.rows import COVERS, JOINS, SHAPES, Options, one_of, rows, visible
-from .chunked import BLOCK, _Loss, cut, sets
+from ..hybrid.rows import COVERS, JOINS, SHAPES, Options, check_shapes, one_of, rows, visible
+from .chunked import BLOCK, cut, sets, weight_transfer_chunked
+from .made import learning, made
 from .reference import weight_transfer_loss_reference
 
 TARGETS = ("linear", "hybrid")
-KERNELS = ("auto", "reference", "chunked")
 
 
 def _options(
@@ -133,9 +134,12 @@ def weight_transfer_loss(
     q [B,H,T,D], k [B,Hkv,T,D] are the teacher's, after RoPE, and carry no gradient here: ValueError if they ask for one.
     phi_q [B,H,T,F], phi_k [B,H or Hkv,T,F], lse [B,H,T] from `teacher_attention`. Gradients reach phi_q, phi_k, mix and
     log_scale; they are computed in the same pass, and not at all under no_grad. Memory O(T).
+
+    kernel: as of `hybrid_attention`; `gpu` (Triton) computes what `chunked` does, its precision: gpu.py. Raises ValueError
+    for unknown options and shapes that do not fit, RuntimeError for a kernel that cannot run here.
     """
     one_of("target", target, TARGETS)
-    one_of("kernel", kernel, KERNELS)
+    ran = resolve_kernel(kernel, q.device, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1])
     if q.requires_grad or k.requires_grad:
         raise ValueError("weight_transfer_loss: q and k are the teacher's and get no gradient; detach them")
     options = _options(window, shape, sinks, cover, join, scale, reach, q.shape[-1], signed=signed)
@@ -148,7 +152,9 @@ def weight_transfer_loss(
         raise ValueError("target='hybrid', join='absolute' needs log_scale [H]")
     if target == "hybrid" and join == "absolute":
         _refuse_signed(signed)
+    check_shapes(q, k, k, phi_q, phi_k, window, sinks)
     batch, heads, length, _ = q.shape
+    _check_rows(lse, mix, log_scale, (batch, heads, length), teacher_window=teacher_window, reach=reach)
     alike = key_mask is None and segment_ids is None  # then one row of masks serves all
     own = rows(1 if alike else batch, length, q.device, key_mask, segment_ids)
     count = batch * length
@@ -159,15 +165,36 @@ def weight_transfer_loss(
         count = int(key_mask.sum())
     mix = mix if target == "hybrid" and join == "shared" else None
     log_scale = log_scale if target == "hybrid" and join == "absolute" else None
-    if kernel == "reference":
-        each = weight_transfer_loss_reference(
-            q, k, phi_q, phi_k, lse, mix, log_scale, target, options, own, teacher_window
-        )
-        sums = each.sum((0, 2))
+    learned = (phi_q, phi_k, mix, log_scale)
+    row = (target, options, own, teacher_window)
+    learn = learning(*learned)
+    if ran == "reference":
+        sums = weight_transfer_loss_reference(q, k, phi_q, phi_k, lse, mix, log_scale, *row).sum((0, 2))
+    elif ran == "gpu":
+        from .gpu import weight_transfer_gpu
+
+        sums = made(lambda: weight_transfer_gpu(q, k, *learned, lse, *row, learn, plain=alike), *learned)
     else:
-        facts = (target, options, own, teacher_window, torch.is_grad_enabled())
-        sums = _Loss.apply(q, k, phi_q, phi_k, mix, log_scale, lse, facts)
+        sums = made(lambda: weight_transfer_chunked(q, k, *learned, lse, *row, learn), *learned)
     return sums / count if per_head else sums.sum() / (count * heads)
+
+
+def _check_rows(
+    lse: Tensor,
+    mix: Tensor | None,
+    log_scale: Tensor | None,
+    expected: tuple[int, int, int],
+    **windows: int | None,
+) -> None:
+    """Raises ValueError for numbers of rows or heads [B,H,T], and windows, that do not fit."""
+    if tuple(lse.shape) != expected:
+        raise ValueError(f"lse {tuple(lse.shape)}: expected {expected}")
+    for name, x in (("mix", mix), ("log_scale", log_scale)):
+        if x is not None and tuple(x.shape) != expected[1:2]:
+            raise ValueError(f"{name} {tuple(x.shape)}: expected {expected[1:2]}, a number for each query head")
+    for name, size in windows.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"{name}={size!r}: expected an integer of at least 1, or None")
 
 
 @torch.no_grad()

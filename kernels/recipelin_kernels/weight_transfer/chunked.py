@@ -14,18 +14,17 @@ large, and constant: then the first term of the gradient is not there.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..hybrid.rows import LOG2E, SEPARATE, SIGNED_FLOOR, Options, Rows, divisor, softmax_set, visible
+from .made import LEARNED
 from .reference import LEAST
 
 BLOCK = 128  # 64 to 192 measured within 5 % of each other
 TILE = 1 << 17  # weights of a tile: 512 KiB of fp32, so that the few arrays of a tile share a level-2 cache
 Part = tuple[slice, Tensor]  # some columns, and a mask over them
-LEARNED = ("phi_q", "phi_k", "mix", "log_scale")
 
 
 def cut(rows: Rows, start: int, stop: int) -> Rows:
@@ -145,134 +144,114 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
     return torch.stack([torch.dot(one, other) for one, other in pairs]).view(x.shape[:2])
 
 
-class _Loss(torch.autograd.Function):
-    """[H] sums over rows of the loss; the gradients of each head's sum are made in forward, backward scales them."""
+@torch.no_grad()
+def weight_transfer_chunked(
+    q: Tensor,
+    k: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    mix: Tensor | None,
+    log_scale: Tensor | None,
+    lse: Tensor,
+    target: str,
+    options: Options,
+    rows: Rows,
+    teacher_window: int | None,
+    learn: frozenset[str],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sums of the loss over rows [H], and the gradients of each head's sum to what learns, by the names of LEARNED."""
+    given = dict(zip(LEARNED, (phi_q, phi_k, mix, log_scale), strict=True))
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    (batch, heads, length, _), key_heads = q.shape, k.shape[1]
+    units, group, each = batch * key_heads, heads // key_heads, phi_k.shape[1] // key_heads
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        phi_q: Tensor,
-        phi_k: Tensor,
-        mix: Tensor | None,
-        log_scale: Tensor | None,
-        lse: Tensor,
-        facts: tuple[str, Options, Rows, int | None, bool],
-    ) -> Tensor:
-        target, options, rows, teacher_window, wants = facts
-        given = dict(zip(LEARNED, (phi_q, phi_k, mix, log_scale), strict=True))
-        learn = {n for n, x, y in zip(LEARNED, given.values(), ctx.needs_input_grad[2:6], strict=True) if wants and y}
-        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        (batch, heads, length, _), key_heads = q.shape, k.shape[1]
-        units, group, each = batch * key_heads, heads // key_heads, phi_k.shape[1] // key_heads
+    # A unit is a key head of a row with its group of query heads; `each` of the heads of phi_k belong to it.
+    q, phi_q, lse = (x.to(dtype).reshape(units, group, length, -1) for x in (q, phi_q, lse))
+    k, phi_k = (x.to(dtype).reshape(-1, length, x.shape[-1]) for x in (k, phi_k))
+    mix, log_scale = (
+        None if x is None else x.to(dtype).view(1, key_heads, group, 1, 1).expand(batch, -1, -1, -1, -1).flatten(0, 1)
+        for x in (mix, log_scale)
+    )  # fmt: skip
+    grads = {n: torch.zeros_like(x) for n, x in (("phi_q", phi_q), ("phi_k", phi_k)) if n in learn}
+    grads |= {n: q.new_zeros(units, group) for n in ("mix", "log_scale") if n in learn}
+    total = q.new_zeros(units, group)
+    row = torch.arange(units, device=q.device) // key_heads
 
-        # A unit is a key head of a row with its group of query heads; `each` of the heads of phi_k belong to it.
-        q, phi_q, lse = (x.to(dtype).reshape(units, group, length, -1) for x in (q, phi_q, lse))
-        k, phi_k = (x.to(dtype).reshape(-1, length, x.shape[-1]) for x in (k, phi_k))
-        mix, log_scale = (
-            None if x is None else x.to(dtype).view(1, key_heads, group, 1, 1).expand(batch, -1, -1, -1, -1).flatten(0, 1)
-            for x in (mix, log_scale)
-        )  # fmt: skip
-        grads = {n: torch.zeros_like(x) for n, x in (("phi_q", phi_q), ("phi_k", phi_k)) if n in learn}
-        grads |= {n: q.new_zeros(units, group) for n in ("mix", "log_scale") if n in learn}
-        total = q.new_zeros(units, group)
-        row = torch.arange(units, device=q.device) // key_heads
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        found = sets(options, rows, start, stop, teacher_window)
+        untaught, hidden = ~found.teacher, ~(found.seen | found.sinks if target == "hybrid" else found.seen)
+        far, shut = columns(untaught), columns(hidden)
+        spans = spans_of(found.near, found.sinks) if target == "hybrid" else []
+        unheard = spans if options.cover == "outside" else spans_of(found.sinks & ~found.seen)
+        step = max(1, TILE // (group * (stop - start) * stop))
+        for first in range(0, units, step):
+            tile = slice(first, min(first + step, units))
+            here, wide = tile.stop - first, slice(first * each, tile.stop * each)
+            shape = (here, group, stop - start, stop)
 
-        for start in range(0, length, BLOCK):
-            stop = min(start + BLOCK, length)
-            found = sets(options, rows, start, stop, teacher_window)
-            untaught, hidden = ~found.teacher, ~(found.seen | found.sinks if target == "hybrid" else found.seen)
-            far, shut = columns(untaught), columns(hidden)
-            spans = spans_of(found.near, found.sinks) if target == "hybrid" else []
-            unheard = spans if options.cover == "outside" else spans_of(found.sinks & ~found.seen)
-            step = max(1, TILE // (group * (stop - start) * stop))
-            for first in range(0, units, step):
-                tile = slice(first, min(first + step, units))
-                here, wide = tile.stop - first, slice(first * each, tile.stop * each)
-                shape = (here, group, stop - start, stop)
+            def of(mask: Tensor, tile: slice = tile) -> Tensor:
+                return mask if mask.shape[0] == 1 else mask[row[tile]]
 
-                def of(mask: Tensor, tile: slice = tile) -> Tensor:
-                    return mask if mask.shape[0] == 1 else mask[row[tile]]
-
-                no_p, closed = of(untaught[..., far]), of(hidden[..., shut])
-                parts, silent = ([(s, of(m)) for s, m in each] for each in (spans, unheard))
-                q_tile = q[tile, :, start:stop].reshape(here, group * (stop - start), -1)
-                fq = phi_q[tile, :, start:stop].reshape(here * each, group // each * (stop - start), -1)
-                fk = phi_k[wide, :stop]
-                lse_tile = lse[tile, :, start:stop]
-                # Base 2: exp2 and log2 take less time on a CPU than exp and log, whatever they meet.
-                above = lse_tile.reshape(here, -1, 1) * -LOG2E
-                p = torch.baddbmm(above, q_tile, k[tile, :stop].mT, alpha=options.scale * LOG2E)
-                p = p.view(shape)
-                a = torch.bmm(fq, fk.mT).view(shape)
-                a[..., shut].masked_fill_(closed, 0.0)
-                scale = None
-                if target == "hybrid":
-                    soft = _Soft(p, parts)
-                    own_mix, own_scale = (None if x is None else x[tile] for x in (mix, log_scale))
-                    weight, scale, n, mass = student(a, soft, silent, own_mix, own_scale, lse_tile, options)
-                else:
-                    mass = a.sum(-1, keepdim=True)
-                    n = divisor(mass, options.signed)
-                p.exp2_()
-                p[..., far].masked_fill_(no_p, 0.0)
-                inverse = torch.where(n != 0, 1.0 / n, 0.0)
-                a.mul_(inverse)
-                a[..., far].masked_fill_(no_p, 1.0)
-                clamped = a < LEAST if bool(a.amin() < LEAST) else None
-                if clamped is not None:
-                    a.clamp_(min=LEAST)
-                total[tile] -= _products(p, a.log2()) / LOG2E
-                if not grads:
-                    continue
-                if clamped is not None:
-                    p.masked_fill_(clamped, 0.0)
-                kept = p.sum(-1, keepdim=True)
-                held = mass.abs() < SIGNED_FLOOR if options.signed else None  # where N does not follow its sum
-                if held is not None:
-                    kept.masked_fill_(held, 0.0)
-                g = torch.addcdiv(kept, p, a, value=-1.0, out=a)  # dloss / dJ times N
-                if target == "hybrid":
-                    pull = soft.over(soft.e, g)
-                    if "mix" in grads:
-                        grads["mix"][tile] += (pull * inverse).sum((-2, -1))
-                    if "log_scale" in grads:
-                        grads["log_scale"][tile] -= (pull * inverse * weight).sum((-2, -1))
-                    # Where the softmax side's weight is a linear mass: of the window, or of the linear side.
-                    shared = pull / torch.where(soft.present, soft.mass, 1.0)
-                    if options.join in SEPARATE:
-                        g += shared if held is None else shared.masked_fill(held, 0.0)
-                    for s, m in silent:
-                        g[..., s].masked_fill_(m, 0.0)
-                    if options.join == "replace":
-                        for s, m in parts:
-                            g[..., s] += torch.where(m, shared, 0.0)
-                g[..., shut].masked_fill_(closed, 0.0)
-                g = g.view(here * each, -1, stop)
-                factor = (inverse if scale is None else inverse * scale).reshape(here * each, -1, 1)
-                if "phi_q" in grads:
-                    grads["phi_q"][tile, :, start:stop] = (torch.bmm(g, fk) * factor).view(*shape[:3], -1)
-                if "phi_k" in grads:
-                    grads["phi_k"][wide, :stop].baddbmm_(g.mT, fq * factor)
-        whole = {n: x.view(given[n].shape) if x.ndim > 2 else x.view(batch, heads).sum(0) for n, x in grads.items()}  # type: ignore[union-attr]
-        ctx.grads, ctx.dtypes = whole, {n: None if x is None else x.dtype for n, x in given.items()}
-        return total.view(batch, heads).sum(0)
-
-    @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> Any:
-        # The gradients of each head's own sum: one factor a head scales them.
-        found: list[Tensor | None] = []
-        for name in LEARNED:
-            grad = ctx.grads.get(name)
-            if grad is None:
-                found.append(None)
+            no_p, closed = of(untaught[..., far]), of(hidden[..., shut])
+            parts, silent = ([(s, of(m)) for s, m in each] for each in (spans, unheard))
+            q_tile = q[tile, :, start:stop].reshape(here, group * (stop - start), -1)
+            fq = phi_q[tile, :, start:stop].reshape(here * each, group // each * (stop - start), -1)
+            fk = phi_k[wide, :stop]
+            lse_tile = lse[tile, :, start:stop]
+            # Base 2: exp2 and log2 take less time on a CPU than exp and log, whatever they meet.
+            above = lse_tile.reshape(here, -1, 1) * -LOG2E
+            p = torch.baddbmm(above, q_tile, k[tile, :stop].mT, alpha=options.scale * LOG2E)
+            p = p.view(shape)
+            a = torch.bmm(fq, fk.mT).view(shape)
+            a[..., shut].masked_fill_(closed, 0.0)
+            scale = None
+            if target == "hybrid":
+                soft = _Soft(p, parts)
+                own_mix, own_scale = (None if x is None else x[tile] for x in (mix, log_scale))
+                weight, scale, n, mass = student(a, soft, silent, own_mix, own_scale, lse_tile, options)
+            else:
+                mass = a.sum(-1, keepdim=True)
+                n = divisor(mass, options.signed)
+            p.exp2_()
+            p[..., far].masked_fill_(no_p, 0.0)
+            inverse = torch.where(n != 0, 1.0 / n, 0.0)
+            a.mul_(inverse)
+            a[..., far].masked_fill_(no_p, 1.0)
+            clamped = a < LEAST if bool(a.amin() < LEAST) else None
+            if clamped is not None:
+                a.clamp_(min=LEAST)
+            total[tile] -= _products(p, a.log2()) / LOG2E
+            if not grads:
                 continue
-            factor = weight.to(grad.dtype)
-            if grad.ndim == 4:
-                group = weight.shape[0] // grad.shape[1]
-                if group > 1 and bool((weight != weight[0]).any()):
-                    raise ValueError("per-head losses with features per key head: weigh the heads alike")
-                factor = factor[::group, None, None]
-            found.append((grad * factor).to(ctx.dtypes[name]))
-        return None, None, *found, None, None
+            if clamped is not None:
+                p.masked_fill_(clamped, 0.0)
+            kept = p.sum(-1, keepdim=True)
+            held = mass.abs() < SIGNED_FLOOR if options.signed else None  # where N does not follow its sum
+            if held is not None:
+                kept.masked_fill_(held, 0.0)
+            g = torch.addcdiv(kept, p, a, value=-1.0, out=a)  # dloss / dJ times N
+            if target == "hybrid":
+                pull = soft.over(soft.e, g)
+                if "mix" in grads:
+                    grads["mix"][tile] += (pull * inverse).sum((-2, -1))
+                if "log_scale" in grads:
+                    grads["log_scale"][tile] -= (pull * inverse * weight).sum((-2, -1))
+                # Where the softmax side's weight is a linear mass: of the window, or of the linear side.
+                shared = pull / torch.where(soft.present, soft.mass, 1.0)
+                if options.join in SEPARATE:
+                    g += shared if held is None else shared.masked_fill(held, 0.0)
+                for s, m in silent:
+                    g[..., s].masked_fill_(m, 0.0)
+                if options.join == "replace":
+                    for s, m in parts:
+                        g[..., s] += torch.where(m, shared, 0.0)
+            g[..., shut].masked_fill_(closed, 0.0)
+            g = g.view(here * each, -1, stop)
+            factor = (inverse if scale is None else inverse * scale).reshape(here * each, -1, 1)
+            if "phi_q" in grads:
+                grads["phi_q"][tile, :, start:stop] = (torch.bmm(g, fk) * factor).view(*shape[:3], -1)
+            if "phi_k" in grads:
+                grads["phi_k"][wide, :stop].baddbmm_(g.mT, fq * factor)
+    whole = {n: x.view(given[n].shape) if x.ndim > 2 else x.view(batch, heads).sum(0) for n, x in grads.items()}  # type: ignore[union-attr]
+    return total.view(batch, heads).sum(0), whole

@@ -32,6 +32,7 @@ class HybridAttention(SwappedAttention):
 
     NAME = "hybrid"
     OPERATOR = "hybrid_attention"
+    OBJECTIVE_OPERATORS = dict.fromkeys(("weights", "hybrid_weights"), "weight_transfer_loss")
 
     config: Config
 
@@ -71,7 +72,7 @@ class HybridAttention(SwappedAttention):
 
     @property
     def kernel(self) -> str:
-        """The implementation of hybrid_attention that runs."""
+        """The implementation of hybrid_attention that runs, and of weight_transfer_loss."""
         weight = self.q_proj.weight
         features = self.config.features(self.architecture)
         return resolve_kernel(
@@ -197,7 +198,7 @@ class HybridAttention(SwappedAttention):
                 if captured.lse is None:
                     raise ValueError(f"{name}: needs the teacher's log-sum-exp, which only a recorder gets")
                 options = self.options(self.state, q.shape[2])
-                extra: dict[str, Any] = {"target": "linear", **{n: options[n] for n in ("reach", "signed")}}
+                extra: dict[str, Any] = {"target": "linear", **{n: options[n] for n in ("reach", "signed", "kernel")}}
                 if name == "hybrid_weights":
                     taken = ("window", "shape", "sinks", "cover", "join", "mix", "log_scale", "compat")
                     extra |= {"target": "hybrid", **{n: options[n] for n in taken}}

@@ -1,0 +1,22 @@
+"""Where the Triton kernels' tests run: in Triton's interpreter on a CPU, or, by `make test-gpu`, on a CUDA device."""
+
+import pytest
+import torch
+
+from tests.conftest import GPU
+
+DEVICE = "cuda" if GPU else "cpu"
+if GPU:
+    assert torch.cuda.is_available(), "make test-gpu needs a CUDA device"
+    torch.backends.cuda.matmul.allow_tf32 = False
+else:
+    pytest.importorskip("triton", reason="the kernels' tests need Triton: pip install 'recipelin[dev]'")
+
+# Against float64, relative norm; found in the interpreter: at most 8e-7. A GPU's products are made of three of tf32.
+FP32 = 1e-5 if GPU else 3e-6
+# Products of 8 or 11 bits, and what backward takes its row terms from, rounded to them.
+COARSE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def on_device(options):
+    return {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
