@@ -84,10 +84,10 @@ def digest_of(content: bytes) -> str:
 
 
 def ticks(low: float, high: float, *, log: bool) -> tuple[float, ...]:
-    """Some four to eight round numbers from low to high: of a logarithm 1, 2 and 5 of each ten, or tens alone."""
+    """Some four to eight round numbers from low to high: of a logarithm the fewer of each ten the more tens there are."""
     if log:
         tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        every = [(1, 2, 5), (1,)][len(tens) > 4]
+        every = (1, 2, 3, 4, 5, 7) if len(tens) < 4 else (1, 2, 5) if len(tens) < 5 else (1,)
         return tuple(x for t in tens for i in every if low <= (x := i * 10.0**t) <= high)
     rough = (high - low) / 5
     step = 10.0 ** math.floor(math.log10(rough))
