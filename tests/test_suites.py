@@ -39,7 +39,7 @@ def test_the_suites_are_covered():
     tasks = {n: len(lm_evals(s)[0].tasks) if lm_evals(s) else 0 for n, s in SUITES.items()}
     assert tasks == {
         "commonsense": 5, "mmlu-0shot": 1, "mmlu-5shot": 1, "pocket-claims": 0, "pocket-cost": 0, "pocket-recall": 0, "pocket": 2,
-        "pocket-copy": 0, "pocket-curve": 0, "copy-4k": 0, "pocket-formats": 0, "wikitext-2": 0, "ruler-4k": 13,
+        "pocket-copy": 0, "pocket-curve": 0, "pocket-strings": 0, "copy-4k": 0, "pocket-formats": 0, "wikitext-2": 0, "ruler-4k": 13,
         "recall-1k": 0, "recall-32k": 0, "recall-4k": 0, "taylor-calibrate": 12, "untangling-unpadded": 6, "untangling": 6,
     }  # fmt: skip
 
@@ -103,6 +103,7 @@ def test_retrieval_suites_fit_their_rows_on_both_sides_of_the_reach():
     words = ["associative", "passkey", "needle"]
     assert formats == {
         "copy-4k": ["copy8", "copy32", "copy128"], "pocket-copy": ["copy8", "copy32"], "pocket-recall": words,
+        "pocket-strings": ["copy8", "copy32", "passkey"],
         "recall-1k": [*words, "copy32"], "recall-32k": [*words, "copy32"], "recall-4k": [*words, "copy32"],
     }  # fmt: skip
     every = np.resize(np.arange(len(tokenizer)), 40000)
@@ -114,7 +115,8 @@ def test_retrieval_suites_fit_their_rows_on_both_sides_of_the_reach():
             assert len(made) == 2 * len(config.distances) // config.queries
             near = config.items * sum(d <= limit for d in config.distances)
             far = config.items * len(config.distances) - near
-            assert near >= 100 and (far >= 100 or name == "recall-1k"), "or the verdict is `not testable`"
+            if name != "pocket-strings":  # for claims that compare recipes over seeds: fewer questions, more runs
+                assert near >= 100 and (far >= 100 or name == "recall-1k"), "or the verdict is `not testable`"
 
 
 def samples(count, right, start=0):
