@@ -262,10 +262,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     table.add_argument(
         "--format", choices=("markdown", "latex", "html", "csv"), default="markdown", help="default: markdown"
     )
-    table.add_argument(
-        "--check", action="store_true", help="compare with the committed table; exit code 1 if it differs"
+    instead = table.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--check", action="store_true", help="compare with the committed table and figure; exit code 1 if one differs"
     )
-    table.add_argument("--figure", action="store_true", help="draw the figure of a table spec, a .png beside it")
+    instead.add_argument("--figure", action="store_true", help="draw the figure of a table spec, a .png beside it")
 
     publish = command(
         "publish",

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from . import budget, figure
 from .budget import Budget, Point
 from .claims import claims_table
-from .claimspec import read_claims
+from .claimspec import Claims, read_claims
 from .committed import is_current
 from .finding import kind_of
 from .measures import Measure
@@ -344,21 +344,26 @@ def table_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def spec_table(path: Path) -> Table:
+def read_table(path: Path) -> Spec | Claims:
+    """A table spec or a claims spec. Raises RecipeError."""
+    kind = kind_of(read_yaml(path, kind=EXPECTED)[0])
+    return read_claims(path) if kind == "claims spec" else read_spec(path)
+
+
+def table_of(spec: Spec | Claims, path: Path) -> Table:
     """The table of a spec, or of claims, from the Records in `../records` beside its folder."""
     records = path.resolve().parent.parent / "records"
-    if kind_of(read_yaml(path, kind=EXPECTED)[0]) == "claims spec":
-        claims = read_claims(path)
-        return claims_table(claims, read_published(records, claims.recipes))
-    spec = read_spec(path)
+    if isinstance(spec, Claims):
+        return claims_table(spec, read_published(records, spec.recipes))
     return tabulate(spec, read_published(records, tuple(name for row in spec.rows for name in row.recipes)))
 
 
 def _draw(path: Path) -> int:
     """Draw the figure of a table spec beside it."""
-    table, spec = spec_table(path), _figured(path)
-    if spec is None:
+    spec = read_table(path)
+    if isinstance(spec, Claims) or spec.figure is None:
         raise TableError(f"{path} has no figure; give `figure: {{across: ..., up: ..., at: {{column: number}}}}`")
+    table = table_of(spec, path)
     try:
         figure.write(path.with_suffix(".png"), spec, table)
     except ValueError as error:
@@ -367,25 +372,17 @@ def _draw(path: Path) -> int:
     return 0
 
 
-def _figured(path: Path) -> Spec | None:
-    """The spec of a table that has a figure."""
-    if kind_of(read_yaml(path, kind=EXPECTED)[0]) == "claims spec":
-        return None
-    spec = read_spec(path)
-    return spec if spec.figure else None
-
-
 def _show_spec(path: Path, format: Format, *, check: bool) -> bool:
     """Print the table, or with `check` compare it with the committed one; False where they differ."""
+    spec = read_table(path)
+    table = table_of(spec, path)
     if not check:
-        print(render(spec_table(path), format), end="")
+        print(render(table, format), end="")
         return True
-    table = spec_table(path)
-    made = render(table, "markdown")
+    made, picture = render(table, "markdown"), path.with_suffix(".png")
     if not is_current(path.with_suffix(".md"), made, source="the Records", command=f"recipelin table {path}"):
         return False
-    picture, spec = path.with_suffix(".png"), _figured(path)
-    if spec and not figure.is_current(picture, spec, table):
+    if isinstance(spec, Spec) and spec.figure and not figure.is_current(picture, spec, table):
         print(f"{picture} does not show its table; to draw it anew: recipelin table {path} --figure", file=sys.stderr)
         return False
     return True
@@ -396,9 +393,10 @@ __all__ = [
     "Spec",
     "TableError",
     "read_spec",
+    "read_table",
     "render",
     "run_table",
-    "spec_table",
     "table_command",
+    "table_of",
     "tabulate",
 ]
