@@ -5,6 +5,16 @@ import pytest
 from tests.conftest import GPU
 
 
+@pytest.fixture(autouse=True)
+def _memory_given_back():
+    """Processes side by side share a GPU: what the definition took, T x T in float64, does not stay in one's cache."""
+    yield
+    if GPU:
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 class _Nothing:
     def restore(self):
         pass

@@ -1,5 +1,8 @@
 """Where the Triton kernels' tests run: in Triton's interpreter on a CPU, or, by `make test-gpu`, on a CUDA device."""
 
+import warnings
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from tests.conftest import GPU
 DEVICE = "cuda" if GPU else "cpu"
 if GPU:
     assert torch.cuda.is_available(), "make test-gpu needs a CUDA device"
-    torch.backends.cuda.matmul.allow_tf32 = False
+    assert torch.get_float32_matmul_precision() == "highest", "the definition's products are not of tf32"
 else:
     pytest.importorskip("triton", reason="the kernels' tests need Triton: pip install 'recipelin[dev]'")
 
@@ -20,3 +23,17 @@ COARSE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 def on_device(options):
     return {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+
+
+@contextmanager
+def empty_is_nan():
+    """What torch.empty returns is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is not deterministic on a GPU
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            assert torch.empty(3, device=DEVICE).isnan().all()
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])

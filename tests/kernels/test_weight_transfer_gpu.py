@@ -1,14 +1,12 @@
 """Triton kernels of the weight transfer loss are the definition: in the interpreter here, on a GPU by `make test-gpu`."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor
 
 from recipelin_kernels import teacher_attention, weight_transfer_loss
 from recipelin_kernels.hybrid import gpu_support
-from tests.kernels.gpu_device import DEVICE, FP32, on_device
+from tests.kernels.gpu_device import DEVICE, FP32, empty_is_nan, on_device
 from tests.kernels.hybrid_inputs import Inputs, padding
 
 pytestmark = pytest.mark.usefixtures("language_patched_once")
@@ -35,18 +33,6 @@ def assert_close(found, expected, tolerance):
         # The floor is for gradients that are 0 but for rounding (mix, where no linear key is seen).
         error = float((one.double() - other).norm() / other.norm().clamp(min=1e-2))
         assert error <= tolerance, f"{name}: {error:.2e}"
-
-
-@contextmanager
-def empty_is_nan():
-    """On a CPU, what torch.empty returns is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(DEVICE == "cpu" or before)
-    try:
-        assert DEVICE != "cpu" or torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32):
