@@ -10,6 +10,7 @@ import pytest
 
 from recipelin.records import (
     Item,
+    ItemColumns,
     ItemsOf,
     Record,
     RecordError,
@@ -50,7 +51,7 @@ def test_items_read_back_equal_and_their_bytes_repeat(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl.gz"
     write_items(path, [(row(), RESULT), (row(seed=1), RESULT)])
     found = read_items(tmp_path)
-    assert found[ItemsOf("hybrid", "pocket", "recall_96", "acc", 1)] == RESULT.items
+    assert found[ItemsOf("hybrid", "pocket", "recall_96", "acc", 1)] == ItemColumns.of(RESULT.items)
     assert len(found) == 2
     before = path.read_bytes()
     assert before[4:8] == bytes(4)  # no time in the gzip header

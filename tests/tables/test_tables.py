@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from recipelin.measures import by_distance, measures
-from recipelin.records import Item, ItemsOf, Record, RecordError, Row
+from recipelin.records import Item, ItemColumns, ItemsOf, Record, RecordError, Row
 from recipelin.render import DASH, WIDTH, Block, Cell, Table
 from recipelin.runtable import subset_states
 from recipelin.tables import FORMATS, render, run_table
@@ -59,7 +59,7 @@ def test_places_of_a_copied_string_are_shown_and_no_measures(make: Any) -> None:
             for metric, each in scores.items():
                 task = f"copy4@256:{distance}"
                 each = each if distance == 60 else (0.0, 0.0)
-                items[ItemsOf(state, "pocket", task, metric, 0)] = tuple(
+                items[ItemsOf(state, "pocket", task, metric, 0)] = ItemColumns.of(
                     Item(id=f"{distance}-{i}", score=s, length=256, exposed=1.0) for i, s in enumerate(each)
                 )
                 found.append(
