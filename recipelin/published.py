@@ -54,8 +54,9 @@ def source_of(names: Sequence[str], records: Sequence[Published], *, limit: int 
     mine = [p for p in records if p.record.name in names or but_seed(p.record.name) in wanted]
     mine = sorted((p for p in mine if p.record.status == "finished"), key=lambda p: p.record.started, reverse=True)
     chosen: dict[int, Published] = {}
+    newest = _work(mine[0].record) if mine else ""
     for each in mine:
-        if _work(each.record) == _work(mine[0].record):
+        if _work(each.record) == newest:
             chosen.setdefault(each.record.seed, each)
     kept = tuple(chosen[seed] for seed in sorted(chosen))
     found = measures([p.record for p in kept], [p.items for p in kept], limit=limit) if kept else ()

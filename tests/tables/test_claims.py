@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from recipelin.claimcheck import check_claims
-from recipelin.claims import RESAMPLES, Judged, claims_table, judge_claims, read
+from recipelin.claims import RESAMPLES, Judged, claims_table, judge_claims, read, sources_of
 from recipelin.claimspec import Claims, read_claims
 from recipelin.commands import checked
 from recipelin.load import load
@@ -36,7 +36,8 @@ def spec_of(*claims: dict[str, Any], **more: Any) -> Claims:
 
 
 def one(effect: dict[str, Any], records: list[Published], **more: Any) -> Judged:
-    return judge_claims(spec_of({"effect": effect} | more), records)[0]
+    spec = spec_of({"effect": effect} | more)
+    return judge_claims(spec, sources_of(spec, records))[0]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_every_word_is_reached(base: Published) -> None:
         {"effect": {"value": "linear - linear_outside", "column": far}, "margin": 0.05, "expect": "equal"},
         {"effect": {"value": "hybrid - window", "column": far}, "expect": "less"},
     )
-    judged = judge_claims(spec, [base])
+    judged = judge_claims(spec, sources_of(spec, [base]))
     words = ["shown", "opposite", "equal", "undecided", "not testable", "not run", "shown", "opposite"]
     assert [j.word for j in judged] == words
     assert judged[4].reason == "0 of 200 items exposed (at least half of their scored tokens), 100 needed"
