@@ -6,10 +6,10 @@ import math
 import subprocess
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -56,6 +56,12 @@ class ItemColumns:
         """The columns of items."""
         rows = [(i.id, i.score, i.length, i.exposed, i.weight, i.subtask) for i in items]
         return cls(*zip(*rows, strict=True)) if rows else cls((), (), (), (), (), ())
+
+    def sharing(self, held: dict[tuple[str, object], Any]) -> "ItemColumns":
+        """The same, its columns but the scores those of `held` where they are equal: states meet the same items, held once."""
+        names = [f.name for f in fields(self) if f.name != "score"]
+        columns = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: held.setdefault((name, column), column) for name, column in columns.items()})
 
     @classmethod
     def joined(cls, parts: Sequence["ItemColumns"]) -> "ItemColumns":
@@ -238,13 +244,14 @@ def read_items(path: Path) -> dict[ItemsOf, ItemColumns]:
     """Read a sidecar; `path` is its file, or the Record's file or run folder. Raises RecordError."""
     file = path if path.name.endswith(".jsonl.gz") else items_path(path)
     found: dict[ItemsOf, ItemColumns] = {}
+    held: dict[tuple[str, object], Any] = {}
     number = 0
     try:
         for number, text in enumerate(gzip.decompress(file.read_bytes()).splitlines(), start=1):
             line = json.loads(text.decode())
             if not isinstance(line, dict):
-                raise TypeError(f"found {type(line).__name__}; expected an object with {', '.join(ItemsOf._fields)}, items")
-            items = _columns(line.pop("items"))
+                raise TypeError(f"found {type(line).__name__}; expected a map of {', '.join(ItemsOf._fields)}, items")
+            items = _columns(line.pop("items", None)).sharing(held)
             key = ItemsOf(**line)
             if key in found:
                 raise RecordError(f"{file}:{number}: {key} is there twice")
@@ -262,7 +269,7 @@ def read_items(path: Path) -> dict[ItemsOf, ItemColumns]:
 def _columns(packed: object) -> ItemColumns:
     """What `_packed` made of items, as columns. Raises ValueError, TypeError for what is none.
 
-    Columns of the very types, of ASCII and of finite numbers, are items as they stand; all else `Item` judges, one by one.
+    Columns of the very types and of finite numbers are items as they stand; all else `Item` judges, one by one.
     """
     if not isinstance(packed, list):
         raise TypeError(f"items: found {type(packed).__name__}; expected a list")
@@ -276,11 +283,11 @@ def _columns(packed: object) -> ItemColumns:
 
 
 def _plain(items: ItemColumns) -> bool:
-    types = [set(map(type, column)) for column in (items.id, items.score, items.length, items.exposed, items.weight)]
-    if types != [{str}, {float}, {int}, {float}, {float}] or set(map(type, items.subtask)) != {str}:
+    types = [set(map(type, getattr(items, name))) for name in Item.model_fields]
+    if types != [{str}, {float}, {int}, {float}, {float}, {str}]:
         return False
     finite = math.isfinite(sum(items.score) + sum(items.exposed) + sum(items.weight))  # one that is not spoils the sum
-    return finite and min(items.weight) > 0 and "".join(items.id + items.subtask).isascii()
+    return finite and min(items.weight) > 0
 
 
 def _item(number: int, values: object) -> Item:

@@ -19,7 +19,7 @@ from .claimspec import Claims, read_claims
 from .committed import is_current
 from .finding import kind_of
 from .measures import Measure
-from .published import Published, Source, TableError, find, provenance, read_published, source_of, to_run
+from .published import Published, Source, TableError, find, provenance, read_published, run_of, source_of, to_run
 from .records import RecordError, items_path, read_items, read_record, record_path
 from .render import DASH, FORMATS, Block, Cell, Format, Number, Table, plus_minus, render
 from .runtable import MEANING, brought, exposed_draws, mean_of, run_table, scale, score_cell
@@ -326,7 +326,9 @@ def table_command(arguments: argparse.Namespace) -> int:
         if specs:
             read = {each: read_table(each) for each in specs}
             records = records_for(read.values(), specs[0])
-            same = [_show_spec(each, spec, records, arguments.format, check=arguments.check) for each, spec in read.items()]
+            same = [
+                _show_spec(each, spec, records, arguments.format, check=arguments.check) for each, spec in read.items()
+            ]
             return 0 if all(same) else 1
         if arguments.check:
             raise TableError(
@@ -354,12 +356,14 @@ def read_table(path: Path) -> Spec | Claims:
 
 def records_for(specs: Iterable[Spec | Claims], path: Path) -> tuple[Published, ...]:
     """The Records that specs need, each read once, from `../records` beside the folder of `path`. Raises RecordError."""
-    return read_published(path.resolve().parent.parent / "records", [name for spec in specs for name in spec.recipes])
+    return read_published(path.resolve().parent.parent / "records", {name for spec in specs for name in spec.recipes})
 
 
 def table_of(spec: Spec | Claims, records: Sequence[Published]) -> Table:
     """The table of a spec, or of claims, from Records that may be those of other specs, too."""
-    return claims_table(spec, records) if isinstance(spec, Claims) else tabulate(spec, records)
+    wanted = run_of(spec.recipes)
+    mine = [p for p in records if wanted(p.record.name)]
+    return claims_table(spec, mine) if isinstance(spec, Claims) else tabulate(spec, mine)
 
 
 def _draw(path: Path) -> int:
@@ -376,9 +380,7 @@ def _draw(path: Path) -> int:
     return 0
 
 
-def _show_spec(
-    path: Path, spec: Spec | Claims, records: Sequence[Published], format: Format, *, check: bool
-) -> bool:
+def _show_spec(path: Path, spec: Spec | Claims, records: Sequence[Published], format: Format, *, check: bool) -> bool:
     """Print the table, or with `check` compare it with the committed one; False where they differ."""
     table = table_of(spec, records)
     if not check:
