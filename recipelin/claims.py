@@ -1,7 +1,7 @@
 """A claims spec and published Records -> a table: the effect behind each claim, its interval, and how it reads (no torch)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -55,19 +55,32 @@ def read(interval: Interval, adjusted: float, expected: Expected, margin: float,
     return "undecided"
 
 
-def judge_claims(spec: Claims, records: Sequence[Published]) -> tuple[Judged, ...]:
+Sources = Mapping[tuple[str, int | None], Source]  # by recipe, and by where recall near ends
+
+
+def sources_of(spec: Claims, records: Sequence[Published]) -> Sources:
+    """What fills each recipe of the claims, at the `reach` of each claim and (None) at that of the Records.
+
+    Raises RecordError for Records of one recipe that do not fit.
+    """
+    wanted = dict.fromkeys((name, _limit(claim)) for claim in spec.claims for name in claim.effect.recipes)
+    wanted |= dict.fromkeys((name, None) for name in spec.recipes)
+    return {(name, limit): source_of((name,), records, limit=limit) for name, limit in wanted}
+
+
+def _limit(claim: Claim) -> int | None:
+    return claim.effect.column.reach if claim.effect.column else None
+
+
+def judge_claims(spec: Claims, sources: Sources) -> tuple[Judged, ...]:
     """Every claim, with Holm's adjustment over all that were run, whatever they expect; what is not testable counts as p = 1.
 
     Raises TableError for a state or a task that the Records do not have, or for recipes that did not meet the same items.
     """
-    sources: dict[tuple[str, int | None], Source] = {}
     found: list[Judged] = []
     for claim in spec.claims:
-        margin, limit = spec.margin_of(claim), claim.effect.column.reach if claim.effect.column else None
-        for name in claim.effect.recipes:
-            if (name, limit) not in sources:
-                sources[name, limit] = source_of((name,), records, limit=limit)
-        mine = [sources[name, limit] for name in claim.effect.recipes]
+        margin = spec.margin_of(claim)
+        mine = [sources[name, _limit(claim)] for name in claim.effect.recipes]
         if missing := tuple(n for n, s in zip(claim.effect.recipes, mine, strict=True) if not s.chosen):
             found.append(Judged(claim, margin, "not run", missing=missing))
             continue
@@ -200,13 +213,14 @@ UNITS = {
 
 def claims_table(spec: Claims, records: Sequence[Published]) -> Table:
     """The claims as a table: a row a claim by group, then each in a sentence, then what the columns mean and the Records."""
-    judged = judge_claims(spec, records)
+    sources = sources_of(spec, records)
+    judged = judge_claims(spec, sources)
     groups: dict[str, list[Judged]] = {}
     group = "Claims"
     for each in judged:
         group = each.claim.group or group
         groups.setdefault(group, []).append(each)
-    used = {name: source_of((name,), records) for name in spec.recipes}
+    used = {name: sources[name, None] for name in spec.recipes}
     chosen = [p for s in used.values() for p in s.chosen]
     return Table(
         title=spec.title,

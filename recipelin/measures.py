@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from .records import Item, Items, ItemsOf, Record, RecordError, Row
+from .records import ItemColumns, Items, ItemsOf, Record, RecordError, Row
 from .statistics import RESAMPLES, Draws, Interval, Z, mean, mean_interval
 
 if TYPE_CHECKING:
@@ -275,7 +275,7 @@ def _measure(
         return Measure(label, kind, suite, tasks, metric, chance, bare=bare)
     keep = _distinct(states, rows, items)
     sign = -1.0 if kind == "log_loss" else 1.0
-    reference: list[tuple[ItemsOf, str]] = []
+    reference: list[tuple[ItemsOf, tuple[str, ...]]] = []
     scores: dict[str, Array] = {}
     exposed: Array | None = None
     weights: Array | None = None
@@ -283,22 +283,23 @@ def _measure(
     for state in states:
         stack = []
         for record, sidecar in zip(records, items, strict=True):
-            got = [(key._replace(state=""), item) for key, item in _gather(state, rows, sidecar) if key.seed in keep]
-            names = [(key, item.id) for key, item in got]
+            lines = [(key, each) for key, each in _gather(state, rows, sidecar) if key.seed in keep]
+            names = [(key._replace(state=""), each.id) for key, each in lines]
             reference = reference or names
             if names != reference:
                 raise RecordError(
                     f"{record.name}: the items of state {state!r} on {suite}/{label} are not those of the other "
                     "states or Records: they cannot be compared item by item"
                 )
-            stack.append([sign * item.score for _, item in got])
+            got = ItemColumns.joined([each for _, each in lines])
+            stack.append(got.score)
             if state != "teacher" or exposed is None:
-                exposed = np.asarray([item.exposed for _, item in got])
-            if any(item.weight != 1.0 for _, item in got):
-                weights = np.asarray([item.weight for _, item in got])
-            if any(item.subtask for _, item in got):
-                strata = np.unique([item.subtask for _, item in got], return_inverse=True)[1]
-        scores[state] = np.asarray(stack, dtype=np.float64)
+                exposed = np.asarray(got.exposed)
+            if any(weight != 1.0 for weight in got.weight):
+                weights = np.asarray(got.weight)
+            if any(got.subtask):
+                strata = np.unique(got.subtask, return_inverse=True)[1]
+        scores[state] = sign * np.asarray(stack, dtype=np.float64)
     return Measure(
         label,
         kind,
@@ -311,20 +312,20 @@ def _measure(
         bare,
         weights=weights,
         strata=strata,
-        items=tuple(reference),
+        items=tuple((key, id) for key, ids in reference for id in ids),
         seeds=tuple(record.seed for record in records),
     )
 
 
-def _gather(state: str, rows: Iterable[Row], sidecar: Items) -> list[tuple[ItemsOf, Item]]:
-    """A state's items over the rows of a measure; empty if those of any row are missing."""
+def _gather(state: str, rows: Iterable[Row], sidecar: Items) -> list[tuple[ItemsOf, ItemColumns]]:
+    """A state's items over the rows of a measure, a line a row; empty if those of any row are missing."""
     found = []
     for row in rows:
         if row.state == state:
             key = ItemsOf(state, row.suite, row.task, row.metric, row.seed)
             if not sidecar.get(key):
                 return []
-            found += [(key, item) for item in sidecar[key]]
+            found.append((key, sidecar[key]))
     return found
 
 
@@ -337,10 +338,10 @@ def _distinct(states: Sequence[str], rows: Sequence[Row], items: Sequence[Items]
     for seed in sorted(seeds):
         here = [r for r in rows if r.seed == seed]
         content = tuple(
-            (state, key.task, tuple(item.model_dump().values()))
+            (state, key.task, each)
             for state in states
             for sidecar in items
-            for key, item in _gather(state, here, sidecar)
+            for key, each in _gather(state, here, sidecar)
         )
         drawn.setdefault(content, seed)
     return set(drawn.values())

@@ -1,5 +1,7 @@
 """How runs are named: a recipe, the values of a point of its grid, and the folder (no torch)."""
 
+from functools import lru_cache
+
 
 def values_of(name: str) -> set[str]:
     """The values of a point: {window=8, seed=1} of `pocket/windows/window=8,seed=1`."""
@@ -7,6 +9,7 @@ def values_of(name: str) -> set[str]:
     return set(last.split(",")) if "=" in last else set()
 
 
+@lru_cache(maxsize=4096)
 def but_seed(name: str) -> tuple[str, frozenset[str]]:
     """What two runs have in common that differ in the seed alone: the recipe, and the values of its other axes."""
     values = values_of(name)

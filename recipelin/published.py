@@ -1,7 +1,7 @@
 """Published Records, found by recipe: what fills the rows of a table or speaks about a claim (no torch)."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,17 +32,23 @@ class Source(NamedTuple):
     measures: tuple[Measure, ...]
 
 
-def read_published(folder: Path, recipes: Sequence[str]) -> tuple[Published, ...]:
+def read_published(folder: Path, recipes: Collection[str]) -> tuple[Published, ...]:
     """The published Records under `folder` of these recipes, every seed of each. Raises RecordError."""
-    wanted = {but_seed(name) for name in recipes}
-    starts = tuple(file_name(base) for base, _ in wanted)
+    starts = tuple({file_name(but_seed(name)[0]) for name in recipes})
+    wanted = run_of(recipes)
     found = []
     for path in sorted(folder.glob("*.json")):
         if path.name.startswith(starts):
             record = read_record(path)
-            if record.name in recipes or but_seed(record.name) in wanted:
+            if wanted(record.name):
                 found.append(Published(record, read_items(path), path))
     return tuple(found)
+
+
+def run_of(recipes: Collection[str]) -> Callable[[str], bool]:
+    """Whether a run's name is one of these recipes, or that of another seed."""
+    wanted = {but_seed(name) for name in recipes}
+    return lambda name: but_seed(name) in wanted
 
 
 def source_of(names: Sequence[str], records: Sequence[Published], *, limit: int | None = None) -> Source:
@@ -54,8 +60,9 @@ def source_of(names: Sequence[str], records: Sequence[Published], *, limit: int 
     mine = [p for p in records if p.record.name in names or but_seed(p.record.name) in wanted]
     mine = sorted((p for p in mine if p.record.status == "finished"), key=lambda p: p.record.started, reverse=True)
     chosen: dict[int, Published] = {}
+    newest = _work(mine[0].record) if mine else ""
     for each in mine:
-        if _work(each.record) == _work(mine[0].record):
+        if _work(each.record) == newest:
             chosen.setdefault(each.record.seed, each)
     kept = tuple(chosen[seed] for seed in sorted(chosen))
     found = measures([p.record for p in kept], [p.items for p in kept], limit=limit) if kept else ()

@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import math
 import subprocess
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -29,6 +32,44 @@ class Item(Config):
     exposed: float
     weight: Annotated[float, Field(gt=0)] = 1.0
     subtask: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemColumns:
+    """The items of one line of a sidecar, in their order: a column a field of `Item`, all of one length.
+
+    What is read back: the tables of results/ need a million items, and an object each costs more than all statistics.
+    """
+
+    id: tuple[str, ...]
+    score: tuple[float, ...]
+    length: tuple[int, ...]
+    exposed: tuple[float, ...]
+    weight: tuple[float, ...]
+    subtask: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    @classmethod
+    def of(cls, items: Iterable[Item]) -> "ItemColumns":
+        """The columns of items."""
+        rows = [(i.id, i.score, i.length, i.exposed, i.weight, i.subtask) for i in items]
+        return cls(*zip(*rows, strict=True)) if rows else cls((), (), (), (), (), ())
+
+    def sharing(self, held: dict[tuple[str, object], Any]) -> "ItemColumns":
+        """The same, its columns but the scores those of `held` where they are equal: states meet the same items, held once."""
+        names = [f.name for f in fields(self) if f.name != "score"]
+        columns = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: held.setdefault((name, column), column) for name, column in columns.items()})
+
+    @classmethod
+    def joined(cls, parts: Sequence["ItemColumns"]) -> "ItemColumns":
+        """The items of several lines, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        names = [f.name for f in fields(cls)]
+        return cls(*(tuple(chain.from_iterable(getattr(part, name) for part in parts)) for name in names))
 
 
 class Bands(Config):
@@ -147,7 +188,7 @@ class ItemsOf(NamedTuple):
     seed: int
 
 
-Items = Mapping[ItemsOf, tuple[Item, ...]]
+Items = Mapping[ItemsOf, ItemColumns]
 
 
 def record_path(path: Path) -> Path:
@@ -170,10 +211,7 @@ def read_record(path: Path) -> Record:
         wanted = "a run's folder (with record.json) or a Record's .json file"
         raise RecordError(f"{file}: no such file; expected {wanted}") from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(p) for p in first["loc"]) or "the file"
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise RecordError(f"{file}: not a Record of version 1: {place}: {first['msg']}{more}") from error
+        raise RecordError(f"{file}: not a Record of version 1: {_first_of(error)}") from error
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -202,33 +240,72 @@ def _packed(item: Item) -> list[object]:
     return [item.id, item.score, item.length, item.exposed, *more]
 
 
-def read_items(path: Path) -> dict[ItemsOf, tuple[Item, ...]]:
+def read_items(path: Path) -> dict[ItemsOf, ItemColumns]:
     """Read a sidecar; `path` is its file, or the Record's file or run folder. Raises RecordError."""
     file = path if path.name.endswith(".jsonl.gz") else items_path(path)
-    found: dict[ItemsOf, tuple[Item, ...]] = {}
+    found: dict[ItemsOf, ItemColumns] = {}
+    held: dict[tuple[str, object], Any] = {}
     number = 0
     try:
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            for number, text in enumerate(lines, start=1):
-                line = json.loads(text)
-                items = tuple(
-                    Item(id=i, score=s, length=n, exposed=e, weight=more[0], subtask=more[1])
-                    if more
-                    else Item(id=i, score=s, length=n, exposed=e)
-                    for i, s, n, e, *more in line.pop("items")
-                )
-                key = ItemsOf(**line)
-                if key in found:
-                    raise RecordError(f"{file}:{number}: {key} is there twice")
-                found[key] = items
+        for number, text in enumerate(gzip.decompress(file.read_bytes()).splitlines(), start=1):
+            line = json.loads(text.decode())
+            if not isinstance(line, dict):
+                raise TypeError(f"found {type(line).__name__}; expected a map of {', '.join(ItemsOf._fields)}, items")
+            items = _columns(line.pop("items", None)).sharing(held)
+            key = ItemsOf(**line)
+            if key in found:
+                raise RecordError(f"{file}:{number}: {key} is there twice")
+            found[key] = items
     except FileNotFoundError as error:
         raise RecordError(f"{file}: no such file; it holds the items of the Record beside it") from error
-    except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
         if isinstance(error, RecordError):
             raise
         place = f"{file}:{number}" if number else str(file)
         raise RecordError(f"{place}: not a sidecar of items: {error}") from error
     return found
+
+
+def _columns(packed: object) -> ItemColumns:
+    """What `_packed` made of items, as columns. Raises ValueError, TypeError for what is none.
+
+    Columns of the very types and of finite numbers are items as they stand; all else `Item` judges, one by one.
+    """
+    if not isinstance(packed, list):
+        raise TypeError(f"items: found {type(packed).__name__}; expected a list")
+    if set(map(type, packed)) == {list} and (widths := set(map(len, packed))) <= {4, 6}:
+        rows = packed if len(widths) == 1 else [row if len(row) == 6 else [*row, 1.0, ""] for row in packed]
+        unstated = (1.0,) * len(rows), ("",) * len(rows)
+        found = ItemColumns(*[*zip(*rows, strict=True), *unstated][:6])
+        if _plain(found):
+            return found
+    return ItemColumns.of(_item(number, values) for number, values in enumerate(packed, start=1))
+
+
+def _plain(items: ItemColumns) -> bool:
+    types = [set(map(type, getattr(items, name))) for name in Item.model_fields]
+    if types != [{str}, {float}, {int}, {float}, {float}, {str}]:
+        return False
+    finite = math.isfinite(sum(items.score) + sum(items.exposed) + sum(items.weight))  # one that is not spoils the sum
+    return finite and min(items.weight) > 0
+
+
+def _item(number: int, values: object) -> Item:
+    if not isinstance(values, list) or len(values) not in (4, 6):
+        form = "[id, score, length, exposed] or [id, score, length, exposed, weight, subtask]"
+        raise ValueError(f"item {number}: found {json.dumps(values)[:80]}; expected {form}")
+    try:
+        return Item(**dict(zip(Item.model_fields, values, strict=False)))
+    except ValidationError as error:
+        raise ValueError(f"item {number}: {_first_of(error)}") from error
+
+
+def _first_of(error: ValidationError) -> str:
+    """The first mistake in words: `score: Input should be a valid number (and 1 more)`."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(p) for p in first["loc"]) or "the file"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{place}: {first['msg']}{more}"
 
 
 class BandsOf(Bands):

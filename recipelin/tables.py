@@ -7,7 +7,7 @@ shown as not run: never as zero, never as the paper's number.
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from .claimspec import Claims, read_claims
 from .committed import is_current
 from .finding import kind_of
 from .measures import Measure
-from .published import Published, Source, TableError, find, provenance, read_published, source_of, to_run
+from .published import Published, Source, TableError, find, provenance, read_published, run_of, source_of, to_run
 from .records import RecordError, items_path, read_items, read_record, record_path
 from .render import DASH, FORMATS, Block, Cell, Format, Number, Table, plus_minus, render
 from .runtable import MEANING, brought, exposed_draws, mean_of, run_table, scale, score_cell
@@ -324,7 +324,11 @@ def table_command(arguments: argparse.Namespace) -> int:
                 raise TableError(f"{path}: --figure draws one table spec (results/tables/*.yaml)")
             return _draw(path)
         if specs:
-            same = [_show_spec(each, arguments.format, check=arguments.check) for each in specs]
+            read = {each: read_table(each) for each in specs}
+            records = records_for(read.values(), specs[0])
+            same = [
+                _show_spec(each, spec, records, arguments.format, check=arguments.check) for each, spec in read.items()
+            ]
             return 0 if all(same) else 1
         if arguments.check:
             raise TableError(
@@ -350,12 +354,16 @@ def read_table(path: Path) -> Spec | Claims:
     return read_claims(path) if kind == "claims spec" else read_spec(path)
 
 
-def table_of(spec: Spec | Claims, path: Path) -> Table:
-    """The table of a spec, or of claims, from the Records in `../records` beside its folder."""
-    records = path.resolve().parent.parent / "records"
-    if isinstance(spec, Claims):
-        return claims_table(spec, read_published(records, spec.recipes))
-    return tabulate(spec, read_published(records, tuple(name for row in spec.rows for name in row.recipes)))
+def records_for(specs: Iterable[Spec | Claims], path: Path) -> tuple[Published, ...]:
+    """The Records that specs need, each read once, from `../records` beside the folder of `path`. Raises RecordError."""
+    return read_published(path.resolve().parent.parent / "records", {name for spec in specs for name in spec.recipes})
+
+
+def table_of(spec: Spec | Claims, records: Sequence[Published]) -> Table:
+    """The table of a spec, or of claims, from Records that may be those of other specs, too."""
+    wanted = run_of(spec.recipes)
+    mine = [p for p in records if wanted(p.record.name)]
+    return claims_table(spec, mine) if isinstance(spec, Claims) else tabulate(spec, mine)
 
 
 def _draw(path: Path) -> int:
@@ -363,7 +371,7 @@ def _draw(path: Path) -> int:
     spec = read_table(path)
     if isinstance(spec, Claims) or spec.figure is None:
         raise TableError(f"{path} has no figure; give `figure: {{across: ..., up: ..., at: {{column: number}}}}`")
-    table = table_of(spec, path)
+    table = table_of(spec, records_for([spec], path))
     try:
         figure.write(path.with_suffix(".png"), spec, table)
     except ValueError as error:
@@ -372,10 +380,9 @@ def _draw(path: Path) -> int:
     return 0
 
 
-def _show_spec(path: Path, format: Format, *, check: bool) -> bool:
+def _show_spec(path: Path, spec: Spec | Claims, records: Sequence[Published], format: Format, *, check: bool) -> bool:
     """Print the table, or with `check` compare it with the committed one; False where they differ."""
-    spec = read_table(path)
-    table = table_of(spec, path)
+    table = table_of(spec, records)
     if not check:
         print(render(table, format), end="")
         return True
@@ -394,6 +401,7 @@ __all__ = [
     "TableError",
     "read_spec",
     "read_table",
+    "records_for",
     "render",
     "run_table",
     "table_command",

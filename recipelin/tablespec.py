@@ -186,6 +186,11 @@ class Spec(Config):
     footnotes: tuple[str, ...] = Field((), description="numbered from 1; the paper's own contradictions, for one")
     figure: Figure | None = None
 
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """Every recipe that fills a row, once."""
+        return tuple(dict.fromkeys(name for row in self.rows for name in row.recipes))
+
 
 def read_spec(path: Path) -> Spec:
     """Read a spec. Raises RecipeError with every mistake of the file."""

@@ -127,13 +127,10 @@ def word(results) -> str:
 
 def judged(results):
     from recipelin.measures import measures
-    from recipelin.records import ItemsOf, Record
+    from recipelin.records import ItemColumns, ItemsOf, Record
 
     rows = [result.row(state=state, suite="planted", seed=0) for state, result in results.items()]
-    items = {
-        ItemsOf(state=r.state, suite=r.suite, task=r.task, metric=r.metric, seed=r.seed): results[r.state].items
-        for r in rows
-    }
+    items = {ItemsOf(r.state, r.suite, r.task, r.metric, r.seed): ItemColumns.of(results[r.state].items) for r in rows}
     record = Record(
         name="test/planted", recipe="", plan={}, plan_hash="0" * 64, status="finished", commit=None, dirty=None, versions={},
         digests={}, device="cpu", threads=1, dtype="float32", seed=0, started="2026-01-01T00:00:00+00:00", seconds=0.0,

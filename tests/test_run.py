@@ -100,7 +100,7 @@ def test_a_run_is_whole_and_the_second_reuses_it(folder, home, tmp_path, capfd):
         "none",
     }
     assert len(items) == 7 and all(len(found) == 8 for found in items.values())
-    exposed = {i.exposed for found in items.values() for i in found}
+    exposed = {share for found in items.values() for share in found.exposed}
     assert exposed == {(47 - 8) / 47}
     assert (one / "logs" / "transfer").is_dir() and record.steps[2].report["trained_parameters"] > 0
     capfd.readouterr()

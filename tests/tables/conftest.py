@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recipelin.records import Item, ItemsOf, Record, Row
+from recipelin.records import Item, ItemColumns, ItemsOf, Record, Row
 from recipelin.states import State, resolve
 from recipelin.steps import Evaluate
 
@@ -22,7 +22,7 @@ FIGURES: dict[str, tuple[float, float, float, float, float]] = {
 }
 DISTANCES = (6, 24, 96, 150, 201)
 
-Make = Callable[..., tuple[Record, dict[ItemsOf, tuple[Item, ...]]]]
+Make = Callable[..., tuple[Record, dict[ItemsOf, ItemColumns]]]
 
 
 def make_record(
@@ -36,15 +36,15 @@ def make_record(
     noise: float = 0.02,
     seeds: tuple[int, ...] = (0,),
     **changes: Any,
-) -> tuple[Record, dict[ItemsOf, tuple[Item, ...]]]:
+) -> tuple[Record, dict[ItemsOf, ItemColumns]]:
     """Scores share an item effect between states, so that pairing matters. `seed`: the student's noise."""
     found: list[Row] = []
-    items: dict[ItemsOf, tuple[Item, ...]] = {}
+    items: dict[ItemsOf, ItemColumns] = {}
 
     def add(
         state: str, task: str, metric: str, scores: Any, length: int, exposure: float, draw: int, **more: Any
     ) -> None:
-        each = tuple(
+        each = ItemColumns.of(
             Item(id=f"{task}-{i}", score=float(s), length=length, exposed=exposure) for i, s in enumerate(scores)
         )
         items[ItemsOf(state, "pocket", task, metric, draw)] = each

@@ -8,7 +8,7 @@ import pytest
 
 from recipelin.budget import spent
 from recipelin.claimcheck import check_claims
-from recipelin.claims import RESAMPLES, Judged, claims_table, judge_claims, read
+from recipelin.claims import RESAMPLES, Judged, claims_table, judge_claims, read, sources_of
 from recipelin.claimspec import Claims
 from recipelin.published import Published, TableError
 from recipelin.records import CurveRow, StepTime
@@ -53,7 +53,8 @@ def five(make: Any, name: str, curve: Any, **more: Any) -> list[Published]:
 def one(effect: dict[str, Any], records: list[Published], expect: str = "greater", **more: Any) -> Judged:
     filled = {"recipe": ONE, "value": "hybrid"} | effect
     claim = {"id": "1", "short": "a claim", "claim": "A claim", "expect": expect, "effect": filled} | more
-    return judge_claims(Claims.model_validate({"name": "x", "title": "X", "claims": (claim,)}), records)[0]
+    spec = Claims.model_validate({"name": "x", "title": "X", "claims": (claim,)})
+    return judge_claims(spec, sources_of(spec, records))[0]
 
 
 def at(tokens: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Claims: every word of the rule, effects by hand, pairing by items and seeds, nothing invented, mistakes have a line."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from recipelin.claimcheck import check_claims
-from recipelin.claims import RESAMPLES, Judged, claims_table, judge_claims, read
+from recipelin.claims import RESAMPLES, Judged, claims_table, judge_claims, read, sources_of
 from recipelin.claimspec import Claims, read_claims
 from recipelin.commands import checked
 from recipelin.load import load
@@ -36,7 +37,8 @@ def spec_of(*claims: dict[str, Any], **more: Any) -> Claims:
 
 
 def one(effect: dict[str, Any], records: list[Published], **more: Any) -> Judged:
-    return judge_claims(spec_of({"effect": effect} | more), records)[0]
+    spec = spec_of({"effect": effect} | more)
+    return judge_claims(spec, sources_of(spec, records))[0]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def test_every_word_is_reached(base: Published) -> None:
         {"effect": {"value": "linear - linear_outside", "column": far}, "margin": 0.05, "expect": "equal"},
         {"effect": {"value": "hybrid - window", "column": far}, "expect": "less"},
     )
-    judged = judge_claims(spec, [base])
+    judged = judge_claims(spec, sources_of(spec, [base]))
     words = ["shown", "opposite", "equal", "undecided", "not testable", "not run", "shown", "opposite"]
     assert [j.word for j in judged] == words
     assert judged[4].reason == "0 of 200 items exposed (at least half of their scored tokens), 100 needed"
@@ -116,7 +118,7 @@ def test_effects_are_what_their_names_say(base: Published, better: Published) ->
 
     def score(state: str, task: str, record: Published = base) -> float:
         metric = "log_loss" if task == "perplexity" else "acc" if "@" in task else "acc_norm"
-        return float(np.mean([i.score for i in record.items[ItemsOf(state, "pocket", task, metric, 0)]]))
+        return float(np.mean(record.items[ItemsOf(state, "pocket", task, metric, 0)].score))
 
     def loss(state: str, record: Published = base) -> float:
         return score(state, "perplexity", record)
@@ -172,7 +174,7 @@ def test_recipes_are_paired_by_items(base: Published, better: Published) -> None
     single = one({"value": "hybrid - teacher"}, [base]).estimate
     assert paired is not None and single is not None
     assert paired.interval.high - paired.interval.low < 0.02  # the texts differ by 0.5 nats, the recipes by 0.03
-    renamed = {k: tuple(i.model_copy(update={"id": f"{i.id}x"}) for i in v) for k, v in better.items.items()}
+    renamed = {k: replace(v, id=tuple(f"{i}x" for i in v.id)) for k, v in better.items.items()}
     with pytest.raises(
         TableError, match=r"claim 1: pocket/absolute and pocket/lolcats were not measured on the same items"
     ):

@@ -1,6 +1,7 @@
 """Publishing copies a whole, clean run once, and refuses everything else with the way out."""
 
 import argparse
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from recipelin.publish import PublishError, publish, publish_command
 from recipelin.records import (
     Bands,
+    Item,
     RecordError,
     Result,
     read_bands,
@@ -29,7 +31,9 @@ def lay(make: Any, folder: Path, **changes: Any) -> Path:
         key = (row.state, row.suite, row.task, row.metric, row.seed)
         if key in items:
             fields = row.model_dump(exclude={"state", "suite", "seed"})
-            pairs.append((row, Result(**fields, items=items[key])))
+            each = zip(*astuple(items[key]), strict=True)
+            mine = tuple(Item(**dict(zip(Item.model_fields, values, strict=True))) for values in each)
+            pairs.append((row, Result(**fields, items=mine)))
     write_items(folder / "items.jsonl.gz", pairs)
     return folder
 

@@ -10,6 +10,7 @@ import pytest
 
 from recipelin.records import (
     Item,
+    ItemColumns,
     ItemsOf,
     Record,
     RecordError,
@@ -50,7 +51,7 @@ def test_items_read_back_equal_and_their_bytes_repeat(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl.gz"
     write_items(path, [(row(), RESULT), (row(seed=1), RESULT)])
     found = read_items(tmp_path)
-    assert found[ItemsOf("hybrid", "pocket", "recall_96", "acc", 1)] == RESULT.items
+    assert found[ItemsOf("hybrid", "pocket", "recall_96", "acc", 1)] == ItemColumns.of(RESULT.items)
     assert len(found) == 2
     before = path.read_bytes()
     assert before[4:8] == bytes(4)  # no time in the gzip header
@@ -108,6 +109,67 @@ def test_a_cut_sidecar_is_refused(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress(b'{"state":"hybrid","items":[["a",1.0]]}\n'))
     with pytest.raises(RecordError, match=r":1: not a sidecar"):
         read_items(path)
+
+
+HEAD = '{"state":"hybrid","suite":"pocket","task":"t","metric":"acc","seed":0,"items":'
+GOOD = HEAD.replace("hybrid", "window") + '[["a",1.0,9,0.5]]}'
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('["b","x",9,0.5]]}', "item 2: score: Input should be a valid number"),
+        ('["b",true,9,0.5]]}', "item 2: score: Input should be a valid number"),
+        ('[7,1.0,9,0.5]]}', "item 2: id: Input should be a valid string"),
+        ('["b",1.0,9.0,0.5]]}', "item 2: length: Input should be a valid integer"),
+        ('["b",1.0,true,0.5]]}', "item 2: length: Input should be a valid integer"),
+        ('["b",NaN,9,0.5]]}', "item 2: score: Input should be a finite number"),
+        ('["b",1.0,9,Infinity]]}', "item 2: exposed: Input should be a finite number"),
+        ('["b",1.0,9,0.5,0.0,""]]}', "item 2: weight: Input should be greater than 0"),
+        ('["b",1.0,9,0.5,1.0,null]]}', "item 2: subtask: Input should be a valid string"),
+        ('["b",null,9.5,0.5]]}', r"item 2: score: Input should be a valid number \(and 1 more\)"),
+        ('["b",1.0]]}', r'item 2: found \["b", 1.0\]; expected \[id, score, length, exposed\]'),
+        ('["b",1.0,9,0.5,2.0]]}', r"item 2: found \[.*2.0\]; expected .* or \[id, score, length, exposed, weight, subtask\]"),
+        ('{"id":"b"}]}', r'item 2: found {"id": "b"}; expected \[id,'),
+    ],
+)  # fmt: skip
+def test_a_wrong_item_is_named_with_its_file_and_line(line: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl.gz"
+    path.write_bytes(gzip.compress(f'{GOOD}\n{HEAD}[["a",1.0,9,0.5],{line}\n'.encode()))
+    with pytest.raises(RecordError, match=rf"items\.jsonl\.gz:2: not a sidecar of items: {words}"):
+        read_items(path)
+
+
+def test_a_wrong_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl.gz"
+    for line, words in (
+        ("7", "found int; expected a map of state, suite, task, metric, seed, items"),
+        ("", "Expecting value"),
+        ('{"state":"hybrid"}', "items: found NoneType; expected a list"),
+        (HEAD + '{"a":1}}', "items: found dict; expected a list"),
+    ):
+        path.write_bytes(gzip.compress(f"{GOOD}\n{line}\n".encode()))
+        with pytest.raises(RecordError, match=rf"items\.jsonl\.gz:2: not a sidecar of items: {words}"):
+            read_items(path)
+    path.write_bytes(gzip.compress(f"{GOOD}\n{GOOD}\n".encode()))
+    with pytest.raises(RecordError, match=r"items\.jsonl\.gz:2: .*is there twice"):
+        read_items(path)
+    spoiled = bytearray(gzip.compress(GOOD.encode() * 9))
+    spoiled[12] ^= 255
+    path.write_bytes(bytes(spoiled))
+    with pytest.raises(RecordError, match="not a sidecar"):
+        read_items(path)
+
+
+def test_right_items_of_any_form_read_as_an_item_reads_them(tmp_path: Path) -> None:
+    """Integers as numbers, letters beyond ASCII, weights on some alone, none at all; -0.0 and 1 stay what they are."""
+    path = tmp_path / "items.jsonl.gz"
+    packed = ([["a", 1, 9, 0], ["b", -0.0, 1, 1.0, 2, "x"]], [["é", 0.5, 1, 1.0]], [])
+    for each in packed:
+        path.write_bytes(gzip.compress((HEAD + json.dumps(each) + "}").encode()))
+        (found,) = read_items(path).values()
+        wanted = ItemColumns.of(Item(**dict(zip(Item.model_fields, values, strict=False))) for values in each)
+        assert found == wanted and repr(found) == repr(wanted) and len(found) == len(each)
 
 
 def git(folder: Path, *arguments: str) -> None:

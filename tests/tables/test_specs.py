@@ -1,6 +1,8 @@
 """Ours beside what was printed: nothing invented, what is missing is listed, mistakes have a line."""
 
 import argparse
+import gzip
+import json
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from recipelin.finding import kind_of
 from recipelin.naming import but_seed
 from recipelin.plan import Plan, plan
 from recipelin.published import Published
-from recipelin.records import ItemsOf, write_record
+from recipelin.records import ItemsOf, read_items, write_record
 from recipelin.render import DASH, Cell, Table, render
 from recipelin.runtable import run_table
 from recipelin.steps import Evaluate
@@ -241,6 +243,41 @@ def test_check_compares_with_the_committed_table(make: Any, tmp_path: Path, caps
     path.with_suffix(".md").write_bytes(b"\xd0")
     with pytest.raises(OSError, match="not UTF-8; expected the Markdown that recipelin table"):
         table_command(check)
+
+
+def test_specs_share_records_each_read_once_and_a_wrong_item_stops_all(
+    make: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, items = make(rows=8, questions=8, recalls=4)
+    write_record(tmp_path / "records" / "pocket-lolcats--1.json", record)
+    sidecar = tmp_path / "records" / "pocket-lolcats--1.items.jsonl.gz"
+    lines = [
+        json.dumps(key._asdict() | {"items": list(zip(v.id, v.score, v.length, v.exposed, strict=True))})
+        for key, v in items.items()
+    ]
+    sidecar.write_bytes(gzip.compress("\n".join(lines).encode()))
+    (tmp_path / "tables").mkdir()
+    specs = [tmp_path / "tables" / f"{name}.yaml" for name in "xyz"]
+    for path in specs:
+        path.write_text(SPEC)
+    specs[2].write_text(SPEC.replace("pocket/lolcats", "pocket/hedgecats"))
+    read: list[Path] = []
+    monkeypatch.setattr("recipelin.published.read_items", lambda path: read.append(path) or read_items(path))
+
+    def show(path: Path, **more: Any) -> tuple[int, Any]:
+        asked = {"path": str(path), "format": "markdown", "check": False, "figure": False} | more
+        return table_command(argparse.Namespace(**asked)), capsys.readouterr()
+
+    alone = [show(path)[1].out for path in specs]
+    assert alone[0] == alone[1] and "pocket-lolcats--1.json" in alone[0] and "pocket-lolcats--1" not in alone[2]
+    read.clear()
+    assert show(tmp_path / "tables") == (0, ("".join(alone), ""))
+    assert len(read) == 1
+    lines[1] = lines[1].replace("1.0", "true", 1).replace("0.0", "true", 1)
+    sidecar.write_bytes(gzip.compress("\n".join(lines).encode()))
+    code, shown = show(tmp_path / "tables", check=True)
+    assert (code, shown.out) == (2, "") and shown.err.count("\n") == 1
+    assert f"{sidecar}:2: not a sidecar of items: item " in shown.err
 
 
 def test_the_command_shows_a_run(make: Any, tmp_path: Path, capsys: Any) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from recipelin.measures import by_distance, measures
-from recipelin.records import Item, ItemsOf, Record, RecordError, Row
+from recipelin.records import Item, ItemColumns, ItemsOf, Record, RecordError, Row
 from recipelin.render import DASH, WIDTH, Block, Cell, Table
 from recipelin.runtable import subset_states
 from recipelin.tables import FORMATS, render, run_table
@@ -59,7 +60,7 @@ def test_places_of_a_copied_string_are_shown_and_no_measures(make: Any) -> None:
             for metric, each in scores.items():
                 task = f"copy4@256:{distance}"
                 each = each if distance == 60 else (0.0, 0.0)
-                items[ItemsOf(state, "pocket", task, metric, 0)] = tuple(
+                items[ItemsOf(state, "pocket", task, metric, 0)] = ItemColumns.of(
                     Item(id=f"{distance}-{i}", score=s, length=256, exposed=1.0) for i, s in enumerate(each)
                 )
                 found.append(
@@ -186,7 +187,7 @@ def test_states_on_other_items_are_not_compared(make: Any) -> None:
     record, items = make()
     key = next(k for k in items if k.state == "window" and k.task == "next_line_long")
     with pytest.raises(RecordError, match="items of state 'window' on pocket/next line long are not those"):
-        run_table(record, {**items, key: items[key][::-1]})
+        run_table(record, {**items, key: replace(items[key], id=items[key].id[::-1])})
 
 
 def test_a_row_that_its_items_contradict_is_called_out(make: Any) -> None:
@@ -403,10 +404,8 @@ def test_a_weighted_mean_is_the_ratio_of_two_sums(make: Any) -> None:
     mean = float(np.average(right, weights=weights))
     for key, each in list(items.items()):
         if key.task == "next_line_long":
-            items[key] = tuple(
-                i.model_copy(update={"score": float(s), "weight": float(w), "subtask": "a" if n < 160 else "b"})
-                for n, (i, s, w) in enumerate(zip(each, right, weights, strict=True))
-            )
+            subtasks = ("a",) * 160 + ("b",) * 40
+            items[key] = replace(each, score=tuple(right), weight=tuple(weights), subtask=subtasks)
     rows = tuple(r.model_copy(update={"value": mean}) if r.task == "next_line_long" else r for r in record.rows)
     record = record.model_copy(update={"rows": rows})
     table = run_table(record, items)

@@ -1,5 +1,6 @@
 """Known answers: the verdict may come out either way, and says so when it cannot tell."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -117,14 +118,12 @@ def test_only_exposed_items_speak(make: Any) -> None:
     key = next(k for k in items if k.state == "hybrid" and k.task == "perplexity")
     window = items[key._replace(state="window")]
     mixed = {
-        k: tuple(i.model_copy(update={"exposed": float(n % 2)}) for n, i in enumerate(v))
+        k: replace(v, exposed=tuple(float(n % 2) for n in range(len(v))))
         for k, v in items.items()
         if k.task == "perplexity"
     }
-    mixed[key] = tuple(
-        own if number % 2 == 0 else own.model_copy(update={"score": window[number].score})
-        for number, own in enumerate(mixed[key])
-    )
+    scores = zip(items[key].score, window.score, strict=True)
+    mixed[key] = replace(mixed[key], score=tuple(x if n % 2 == 0 else y for n, (x, y) in enumerate(scores)))
     found = of(verdict(record, items | mixed), "perplexity")
     assert (found.n, found.word) == (120, "bypassed")
     assert found.difference == (0.0, 0.0, 0.0)
