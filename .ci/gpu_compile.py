@@ -52,6 +52,11 @@ TRANSFERS: dict[str, dict[str, Any]] = {
     "transfer, float32 features": {"feature_dtype": torch.float32},
     "transfer, float32 features, F 256": {"feature_dtype": torch.float32, "features": 256},
     "transfer, float32": {"dtype": torch.float32},
+    "transfer, float32, F 256": {"dtype": torch.float32, "features": 256},
+    "transfer, float32, d 256, F 512": {"dtype": torch.float32, "width": 256, "features": 512},
+    "transfer of the hybrid's row, float32, d 256, F 512": {
+        "dtype": torch.float32, "width": 256, "features": 512, "target": "hybrid", "join": "average", "window": 64,
+    },
     "transfer, fp16": {"dtype": torch.float16},
     "transfer, d 64": {"width": 64},
     "transfer, d 256, F 512": {"width": 256, "features": 512},

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import reads
+from . import __version__, reads
 from .files import digest_file as digest_file
 from .files import home as home
 from .files import locked, write_atomically
@@ -39,7 +39,7 @@ def threads() -> int:
 
 def versions() -> dict[str, str]:
     """Versions that can move a number: Python and the libraries that compute."""
-    found = {"python": platform.python_version(), "recipelin": importlib.metadata.version("recipelin")}
+    found = {"python": platform.python_version(), "recipelin": __version__}
     for name in LIBRARIES:
         try:
             found[name] = importlib.metadata.version(name)

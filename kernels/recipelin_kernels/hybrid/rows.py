@@ -114,6 +114,8 @@ class Rows:
 def rows(batch: int, length: int, device: torch.device, key_mask: Tensor | None, segment_ids: Tensor | None) -> Rows:
     """Positions and segments. Real tokens of a row must be one run (padding left or right): ValueError otherwise."""
     index = torch.arange(length, device=device).expand(batch, length)
+    if segment_ids is None and key_mask is None:
+        return Rows(index, torch.zeros(1, dtype=torch.long, device=device).expand(batch, length))
     if segment_ids is None:
         segment = torch.zeros(batch, length, dtype=torch.long, device=device)
     else:

@@ -38,6 +38,8 @@ def fitting(kind: torch.dtype, phi: torch.dtype, width: int, features: int) -> B
     """Sizes for inputs of a dtype, their features' dtype, head_dim and features."""
     if interpreted():
         return Blocks(32, 16, 64, 32, 1)
+    if kind == torch.float32 and max(width, features) > 128:
+        return Blocks(32, 32, 128, 64, 1)
     if kind == torch.float32 or width > 128:
         return Blocks(64, 32, 128, 128, 2)
     rows, stages = (128, 3) if features <= 128 else (64, 2)
