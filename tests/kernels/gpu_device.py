@@ -20,6 +20,9 @@ FP32 = 1e-5 if GPU else 3e-6
 # Products of 8 or 11 bits, and what backward takes its row terms from, rounded to them.
 COARSE = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
+# What cancels exactly, as a single key's gradients do, leaves the rounding of terms whose norms are 30 to 2000.
+CANCELLED = 100.0 if GPU else 1e-2
+
 
 def on_device(options):
     return {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in options.items()}

@@ -81,11 +81,15 @@ def with_gradients(x: Inputs, real: Tensor | None = None, **options) -> list[Ten
     return [y.detach(), *shown, *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True))]
 
 
-def assert_same(found, expected, tolerance=EXACT):
-    names = ["y", "window", "linear", "linear_share", *("d_" + n for n in Inputs.names)]
+OUTCOMES = ("y", "window", "linear", "linear_share", *("d_" + n for n in Inputs.names))
+
+
+def assert_same(found, expected, tolerance=EXACT, *, names=OUTCOMES, cancelled=1e-2):
+    """Relative errors in norm. The floor of 1e-2, or `cancelled`, is for what is 0 but for rounding (mix, where no linear key is
+    seen; all gradients of a single key)."""
     for name, a, b in zip(names, found, expected, strict=True):
-        # The floor is for gradients that are 0 but for rounding (mix, where no linear key is seen).
-        error = float((a - b).norm() / b.norm().clamp(min=1e-2))
+        size = float(b.norm())
+        error = float((a.to(b.dtype) - b).norm()) / max(size, cancelled if size <= 1e-9 else 1e-2)
         assert error <= tolerance, f"{name}: {error:.2e}"
 
 

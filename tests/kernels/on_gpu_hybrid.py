@@ -36,8 +36,7 @@ def test_equals_the_definition(name, alike):
     kinds = ["none"] if alike else ["left", "right", "segments"]
     for kind, length in itertools.product(kinds, [1, 63, 333, 1025]):
         x = Inputs((4, 2), length, 2, draw.random() < 0.5, seed=length, dim=64, features=64)
-        # A single key's gradients are 0 but for rounding: the floor of `assert_same` is absolute.
-        compare(x, SETS[name] | padding(kind, 2, length), tolerance=1e-4 if length == 1 else 1e-5)
+        compare(x, SETS[name] | padding(kind, 2, length))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *COARSE], ids=str)
@@ -63,13 +62,24 @@ def test_float32_features_beside_bf16():
     mixed.phi_q, mixed.phi_k = (t.to(DEVICE, torch.float32) for t in (x.phi_q, x.phi_k))
     exact = mixed.like(torch.float64, DEVICE)
     found = with_gradients(mixed, window=64, kernel="gpu")
-    assert_same([t.double() for t in found], with_gradients(exact, window=64, kernel="reference"), 2e-2)
+    assert_same(found, with_gradients(exact, window=64, kernel="reference"), 2e-2)
 
 
-def test_results_repeat_bit_by_bit():
-    x = Inputs((4, 2), 2049, 2, dim=128, features=128).like(torch.bfloat16, DEVICE)
-    once, again = (with_gradients(x, window=64, sinks=4, kernel="gpu") for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+@pytest.mark.parametrize("dtype", [torch.float32, *COARSE], ids=str)
+@pytest.mark.parametrize(
+    ("dim", "features", "options"),
+    [
+        (128, 128, dict(window=64, sinks=4)),
+        (128, 256, dict(window=64, join="replace")),
+        (64, 128, dict(window=100, join="absolute")),
+        (80, 96, dict(window=64)),
+    ],
+)
+def test_results_repeat_bit_by_bit(dtype, dim, features, options):
+    """A compiler's race shows here first: sums that were made in a pipeline once differed from call to call."""
+    x = Inputs((4, 2), 2049, 2, dim=dim, features=features).like(dtype, DEVICE)
+    once, *others = (with_gradients(x, kernel="gpu", **options) for _ in range(4))
+    assert all(torch.equal(a, b) for again in others for a, b in zip(once, again, strict=True))
 
 
 # decoding: keys enter the sums 16 at once, so rows of many tokens

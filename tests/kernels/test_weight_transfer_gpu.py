@@ -6,8 +6,8 @@ from torch import Tensor
 
 from recipelin_kernels import teacher_attention, weight_transfer_loss
 from recipelin_kernels.hybrid import gpu_support
-from tests.kernels.gpu_device import DEVICE, FP32, empty_is_nan, on_device
-from tests.kernels.hybrid_inputs import Inputs, padding
+from tests.kernels.gpu_device import CANCELLED, DEVICE, FP32, empty_is_nan, on_device
+from tests.kernels.hybrid_inputs import Inputs, assert_same, padding
 
 pytestmark = pytest.mark.usefixtures("language_patched_once")
 
@@ -28,11 +28,8 @@ def loss_and_gradients(x: Inputs, lse: Tensor, **options) -> list[Tensor]:
 
 
 def assert_close(found, expected, tolerance):
-    for name, one, other in zip(("loss", *LEARNED), found, expected, strict=True):
-        assert bool(one.isfinite().all()), name
-        # The floor is for gradients that are 0 but for rounding (mix, where no linear key is seen).
-        error = float((one.double() - other).norm() / other.norm().clamp(min=1e-2))
-        assert error <= tolerance, f"{name}: {error:.2e}"
+    assert all(bool(one.isfinite().all()) for one in found)
+    assert_same(found, expected, tolerance, names=("loss", *LEARNED), cancelled=CANCELLED)
 
 
 def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32):
@@ -115,9 +112,10 @@ def test_only_wanted_gradients_are_computed_and_they_repeat():
     expected = found("phi_q", "phi_k", "mix")
     assert expected["log_scale"] is None
     for wanted in (("phi_k",), ("phi_q", "mix")):
-        again = found(*wanted)
+        one, again = found(*wanted), found(*wanted)
         assert {n for n, grad in again.items() if grad is not None} == set(wanted)
-        assert all(torch.equal(again[n], expected[n]) for n in wanted)
+        for n in wanted:  # kernels of other gradients are compiled anew, and may add up in another order
+            assert torch.equal(one[n], again[n]) and torch.allclose(one[n], expected[n], rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         given = [getattr(x, n).requires_grad_() for n in ("phi_q", "phi_k")]
         assert not weight_transfer_loss(x.q, x.k, *given, lse, kernel="gpu").requires_grad

@@ -191,18 +191,14 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
     # What sinks get is added to them: not in bf16.
     sinks = o.sinks > 0 and o.has_sinks
     made = torch.float32 if sinks else x.k.dtype
-    if wants & {"k", "v"}:
-        dk, dv = (
-            torch.empty(batch, key_heads, keys, width, dtype=made, device=dy.device) if n in wants else None
-            for n in ("k", "v")
-        )
+    for name in sorted(wants & {"k", "v"}):  # each alone: a program that holds both sums spills
+        found[name] = torch.empty(batch, key_heads, keys, width, dtype=made, device=dy.device)
         call.launch(
             gpu_backward_keys.key_gradient, (blocks, batch * key_heads),
-            x.q, x.k, x.v, x.fq, x.fk, dy, call.keep, *spots, kept.stats, terms, kept.bests, x.mix, value, dk, dv,
+            x.q, x.k, x.v, x.fq, x.fk, dy, call.keep, *spots, kept.stats, terms, kept.bests, x.mix, value, found[name],
             *strides(x.q, x.k, x.v, x.fq, x.fk, dy), heads, batch, length, keys, lead, states, origin, anchor, scale,
-            K=dk is not None, V=dv is not None,
+            K=name == "k",
         )  # fmt: skip
-        found |= {n: d for n, d in (("k", dk), ("v", dv)) if d is not None}
     if "fk" in wants and not featureless:
         kind = torch.float32 if sinks and o.join == "replace" else x.fk.dtype
         found["fk"] = torch.empty(x.fk.shape, dtype=kind, device=dy.device)

@@ -22,12 +22,12 @@ from .gpu_parts import (
 
 @triton.jit
 def key_gradient(
-    q, k, v, fq, fk, dy, keep, q_position, q_segment, k_position, k_segment, stats, terms, bests, mix, value, dk, dv,
+    q, k, v, fq, fk, dy, keep, q_position, q_segment, k_position, k_segment, stats, terms, bests, mix, value, out,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fq_b, fq_h, fq_t, fk_b, fk_h, fk_t, dy_b, dy_h, dy_t,
     heads, batches, length, keys, lead, states, origin, anchor, scale,
-    K: tl.constexpr, V: tl.constexpr, o: tl.constexpr,
+    K: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv [B,Hkv,Tk,D] of `columns` keys, over all heads that share them. Grid: (blocks of keys, B Hkv).
+    """dk (K) or dv [B,Hkv,Tk,D] of `columns` keys, over all heads that share them. Grid: (blocks of keys, B Hkv).
 
     value: gradients of the states. A block begins at `origin` + n columns, so that all its keys enter one state.
     Everything is [columns, rows]: what multiplies q and dy needs no transposing.
@@ -44,10 +44,11 @@ def key_gradient(
     kp, ks = places(k_position + b * (keys + o.ahead), k_segment + b * (keys + o.ahead), j, keys, o)
     real = ks >= 0
     key = take(k, j, k_t, real, 0, o.width, o.width_block)
-    values = take(v, j, v_t, real, 0, o.width, o.width_block)
+    values = key
+    if K:
+        values = take(v, j, v_t, real, 0, o.width, o.width_block)
     plane = tl.cast(batches * heads + 0 * b, tl.int64) * length
-    k_total = tl.full([o.columns, o.width_block], 0.0, tl.float32)
-    v_total = tl.full([o.columns, o.width_block], 0.0, tl.float32)
+    total = tl.full([o.columns, o.width_block], 0.0, tl.float32)
 
     first = tl.maximum(j0 - lead, 0) // o.rows * o.rows
     soft_stop = tl.minimum(j0 + o.columns - lead + o.span, length)
@@ -55,7 +56,7 @@ def key_gradient(
     number = tl.maximum(j0 - lead + o.span, 0) // o.stored
     begin = soft_end  # of the linear set's queries
     end = soft_end
-    if V and o.has_linear and o.show_linear:
+    if not K and o.has_linear and o.show_linear:
         begin = first
         if not o.near_linear:
             begin = tl.minimum(tl.maximum(j0 + o.window - lead, 0) // o.rows * o.rows, soft_end)
@@ -70,57 +71,58 @@ def key_gradient(
         phi_q = head(fq, b, h, fq_b, fq_h)
         phi_k = head(fk, b, h // o.map_group, fk_b, fk_h)
         at = (b * heads + h).to(tl.int64) * length
-        phi = take(phi_k, j, fk_t, real, 0, o.features, o.tile)
         kept = window_kept(keep, b * heads + h, o)
         g_mix = 0.0
-        if o.through:
+        if K and o.through:
             g_mix = tl.load(mix + h).to(tl.float32)
+        phi = key
+        if not K and o.has_linear and o.show_linear:
+            phi = take(phi_k, j, fk_t, real, 0, o.features, o.tile)
         for q0 in range(first, begin, o.rows):
-            k_total, v_total = _to_keys(
-                k_total, v_total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
+            total = _to_keys(
+                total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
                 q_position, q_segment, stats + at, terms + at, bests, at, plane, g_mix,
-                length, lead, kept, anchor, scale, True, False, K, V, o,
+                length, lead, kept, anchor, scale, True, False, K, o,
             )  # fmt: skip
-        for q0 in range(begin, soft_end, o.rows):
-            k_total, v_total = _to_keys(
-                k_total, v_total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
-                q_position, q_segment, stats + at, terms + at, bests, at, plane, g_mix,
-                length, lead, kept, anchor, scale, True, V and o.has_linear and o.show_linear, K, V, o,
-            )  # fmt: skip
-        for q0 in range(soft_end, end, o.rows):
-            k_total, v_total = _to_keys(
-                k_total, v_total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
-                q_position, q_segment, stats + at, terms + at, bests, at, plane, g_mix,
-                length, lead, kept, anchor, scale, False, V and o.has_linear and o.show_linear, K, V, o,
-            )  # fmt: skip
+        if not K and o.has_linear and o.show_linear:
+            for q0 in range(begin, soft_end, o.rows):
+                total = _to_keys(
+                    total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
+                    q_position, q_segment, stats + at, terms + at, bests, at, plane, g_mix,
+                    length, lead, kept, anchor, scale, True, True, K, o,
+                )  # fmt: skip
+            for q0 in range(soft_end, end, o.rows):
+                total = _to_keys(
+                    total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
+                    q_position, q_segment, stats + at, terms + at, bests, at, plane, g_mix,
+                    length, lead, kept, anchor, scale, False, True, K, o,
+                )  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * keys
     inside = (j >= 0) & (j < keys)
     if K:
-        put(dk + row * o.width, j, o.width, inside, 0, o.width, o.width_block, k_total * scale)
-    if V:
-        if o.sums and o.show_linear:
-            if number + 1 < states:
-                segment = goes_on(q_segment, (number + 1) * o.stored, o)
-                maps = o.group // o.map_group
-                for one in range(0, maps):
-                    p = g * maps + one
-                    kept = window_kept(keep, b * heads + p * o.map_group, o)
-                    counts = enters(kp, ks, segment, kept, o)
-                    at = ((b * groups * maps + p).to(tl.int64) * states + number + 1) * o.features
-                    for start in range(0, o.features, o.tile):
-                        f = start + tl.arange(0, o.tile)
-                        phi_k = head(fk, b, p, fk_b, fk_h)
-                        phi = take(phi_k, j, fk_t, counts, start, o.features, o.tile)
-                        s = take(value + at * o.width, f, o.width, f < o.features, 0, o.width, o.width_block)
-                        v_total = weighed(phi, s, v_total, o)
-        put(dv + row * o.width, j, o.width, inside, 0, o.width, o.width_block, v_total)
+        total = total * scale
+    elif o.sums and o.show_linear:
+        if number + 1 < states:
+            segment = goes_on(q_segment, (number + 1) * o.stored, o)
+            maps = o.group // o.map_group
+            for one in range(0, maps):
+                p = g * maps + one
+                kept = window_kept(keep, b * heads + p * o.map_group, o)
+                counts = enters(kp, ks, segment, kept, o)
+                at = ((b * groups * maps + p).to(tl.int64) * states + number + 1) * o.features
+                for start in range(0, o.features, o.tile):
+                    f = start + tl.arange(0, o.tile)
+                    phi = take(head(fk, b, p, fk_b, fk_h), j, fk_t, counts, start, o.features, o.tile)
+                    s = take(value + at * o.width, f, o.width, f < o.features, 0, o.width, o.width_block)
+                    total = weighed(phi, s, total, o)
+    put(out + row * o.width, j, o.width, inside, 0, o.width, o.width_block, total)
 
 
 @triton.jit
 def _to_keys(
-    k_total, v_total, q, q_t, dy, dy_t, fq, fq_t, fk, fk_t, phi, key, values, j, kp, ks, q0,
+    total, q, q_t, dy, dy_t, fq, fq_t, fk, fk_t, phi, key, values, j, kp, ks, q0,
     q_position, q_segment, stats, terms, bests, at, plane, mix,
-    length, lead, kept, anchor, scale, SOFT: tl.constexpr, LINEAR: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    length, lead, kept, anchor, scale, SOFT: tl.constexpr, LINEAR: tl.constexpr, K: tl.constexpr,
     o: tl.constexpr,
 ):  # fmt: skip
     i = q0 + tl.arange(0, o.rows)
@@ -134,26 +136,24 @@ def _to_keys(
         query = take(q, i, q_t, real, 0, o.width, o.width_block)
         top = tl.load(stats + i, mask=real, other=0.0)
         factor = tl.load(terms + i, mask=real, other=0.0)
-        a = softmax_weights(scores(key, query, scale, o), soft, top[None, :]) * factor[None, :]
-        if K:
-            sigma = tl.load(terms + 2 * plane + i, mask=real, other=0.0)
-            dx = tl.dot(values, tl.trans(out), input_precision=o.precision)
-            dx = shown(dx, hidden, o)
-            ds = a * (dx + sigma[None, :])
-            if o.through:
-                best = tl.load(bests + at + i, mask=real, other=0)
-                row = mix * tl.load(terms + 4 * plane + i, mask=real, other=0.0)
-                ds -= tl.where(soft & (j[:, None] == best[None, :]), row[None, :], 0.0)
-            k_total = weighed(ds, query, k_total, o)
-        weights += a
-        weights = shown(weights, hidden, o)
-    if LINEAR:
-        b = pairs(phi, fk, fk_t, j, ks >= 0, fq, fq_t, i, real, o)
-        factor = tl.load(terms + plane + i, mask=real, other=0.0)
-        weights += tl.where(linear, b * factor[None, :], 0.0)
-    if V:
-        v_total = weighed(weights, out, v_total, o)
-    return k_total, v_total
+        weights = softmax_weights(scores(key, query, scale, o), soft, top[None, :]) * factor[None, :]
+        if not K:
+            weights = shown(weights, hidden, o)
+    if K:
+        sigma = tl.load(terms + 2 * plane + i, mask=real, other=0.0)
+        dx = shown(tl.dot(values, tl.trans(out), input_precision=o.precision), hidden, o)
+        ds = weights * (dx + sigma[None, :])
+        if o.through:
+            best = tl.load(bests + at + i, mask=real, other=0)
+            row = mix * tl.load(terms + 4 * plane + i, mask=real, other=0.0)
+            ds -= tl.where(soft & (j[:, None] == best[None, :]), row[None, :], 0.0)
+        return weighed(ds, query, total, o)
+    else:
+        if LINEAR:
+            b = pairs(phi, fk, fk_t, j, ks >= 0, fq, fq_t, i, real, o)
+            factor = tl.load(terms + plane + i, mask=real, other=0.0)
+            weights += tl.where(linear, b * factor[None, :], 0.0)
+        return weighed(weights, out, total, o)
 
 
 @triton.jit

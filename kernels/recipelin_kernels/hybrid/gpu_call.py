@@ -47,7 +47,7 @@ class Launch:
 
 
 LAUNCHES = {
-    "sum_keys": Launch(4, 3),
+    "sum_keys": Launch(4, 1),
     "scan": Launch(4, 1),
     "output": Launch(8, 2),
     "row_terms": Launch(4, 1),
