@@ -91,7 +91,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         from .stages import StageError
     except ModuleNotFoundError as error:
         print(
-            f"recipelin: run needs {error.name}, which is not installed: pip install 'recipelin[run,eval]'",
+            f"recipelin: run needs {error.name or error}, which is not installed: pip install 'recipelin[run,eval]'",
             file=sys.stderr,
         )
         return 2

@@ -37,10 +37,10 @@ def threads() -> int:
     return int(given)
 
 
-def versions() -> dict[str, str]:
-    """Versions that can move a number: Python and the libraries that compute."""
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Versions that can move a number: Python, the libraries that compute, and `more`."""
     found = {"python": platform.python_version(), "recipelin": __version__}
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *more):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

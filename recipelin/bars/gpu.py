@@ -17,6 +17,7 @@ from recipelin_kernels import (
 
 from ..attention.hybrid.config import FeatureMap
 from ..attention.hybrid.feature_map import HeadFeatureMap
+from ..bench import cuda
 from ..bench.measure import Bar, Fact
 
 
@@ -209,7 +210,19 @@ def _transfer(length: int, **more: Any) -> dict[str, Any]:
     return {"ours": TransferOnGpu("gpu", length, **more), "sdpa": OnGpu("sdpa", length, True)}
 
 
+def _host(quick: bool) -> dict[str, float]:
+    cases: dict[str, OnGpu | TransferOnGpu] = {
+        "forward us": OnGpu("gpu", 1024),
+        "forward and backward us": OnGpu("gpu", 1024, True),
+        "sdpa forward us": OnGpu("sdpa", 1024),
+        "sdpa forward and backward us": OnGpu("sdpa", 1024, True),
+        "weight transfer us": TransferOnGpu("gpu", 1024),
+    }
+    return {name: cuda.host_seconds(case.make(), 10 if quick else 50) * 1e6 for name, case in cases.items()}
+
+
 BARS: list[Bar | Fact] = [
+    Fact("gpu/host", f"T 1024, {_SHAPE}: what the host takes to launch a call, which no other row holds", _host, **_CUDA),
     Bar("gpu/floor", f"T 32768, {_SHAPE}: times the arithmetic's floor of 7.2 ns a token, forward",
         {"ours": OnGpu("gpu", 32768)}, ("ours", "floor"), 2.5, at_most=True, floors={"floor": _FLOOR * 32768},
         bound=_UNFUSED, **_CUDA),
@@ -240,11 +253,11 @@ BARS: list[Bar | Fact] = [
         **_CUDA),
     Bar("gpu/decode-1", f"a token under a CUDA graph, batch 1, {_SHAPE}, with both feature maps: time of a layer over 6 us",
         {"ours": DecodeOnGpu(1, 32)}, ("ours", "6 us"), 1, at_most=True, unit="us", floors={"6 us": 6e-6},
-        bound=_LAUNCHES, **_CUDA),
+        bound=_LAUNCHES, eager=True, **_CUDA),
     *(
         Bar(f"gpu/decode-{batch}", f"the same at batch {batch}: time over that of its bytes at 3.35 TB/s (1.43: 70 % of them)",
             {"ours": DecodeOnGpu(batch, steps)}, ("ours", "bytes"), 1.43, at_most=True, unit="us",
-            floors={"bytes": DecodeOnGpu(batch, steps).floor}, **_CUDA)
+            floors={"bytes": DecodeOnGpu(batch, steps).floor}, eager=True, **_CUDA)
         for batch, steps in ((32, 2), (256, 1))
     ),
     *(
@@ -258,7 +271,7 @@ BARS: list[Bar | Fact] = [
         _transfer(4096, feature_dtype=torch.float32), ("ours", "sdpa"), None, at_most=True, **_CUDA),
     Bar("gpu/transfer-chunked", "T 4096: weight transfer, times as fast as the chunked form in torch",
         {n: TransferOnGpu(k, 4096) for n, k in (("chunked", "chunked"), ("ours", "gpu"))}, ("chunked", "ours"), 1,
-        slow=True, **_CUDA),
+        slow=True, eager=True, **_CUDA),
     Bar("gpu/transfer-memory", "T 32768 over T 16384: weight transfer's peak memory",
         {str(n): TransferOnGpu("gpu", n) for n in (16384, 32768)}, ("32768", "16384"), 2.1, at_most=True, peak=True,
         **_CUDA),

@@ -1,5 +1,6 @@
-"""How a bar is measured on a GPU: CUDA events around alternating rounds in one process; peak memory by torch's allocator."""
+"""How a bar is measured on a GPU: events around replays of graphs, in alternating rounds; peak memory by torch's allocator."""
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,18 +22,58 @@ def name() -> str:
     return str(torch.cuda.get_device_name())
 
 
-def times(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of one call of each case in every round, all of them alternating, between two events of the GPU."""
-    repeats = {}
+def times(calls: Mapping[str, Callable[[], object]], rounds: int, *, eager: bool = False) -> dict[str, list[float]]:
+    """Seconds of one call of each case in every round, all of them alternating, between two events of the GPU.
+
+    A call is captured in a CUDA graph, and its replays are timed: what the host takes to launch is not in it (`host_seconds`).
+    eager: it is launched anew each time.
+    """
+    ready = {}
     for case, call in calls.items():
         for _ in range(SETTLE):
             call()
-        repeats[case] = max(1, round(LEAST_SECONDS / max(_timed(call, 1), 1e-6)))
+        again = call if eager else captured(call)
+        ready[case] = again, max(1, round(LEAST_SECONDS / max(_timed(again, 1), 1e-6)))
     found: dict[str, list[float]] = {case: [] for case in calls}
     for _ in range(rounds):
-        for case, call in calls.items():
-            found[case].append(_timed(call, repeats[case]))
+        for case, (again, repeats) in ready.items():
+            found[case].append(_timed(again, repeats))
     return found
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """A replay of a call, which must read nothing back to the host."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def again() -> object:
+        graph.replay()
+        return results
+
+    return again
+
+
+def host_seconds(call: Callable[[], object], calls: int = 50) -> float:
+    """Seconds that the host takes to launch a call, the GPU being idle when it begins."""
+    import torch
+
+    for _ in range(SETTLE):
+        call()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(calls):
+        call()
+    spent = time.perf_counter() - begun
+    torch.cuda.synchronize()
+    return spent / calls
 
 
 def _timed(call: Callable[[], object], repeats: int) -> float:

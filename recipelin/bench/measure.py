@@ -46,6 +46,7 @@ class Bar:
     ratio: (numerator, denominator), names of `cases`. reach: at least that much, or `at_most`; None: recorded only.
     bound: what keeps it from more, for the record where it is missed. `peak` compares memory instead of time.
     floors: seconds that a ratio may name in place of a case. needs: a package without which it is not measured.
+    eager: of a GPU, calls that cannot be captured in a CUDA graph: the host launches each of them.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Bar:
     device: Device = "cpu"
     floors: Mapping[str, float] = field(default_factory=dict)
     needs: str = ""
+    eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def measure(bar: Bar | Fact, *, quick: bool = False) -> Measured:
     else:
         rounds = 3 if quick else (5 if bar.slow else 11)
         calls = {n: c.make() for n, c in bar.cases.items()}
-        seconds = (cuda.times if on_cuda else times)(calls, rounds)
+        seconds = cuda.times(calls, rounds, eager=bar.eager) if on_cuda else times(calls, rounds)
         seconds = {n: [s / bar.cases[n].steps for s in found] for n, found in seconds.items()}
         seconds |= {name: [floor] * rounds for name, floor in bar.floors.items()}
         values = {name: statistics.median(found) * SCALE[bar.unit] for name, found in seconds.items()}

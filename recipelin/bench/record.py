@@ -35,7 +35,8 @@ class Record:
         load = os.getloadavg()[0]
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return cls(
-            now, source.commit, source.dirty, processor(), os.cpu_count() or 1, versions(), (load, load), quick, gpu=gpu
+            now, source.commit, source.dirty, processor(), os.cpu_count() or 1, versions(("triton", "fla-core") if gpu else ()),
+            (load, load), quick, gpu=gpu,
         )  # fmt: skip
 
     def end(self, bars: Sequence[Measured]) -> "Record":
@@ -64,17 +65,22 @@ def as_markdown(record: Record, pictures: Sequence[str] = (), *, only: str = "")
     command, file = "recipelin bench", "record.json"
     where = f"{record.processor}, one thread of {record.cores} cores"
     if record.gpu:
-        device, clock, memory = "a GPU", "time between two events of the GPU", "of torch's allocator"
+        device, clock, memory = (
+            "a GPU",
+            "time between two events of the GPU around replays of CUDA graphs",
+            "of torch's allocator",
+        )
         command, file = "recipelin bench --device cuda", "record-cuda.json"
         where = f"{record.gpu} beside {record.cores} cores of {record.processor}"
     if only:
         command, file = f"{command} --only {only}", file.replace(".json", f"-{only}.json")
+    triton = f", triton {v['triton']}" if record.gpu else ""
     changed = " with changes" if record.dirty else ""
     lines = [
         f"# Speed and memory of the operators on {device}",
         "",
         f"{record.date}, commit {record.commit or 'unknown'}{changed}, {where}, load {record.load[0]:.1f} at the start, "
-        f"{record.load[1]:.1f} at the end; Python {v['python']}, torch {v['torch']}. float32 where nothing else is said.",
+        f"{record.load[1]:.1f} at the end; Python {v['python']}, torch {v['torch']}{triton}. float32 where nothing else is said.",
         "",
         f"A bar is the median of the ratios of alternating rounds in one process, in {clock}; beside it the "
         "quartiles of the ratios and the median of each case. Memory is the peak of one call beyond its inputs, results "

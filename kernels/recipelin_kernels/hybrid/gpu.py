@@ -46,7 +46,6 @@ def _states(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
         return x.q.new_empty(0, dtype=torch.float32), x.q.new_empty(0, dtype=torch.float32)
     parts = x.q.new_empty(batch, maps, states, features, o.width, dtype=torch.float32)
     masses = x.q.new_empty(batch, maps, states, features, dtype=torch.float32)
-    parts[:, :, 0], masses[:, :, 0] = 0.0, 0.0
     if call.sums is not None:
         sums = call.sums[:, :: call.sums.shape[1] // maps]
         parts[:, :, 0], masses[:, :, 0] = sums[..., :-1], sums[..., -1]
@@ -56,14 +55,8 @@ def _states(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
         x.fk, x.v, call.keep, call.q_rows[1], *call.k_rows, parts, masses,
         *strides(x.fk, x.v), maps, length, keys, call.lead, states,
     )  # fmt: skip
-    return _scanned(call, parts, masses, length, backward=False)
-
-
-def _scanned(call: Call, parts: Tensor, masses: Tensor, length: int, *, backward: bool) -> tuple[Tensor, Tensor]:
-    """Running sums of parts [B,p,n,F,D] and masses [B,p,n,F], made in fp32; those of parts are kept as products read them."""
-    value = parts if call.stored_dtype == parts.dtype else torch.empty_like(parts, dtype=call.stored_dtype)
-    call.running_sums(parts, value, length, backward=backward)
-    call.running_sums(masses, masses, length, backward=backward)
+    value, masses = call.running_sums(parts, masses, length, backward=False)
+    assert value is not None
     return value, masses
 
 
@@ -159,12 +152,13 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
     if states > 1 and wants & {"v", "fk"}:
         parts = torch.empty(batch, maps, states, features, width, **exact)
         masses = torch.empty(batch, maps, states, features, **exact)
-        parts[:, :, 0], masses[:, :, 0] = 0.0, 0.0
         call.launch(
             gpu_backward.sum_queries, (states - 1, batch * maps, tiles),
             x.fq, dy, *call.q_rows, terms, parts, masses, *strides(x.fq, dy), maps, heads, batch, length, states,
         )  # fmt: skip
-        value, mass = _scanned(call, parts, masses, length, backward=True)
+        sums, mass = call.running_sums(parts, masses, length, backward=True)
+        assert sums is not None
+        value = sums
     if "q" in wants:
         found["q"] = torch.empty(x.q.shape, dtype=x.q.dtype, device=dy.device)
         call.launch(
@@ -209,7 +203,7 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
         )  # fmt: skip
     if sinks and wants & {"k", "v", "fk"}:
         _add_sinks(call, x, kept, dy, terms, found)
-    for name in ("k", "v", "fk"):
+    for name in ("k", "v", "fk") if o.ahead else ():
         if name in found:
             found[name] = F.pad(found[name], (0, 0, o.ahead, 0))  # none into a state
     kinds = {n: getattr(x, n).dtype for n in found}

@@ -118,17 +118,27 @@ class Call(Compiled):
     segmented: bool
     stored_dtype: torch.dtype  # of states: bf16 for bf16 inputs, else fp32 (fp16 could overflow)
 
-    def running_sums(self, parts: Tensor, out: Tensor, length: int, *, backward: bool) -> None:
-        """out[:, :, n] = the sum of parts [B,p,n,...] up to n (backward: from n on), a segment's own; both may be one."""
-        batch, maps, states = parts.shape[:3]
-        size = parts[0, 0, 0].numel()
-        block = min(1024, power(size))
+    def running_sums(
+        self, parts: Tensor | None, masses: Tensor, length: int, *, backward: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Of parts [B,p,n,F,D] and masses [B,p,n,F] the sums up to n (backward: from n on), a segment's own, made in fp32.
+
+        Those of parts are kept as products read them; those of masses take their place. Of n = 0 nothing is read, unless it holds
+        the state that a call goes on from.
+        """
+        batch, maps, states, features = masses.shape
+        size = 0 if parts is None else parts[0, 0, 0].numel()
+        value = parts
+        if parts is not None and self.stored_dtype != parts.dtype:
+            value = torch.empty_like(parts, dtype=self.stored_dtype)
+        block = min(1024, power(max(size, features)))
         self.launch(
             gpu_forward.scan,
-            (batch * maps, triton.cdiv(size, block)),
-            parts, out, self.q_rows[1], maps, length, states, size,
+            (batch * maps, triton.cdiv(size, block) + triton.cdiv(features, block)),
+            parts, masses, value, masses, self.q_rows[1], maps, length, states, size, features,
             backward=backward, block=block,
         )  # fmt: skip
+        return value, masses
 
 
 def make_form(

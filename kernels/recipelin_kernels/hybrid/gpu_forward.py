@@ -87,25 +87,43 @@ def sum_keys(
 
 @triton.jit
 def scan(
-    parts, out, q_segment, maps, length, states, size, backward: tl.constexpr, block: tl.constexpr, o: tl.constexpr
-):
-    """out[n] = parts[n] + out[n - 1] (backward: out[n + 1]) where the segment goes on. Grid: (B maps, blocks of `size`).
+    parts, masses, out, out_mass, q_segment, maps, length, states, size, features,
+    backward: tl.constexpr, block: tl.constexpr, o: tl.constexpr,
+):  # fmt: skip
+    """out[n] = parts[n] + out[n - 1] (backward: out[n + 1]) where the segment goes on, and of masses the same.
 
-    parts, out [B maps, states, size], parts in float32; they may be one tensor.
+    parts, out [B maps, states, size] or None, masses, out_mass [B maps, states, features]; what is summed is in float32. State 0
+    is none of the sums' but a call's that goes on from a state. Grid: (B maps, blocks of `size`, and then those of `features`).
     """
-    b = tl.program_id(0) // maps
-    q_segment += b * length
-    column = tl.program_id(1) * block + tl.arange(0, block)
+    segments = q_segment + tl.program_id(0) // maps * length
     row = tl.program_id(0).to(tl.int64) * states
+    ahead = 0
+    if parts is not None:
+        ahead = tl.cdiv(size, block)
+        if tl.program_id(1) < ahead:
+            column = tl.program_id(1) * block + tl.arange(0, block)
+            _running(parts, out, segments, row, column, states, size, backward, block, o)
+    if tl.program_id(1) >= ahead:
+        column = (tl.program_id(1) - ahead) * block + tl.arange(0, block)
+        _running(masses, out_mass, segments, row, column, states, features, backward, block, o)
+
+
+@triton.jit
+def _running(
+    parts, out, segments, row, column, states, size, backward: tl.constexpr, block: tl.constexpr, o: tl.constexpr
+):
     total = tl.full([block], 0.0, tl.float32)
     before = -1
     for step in range(0, states):
         number = step
         if backward:
             number = states - 1 - step
-        now = goes_on(q_segment, number * o.stored, o)
+        now = goes_on(segments, number * o.stored, o)
         at = (row + number) * size + column
-        part = tl.load(parts + at, mask=column < size, other=0.0)
+        there = column < size
+        if backward or not o.initial:
+            there = there & (number > 0)
+        part = tl.load(parts + at, mask=there, other=0.0)
         carried = (step > 0) & (now == before) & (now >= 0)
         total = tl.where(carried, total, 0.0) + part
         tl.store(out + at, total.to(out.dtype.element_ty), mask=column < size)

@@ -72,15 +72,13 @@ def _sums(call: Call, phi_k: Tensor) -> tuple[Tensor, int]:
     if states < 2:
         return phi_k.new_empty(0, dtype=torch.float32), states
     sums = phi_k.new_empty(batch, maps, states, features, dtype=torch.float32)
-    sums[:, :, 0] = 0.0
     call.launch(
         gpu_forward.sum_keys,
         (states - 1, batch * maps, triton.cdiv(features, o.tile)),
         phi_k, phi_k, None, call.q_rows[1], *call.k_rows, None, sums,
         *strides(phi_k, phi_k), maps, length, length, 0, states,
     )  # fmt: skip
-    call.running_sums(sums, sums, length, backward=False)
-    return sums, states
+    return call.running_sums(None, sums, length, backward=False)[1], states
 
 
 def _ends(segment: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class _Loss(torch.autograd.Function):
                 if group > 1 and bool((weight != weight[0]).any()):
                     raise ValueError("per-head losses with features per key head: weigh the heads alike")
                 factor = factor[::group, None, None]
-            found.append((grad * factor).to(dtype))
+            # Made in fp32 or better, and rounded to the tensor's dtype in the same pass.
+            found.append(torch.mul(grad, factor, out=torch.empty(grad.shape, dtype=dtype, device=grad.device)))
         return None, *found
 
 
