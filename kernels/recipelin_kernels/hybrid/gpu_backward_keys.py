@@ -78,24 +78,18 @@ def key_gradient(
         phi = key
         if not K and o.has_linear and o.show_linear:
             phi = take(phi_k, j, fk_t, real, 0, o.features, o.tile)
-        for q0 in range(first, begin, o.rows):
+        for q0 in range(first, soft_end, o.rows):
             total = _to_keys(
                 total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
                 q_position, q_segment, stats + at, terms + at, bests, at, plane, g_mix,
-                length, lead, kept, anchor, scale, True, False, K, o,
+                length, lead, kept, anchor, scale, True, K, o,
             )  # fmt: skip
         if not K and o.has_linear and o.show_linear:
-            for q0 in range(begin, soft_end, o.rows):
+            for q0 in range(begin, end, o.rows):
                 total = _to_keys(
                     total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
                     q_position, q_segment, stats + at, terms + at, bests, at, plane, g_mix,
-                    length, lead, kept, anchor, scale, True, True, K, o,
-                )  # fmt: skip
-            for q0 in range(soft_end, end, o.rows):
-                total = _to_keys(
-                    total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
-                    q_position, q_segment, stats + at, terms + at, bests, at, plane, g_mix,
-                    length, lead, kept, anchor, scale, False, True, K, o,
+                    length, lead, kept, anchor, scale, False, K, o,
                 )  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * keys
     inside = (j >= 0) & (j < keys)
@@ -122,38 +116,35 @@ def key_gradient(
 def _to_keys(
     total, q, q_t, dy, dy_t, fq, fq_t, fk, fk_t, phi, key, values, j, kp, ks, q0,
     q_position, q_segment, stats, terms, bests, at, plane, mix,
-    length, lead, kept, anchor, scale, SOFT: tl.constexpr, LINEAR: tl.constexpr, K: tl.constexpr,
-    o: tl.constexpr,
+    length, lead, kept, anchor, scale, SOFT: tl.constexpr, K: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
+    """A block of queries, of whose softmax set (SOFT) or linear set the keys are."""
     i = q0 + tl.arange(0, o.rows)
     qp, qs = places(q_position, q_segment, i, length, o)
     real = qs >= 0
     soft, linear, hidden = sets(qp[None, :], qs[None, :], kp[:, None], ks[:, None], kept, anchor, o)
     out = take(dy, i, dy_t, real, 0, o.width, o.width_block)
-    weights = tl.full([o.columns, o.rows], 0.0, tl.float32)
     if SOFT:
         soft = soft & (j >= q0 + lead - o.span)[:, None]  # sinks farther back: `sink_gradient`
         query = take(q, i, q_t, real, 0, o.width, o.width_block)
         top = tl.load(stats + i, mask=real, other=0.0)
         factor = tl.load(terms + i, mask=real, other=0.0)
-        weights = softmax_weights(scores(key, query, scale, o), soft, top[None, :]) * factor[None, :]
-        if not K:
-            weights = shown(weights, hidden, o)
-    if K:
-        sigma = tl.load(terms + 2 * plane + i, mask=real, other=0.0)
-        dx = shown(tl.dot(values, tl.trans(out), input_precision=o.precision), hidden, o)
-        ds = weights * (dx + sigma[None, :])
-        if o.through:
-            best = tl.load(bests + at + i, mask=real, other=0)
-            row = mix * tl.load(terms + 4 * plane + i, mask=real, other=0.0)
-            ds -= tl.where(soft & (j[:, None] == best[None, :]), row[None, :], 0.0)
-        return weighed(ds, query, total, o)
+        a = softmax_weights(scores(key, query, scale, o), soft, top[None, :]) * factor[None, :]
+        if K:
+            sigma = tl.load(terms + 2 * plane + i, mask=real, other=0.0)
+            dx = shown(tl.dot(values, tl.trans(out), input_precision=o.precision), hidden, o)
+            ds = a * (dx + sigma[None, :])
+            if o.through:
+                best = tl.load(bests + at + i, mask=real, other=0)
+                row = mix * tl.load(terms + 4 * plane + i, mask=real, other=0.0)
+                ds -= tl.where(soft & (j[:, None] == best[None, :]), row[None, :], 0.0)
+            return weighed(ds, query, total, o)
+        else:
+            return weighed(shown(a, hidden, o), out, total, o)
     else:
-        if LINEAR:
-            b = pairs(phi, fk, fk_t, j, ks >= 0, fq, fq_t, i, real, o)
-            factor = tl.load(terms + plane + i, mask=real, other=0.0)
-            weights += tl.where(linear, b * factor[None, :], 0.0)
-        return weighed(weights, out, total, o)
+        b = pairs(phi, fk, fk_t, j, ks >= 0, fq, fq_t, i, real, o)
+        factor = tl.load(terms + plane + i, mask=real, other=0.0)
+        return weighed(tl.where(linear, b * factor[None, :], 0.0), out, total, o)
 
 
 @triton.jit

@@ -131,38 +131,41 @@ def _running(
 
 
 @triton.jit
-def _columns(
-    top, best, a_mass, b_mass, w_mass, a_sum, b_sum,
-    query, phi, fq, fq_t, i, qp, qs, k, k_t, v, v_t, fk, fk_t, j, kp, ks,
-    kept, anchor, scale, SOFT: tl.constexpr, LINEAR: tl.constexpr, BEST: tl.constexpr, o: tl.constexpr,
+def _softmax_columns(
+    top, best, a_mass, w_mass, a_sum, query, phi, fq, fq_t, i, qp, qs, k, k_t, v, v_t, fk, fk_t, j, kp, ks,
+    kept, anchor, scale, BEST: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns: the sums go on. best: the column of the row maximum."""
-    soft, linear, hidden = sets(qp[:, None], qs[:, None], kp[None, :], ks[None, :], kept, anchor, o)
+    """One block of columns: the softmax set goes on. best: the column of the row maximum."""
+    soft, _linear, hidden = sets(qp[:, None], qs[:, None], kp[None, :], ks[None, :], kept, anchor, o)
     real = ks >= 0
+    key = take(k, j, k_t, real, 0, o.width, o.width_block)
+    s = tl.where(soft, scores(query, key, scale, o), HIDDEN)
+    new = tl.maximum(top, tl.max(s, 1))
+    if BEST:
+        least = tl.min(tl.where(soft & (s == new[:, None]), j[None, :] + 0 * i[:, None], 2147483647), 1)
+        best = tl.where(new > top, least, best)
+    a = softmax_weights(s, soft, new[:, None])
+    shrink = tl.exp2(tl.maximum(top - new, LEAST))
+    a_mass = a_mass * shrink + tl.sum(a, 1)
     values = take(v, j, v_t, real, 0, o.width, o.width_block)
-    if LINEAR or o.join == "replace":
+    a_sum = weighed(shown(a, hidden, o), values, a_sum * shrink[:, None], o)
+    if o.join == "replace":
         b = pairs(phi, fq, fq_t, i, qs >= 0, fk, fk_t, j, real, o)
-    if SOFT:
-        key = take(k, j, k_t, real, 0, o.width, o.width_block)
-        s = tl.where(soft, scores(query, key, scale, o), HIDDEN)
-        new = tl.maximum(top, tl.max(s, 1))
-        if BEST:
-            least = tl.min(tl.where(soft & (s == new[:, None]), j[None, :] + 0 * i[:, None], 2147483647), 1)
-            best = tl.where(new > top, least, best)
-        a = softmax_weights(s, soft, new[:, None])
-        shrink = tl.exp2(tl.maximum(top - new, LEAST))
-        a_mass = a_mass * shrink + tl.sum(a, 1)
-        a = shown(a, hidden, o)
-        a_sum = weighed(a, values, a_sum * shrink[:, None], o)
-        top = new
-        if o.join == "replace":
-            w_mass += tl.sum(tl.where(soft, b, 0.0), 1)
-    if LINEAR:
-        b = tl.where(linear, b, 0.0)
-        b_mass += tl.sum(b, 1)
-        if o.show_linear:
-            b_sum = weighed(b, values, b_sum, o)
-    return top, best, a_mass, b_mass, w_mass, a_sum, b_sum
+        w_mass += tl.sum(tl.where(soft, b, 0.0), 1)
+    return new, best, a_mass, w_mass, a_sum
+
+
+@triton.jit
+def _linear_columns(
+    b_mass, b_sum, phi, fq, fq_t, i, qp, qs, v, v_t, fk, fk_t, j, kp, ks, kept, anchor, o: tl.constexpr
+):
+    """One block of columns: the linear set goes on."""
+    _soft, linear, _hidden = sets(qp[:, None], qs[:, None], kp[None, :], ks[None, :], kept, anchor, o)
+    b = tl.where(linear, pairs(phi, fq, fq_t, i, qs >= 0, fk, fk_t, j, ks >= 0, o), 0.0)
+    b_mass += tl.sum(b, 1)
+    if o.show_linear:
+        b_sum = weighed(b, take(v, j, v_t, ks >= 0, 0, o.width, o.width_block), b_sum, o)
+    return b_mass, b_sum
 
 
 @triton.jit
@@ -175,12 +178,12 @@ def output(
 ):  # fmt: skip
     """y of `rows` queries of one head. Grid: (ceil(T / rows), B H).
 
-    The columns are the sinks before the span, the keys between the stored state and the span (linear alone), and the
-    span. y, y_soft, y_linear [B,H,T,D], share [B,H,T], stats [4,B,H,T] (top in base 2, masses of softmax, linear and, in
-    `replace`, the window's linear mass), bests [B,H,T] int32.
+    First the softmax set, the sinks before the span and the span; then the linear set, the stored state, the keys between it
+    and the span, and what of the span it holds. y, y_soft, y_linear [B,H,T,D], share [B,H,T], stats [4,B,H,T] (top in base 2,
+    masses of softmax, linear and, in `replace`, the window's linear mass), bests [B,H,T] int32.
 
-    On the chip, d = 128, rows = columns = 64, in float32: both sums 64 KiB, scores and pairs 32 KiB, in 8 warps 96
-    registers a thread; a state is read in tiles of 64 to 128 features and never held as a whole.
+    On the chip, d = 128, rows = columns = 64: one sum in float32 32 KiB, the window's y 16 KiB, scores or pairs 16 KiB, in 4
+    warps 128 registers a thread; a state is read in tiles of 64 to 128 features and never held as a whole.
     """
     q0 = tl.program_id(0) * o.rows
     b = tl.program_id(1) // heads
@@ -204,65 +207,62 @@ def output(
     phi = take(fq, i, fq_t, qs >= 0, 0, o.features, o.tile)
     number = q0 // o.stored
     near = tl.maximum(q0 + lead - o.span, 0)
-    far = near
-    if o.sums:
-        far = tl.maximum(number * o.stored + lead - o.span, 0)
     stop = tl.minimum(q0 + o.rows, length) + lead
-    both = stop
-    if not o.near_pairs:
-        both = near
-        if o.has_linear:
-            both = tl.maximum(tl.minimum(q0 + o.rows + lead - o.window, stop), near)
-    after = near + (both - near + o.columns - 1) // o.columns * o.columns
 
     top = tl.full([o.rows], HIDDEN, tl.float32)
     best = tl.full([o.rows], 0, tl.int32)
     a_mass = tl.full([o.rows], 0.0, tl.float32)
     b_mass = tl.full([o.rows], 0.0, tl.float32)
     w_mass = tl.full([o.rows], 0.0, tl.float32)
-    a_sum = tl.full([o.rows, o.width_block], 0.0, tl.float32)
-    b_sum = tl.full([o.rows, o.width_block], 0.0, tl.float32)
-
-    if o.sums:
-        if (number > 0) | o.initial:
-            sees = qs == goes_on(q_segment, number * o.stored, o)
-            at = ((b * (heads // o.map_group) + p).to(tl.int64) * states + number) * o.features
-            for first in range(0, o.features, o.tile):
-                x = take(fq, i, fq_t, sees & (qs >= 0), first, o.features, o.tile)
-                f = first + tl.arange(0, o.tile)
-                held = tl.load(mass + at + f, mask=f < o.features, other=0.0)
-                b_mass += tl.sum(x.to(tl.float32) * held[None, :], 1)
-                if o.show_linear:
-                    s = take(value + at * o.width, f, o.width, f < o.features, 0, o.width, o.width_block)
-                    b_sum = weighed(x, s, b_sum, o)
-        for at in range(far, near, o.columns):
-            j = at + tl.arange(0, o.columns)
-            kp, ks = places(k_position, k_segment, j, near, o)
-            top, best, a_mass, b_mass, w_mass, a_sum, b_sum = _columns(
-                top, best, a_mass, b_mass, w_mass, a_sum, b_sum, query, phi, fq, fq_t, i, qp, qs,
-                k, k_t, v, v_t, fk, fk_t, j, kp, ks, kept, anchor, scale, False, True, BEST, o,
-            )  # fmt: skip
+    total = tl.full([o.rows, o.width_block], 0.0, tl.float32)
     if o.sinks > 0 and o.has_sinks:
         if (near > 0) | (o.ahead > 0):
             j, kp, ks = sink_columns(k_position, k_segment, q0 + lead, near, o)
-            top, best, a_mass, b_mass, w_mass, a_sum, b_sum = _columns(
-                top, best, a_mass, b_mass, w_mass, a_sum, b_sum, query, phi, fq, fq_t, i, qp, qs,
-                k, k_t, v, v_t, fk, fk_t, j, kp, ks, kept, anchor, scale, True, False, BEST, o,
+            top, best, a_mass, w_mass, total = _softmax_columns(
+                top, best, a_mass, w_mass, total, query, phi, fq, fq_t, i, qp, qs, k, k_t, v, v_t, fk, fk_t, j, kp, ks,
+                kept, anchor, scale, BEST, o,
             )  # fmt: skip
-    for at in range(near, both, o.columns):
-        j = at + tl.arange(0, o.columns)
-        kp, ks = places(k_position, k_segment, j, stop, o)
-        top, best, a_mass, b_mass, w_mass, a_sum, b_sum = _columns(
-            top, best, a_mass, b_mass, w_mass, a_sum, b_sum, query, phi, fq, fq_t, i, qp, qs,
-            k, k_t, v, v_t, fk, fk_t, j, kp, ks, kept, anchor, scale, True, o.has_linear, BEST, o,
-        )  # fmt: skip
-    for at in range(after, stop, o.columns):
-        j = at + tl.arange(0, o.columns)
-        kp, ks = places(k_position, k_segment, j, stop, o)
-        top, best, a_mass, b_mass, w_mass, a_sum, b_sum = _columns(
-            top, best, a_mass, b_mass, w_mass, a_sum, b_sum, query, phi, fq, fq_t, i, qp, qs,
-            k, k_t, v, v_t, fk, fk_t, j, kp, ks, kept, anchor, scale, True, False, BEST, o,
-        )  # fmt: skip
+    if o.has_window or (o.sinks > 0 and o.has_sinks):
+        for at in range(near, stop, o.columns):
+            j = at + tl.arange(0, o.columns)
+            kp, ks = places(k_position, k_segment, j, stop, o)
+            top, best, a_mass, w_mass, total = _softmax_columns(
+                top, best, a_mass, w_mass, total, query, phi, fq, fq_t, i, qp, qs, k, k_t, v, v_t, fk, fk_t, j, kp, ks,
+                kept, anchor, scale, BEST, o,
+            )  # fmt: skip
+    inside = i < length
+    out = row * length
+    total = total * over(1.0, a_mass)[:, None]
+    if SOFT_OUT:
+        put(y_soft + out * o.width, i, o.width, inside, 0, o.width, o.width_block, total)
+    # Rounded as y will be, so that it takes half the registers while the linear set is summed.
+    y_window = total.to(y.dtype.element_ty)
+
+    total = tl.full([o.rows, o.width_block], 0.0, tl.float32)
+    if o.has_linear:
+        far = near
+        if o.sums:
+            far = tl.maximum(number * o.stored + lead - o.span, 0)
+            if (number > 0) | o.initial:
+                sees = qs == goes_on(q_segment, number * o.stored, o)
+                begin = ((b * (heads // o.map_group) + p).to(tl.int64) * states + number) * o.features
+                for first in range(0, o.features, o.tile):
+                    x = take(fq, i, fq_t, sees & (qs >= 0), first, o.features, o.tile)
+                    f = first + tl.arange(0, o.tile)
+                    held = tl.load(mass + begin + f, mask=f < o.features, other=0.0)
+                    b_mass += tl.sum(x.to(tl.float32) * held[None, :], 1)
+                    if o.show_linear:
+                        s = take(value + begin * o.width, f, o.width, f < o.features, 0, o.width, o.width_block)
+                        total = weighed(x, s, total, o)
+        last = stop
+        if not o.near_linear:
+            last = tl.maximum(tl.minimum(q0 + o.rows + lead - o.window, stop), near)
+        for at in range(far, last, o.columns):
+            j = at + tl.arange(0, o.columns)
+            kp, ks = places(k_position, k_segment, j, last, o)
+            b_mass, total = _linear_columns(
+                b_mass, total, phi, fq, fq_t, i, qp, qs, v, v_t, fk, fk_t, j, kp, ks, kept, anchor, o
+            )
 
     g = 0.0
     c = 0.0
@@ -271,21 +271,16 @@ def output(
     if o.join == "absolute":
         c = tl.load(log_scale + h).to(tl.float32)
     a_factor, b_factor, _den, _live, a_weight, b_weight = factors(top, a_mass, b_mass, w_mass, g, c, o)
-    inside = i < length
-    out = row * length
-    total = a_factor[:, None] * a_sum + b_factor[:, None] * b_sum
-    put(y + out * o.width, i, o.width, inside, 0, o.width, o.width_block, total)
-    if SOFT_OUT:
-        alone = over(1.0, a_mass)
-        put(y_soft + out * o.width, i, o.width, inside, 0, o.width, o.width_block, a_sum * alone[:, None])
     if COMPONENTS:
         linear, _live = floored(b_mass, o)
         alone = over(1.0, linear)
-        put(y_linear + out * o.width, i, o.width, inside, 0, o.width, o.width_block, b_sum * alone[:, None])
+        put(y_linear + out * o.width, i, o.width, inside, 0, o.width, o.width_block, total * alone[:, None])
         part = b_factor * b_mass
         if o.join == "average" or o.join == "sum":
             part = b_weight / tl.maximum(a_weight + b_weight, 0.5)
         tl.store(share + out + i, part, mask=inside)
+    total = (a_factor * a_mass)[:, None] * y_window.to(tl.float32) + b_factor[:, None] * total
+    put(y + out * o.width, i, o.width, inside, 0, o.width, o.width_block, total)
     if STATS:
         plane = tl.num_programs(1).to(tl.int64) * length
         tl.store(stats + out + i, top, mask=inside)
