@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-gpu gpu-compile check plans tables claims catalogue wheel bench clean
+.PHONY: help demo test test-gpu gpu-compile gpu-tune check plans tables claims catalogue wheel bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,6 +28,9 @@ test-gpu: .venv/.dev  ## the Triton kernels on a CUDA device, nothing skipped (J
 
 gpu-compile: .venv/.dev  ## compiles the Triton kernels for an H100, without one: registers, spills, shared memory
 	PYTHONPATH=.:kernels $(BIN)/python .ci/gpu_compile.py
+
+gpu-tune: .venv/.dev  ## times every Triton kernel by blocks, warps and stages on a CUDA device (JOBS=16 processes compile)
+	PYTHONPATH=.:kernels $(BIN)/python .ci/gpu_tune.py --jobs $(or $(JOBS),8)
 
 check: .venv/.dev  ## style, types, every recipe, suite, table and claims spec, and the catalogue
 	$(BIN)/ruff format --check .

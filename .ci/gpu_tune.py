@@ -1,0 +1,228 @@
+#!/usr/bin/env python3
+"""Times every Triton kernel of a Llama-3.1-8B layer over sizes of blocks, warps and stages, on a CUDA device (`make gpu-tune`).
+
+A kernel is launched alone, on the inputs that a call gives it, four times in a CUDA graph; the best of four replays counts.
+Variants are compiled before, by `--jobs` processes side by side: on a lent GPU that is most of the time. Writes
+kernels/bench/tuning-NAME.json and .md. What it finds goes into hybrid/gpu_call.py by hand, and counts once `make test-gpu` has
+passed with it: a pipeline can race.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from recipelin.bench.cuda import captured
+from recipelin_kernels import hybrid_attention, weight_transfer_loss
+from recipelin_kernels.hybrid import gpu, gpu_call
+from recipelin_kernels.hybrid.gpu_call import Blocks
+from recipelin_kernels.weight_transfer import gpu as transfer_gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+BRIEF = 4  # best variants of a kernel that the page shows
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A call of 32 heads over 8, d 128, in bf16: `hybrid` forward, or with gradients, or `transfer`."""
+
+    kind: str
+    length: int
+    features: int = 128
+    feature_dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}, T {self.length}, F {self.features} in {self.feature_dtype}"
+
+    def make(self) -> Callable[[], object]:
+        def normal(heads: int, width: int) -> torch.Tensor:
+            return torch.randn(1, heads, self.length, width, device="cuda").bfloat16()
+
+        q, k, v, dy = (normal(h, 128) for h in (32, 8, 8, 32))
+        kind = getattr(torch, self.feature_dtype)
+        phi = [normal(32, self.features).float().softmax(-1).to(kind) for _ in range(2)]
+        given: list[Any] = [x.requires_grad_(self.kind != "forward") for x in (q, k, v, *phi)]
+        if self.kind == "transfer":
+            lse = torch.full((1, 32, self.length), 9.0, device="cuda")
+            return lambda: weight_transfer_loss(q.detach(), k.detach(), phi[0], phi[1], lse, kernel="gpu")
+        mix = torch.full((32,), 0.1, device="cuda")
+
+        def attend() -> Any:
+            return hybrid_attention(q, k, v, phi[0], phi[1], mix, window=64, kernel="gpu")
+
+        return attend if self.kind == "forward" else lambda: torch.autograd.grad(attend(), given, dy)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel of one call, as it is compiled; microseconds, None where it does not fit the GPU."""
+
+    operator: str
+    kernel: str
+    rows: int
+    columns: int
+    stored: int
+    warps: int
+    stages: int
+    us: float | None = None
+
+
+FOUR = [(4, 1), (4, 2), (4, 3)]
+EIGHT = [(8, 1), (8, 2), (8, 3)]
+SIZES: list[tuple[Operator, list[tuple[int, int, int]], list[tuple[int, int]]]] = [
+    (Operator("forward", 8192), [(64, 64, 256), (64, 64, 128), (64, 64, 512), (64, 32, 256), (32, 64, 256)], FOUR[:2]),
+    (Operator("forward", 8192, 256), [(64, 64, 256), (64, 32, 256)], FOUR[:2]),
+    (Operator("both", 8192), [(64, 64, 256), (64, 64, 512), (64, 32, 256), (32, 64, 256)], FOUR[:2]),
+    (Operator("both", 8192, 128, "float32"), [(64, 64, 256), (64, 32, 256), (32, 64, 256)], FOUR[:2]),
+    (Operator("transfer", 4096), [(64, 64, 128), (64, 32, 128), (64, 128, 128)], FOUR),
+    (Operator("transfer", 4096), [(128, 64, 128), (128, 32, 128)], EIGHT),
+    (Operator("transfer", 4096, 128, "float32"), [(64, 32, 128), (32, 32, 128)], FOUR[:2]),
+    (Operator("transfer", 4096, 128, "float32"), [(128, 32, 128)], EIGHT),
+]
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch of a call."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    more: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        flag = self.more.get("K")
+        return str(self.kernel.__name__) + ("" if flag is None else " of keys" if flag else " of values")
+
+
+def launches(operator: Operator, blocks: Blocks, *, run: bool) -> list[Launched]:
+    """Those of a call with blocks of these sizes. run: not only asked for, so that what later ones read is there."""
+    found: list[Launched] = []
+    plain = gpu_call.Compiled.launch
+
+    def noted(self: gpu_call.Compiled, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
+        if 0 not in grid:
+            found.append(Launched(kernel, grid, arguments, {**more, "o": self.form}))
+            if run:
+                kernel[grid](*arguments, o=self.form, **more, num_warps=4, num_stages=1)
+
+    gpu.fitting = transfer_gpu.fitting = lambda *_: blocks  # type: ignore[assignment]
+    gpu_call.Compiled.launch = noted  # type: ignore[method-assign]
+    try:
+        operator.make()()
+    finally:
+        gpu_call.Compiled.launch = plain  # type: ignore[method-assign]
+    return found
+
+
+def variants() -> Iterator[tuple[Operator, Blocks, list[tuple[int, int]]]]:
+    for operator, sizes, how in SIZES:
+        for rows, columns, stored in sizes:
+            yield operator, Blocks(rows, columns, stored, 256 if operator.kind == "transfer" else 128, 3), how
+
+
+def compile_share(number: int, jobs: int) -> None:
+    """Every `jobs`-th variant into Triton's cache."""
+    at = 0
+    for operator, blocks, how in variants():
+        made = launches(operator, blocks, run=False)
+        for one in made:
+            for warps, stages in sorted({(4, 1), *how}):
+                at += 1
+                if at % jobs == number:
+                    one.kernel.warmup(*one.arguments, grid=one.grid, **one.more, num_warps=warps, num_stages=stages)
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    call()
+    again = captured(lambda: [call() for _ in range(4)])
+    best = float("inf")
+    for _ in range(4):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        again()
+        stop.record()
+        torch.cuda.synchronize()
+        best = min(best, start.elapsed_time(stop) * 1e3 / 4)
+    return best
+
+
+@torch.no_grad()
+def time_all(seconds: float) -> list[Variant]:
+    """All variants, as far as the seconds reach; says what it left out."""
+    found, begun = [], time.monotonic()
+    for operator, blocks, how in variants():
+        if time.monotonic() - begun > seconds:
+            print(f"left out, no time: {operator.name}, {blocks}", file=sys.stderr)
+            continue
+        with torch.enable_grad():
+            made = {one.name: one for one in launches(operator, blocks, run=True)}
+        for name, one in made.items():
+            for warps, stages in sorted({(4, 1), *how}):
+                try:
+                    us: float | None = microseconds(
+                        lambda: one.kernel[one.grid](*one.arguments, **one.more, num_warps=warps, num_stages=stages)  # noqa: B023
+                    )
+                except triton.runtime.errors.OutOfResources:
+                    us = None
+                sizes = blocks.rows, blocks.columns, blocks.stored
+                found.append(Variant(operator.name, name, *sizes, warps, stages, us))
+    return found
+
+
+def page(gpu_name: str, head: str, found: list[Variant]) -> str:
+    """The best variants of each kernel, in Markdown."""
+    lines = [f"# Triton kernels on {gpu_name}, by their variants", "", head, ""]
+    lines += [
+        "| call | kernel | microseconds: queries / keys of a block / between states, warps, stages |",
+        "|---|---|---|",
+    ]
+    for operator, kernel in dict.fromkeys((v.operator, v.kernel) for v in found):
+        mine = [v for v in found if (v.operator, v.kernel) == (operator, kernel) and v.us is not None]
+        best = sorted(mine, key=lambda v: v.us or 0.0)[:BRIEF]
+        said = "; ".join(f"{v.us:.0f}: {v.rows}/{v.columns}/{v.stored}, {v.warps}, {v.stages}" for v in best)
+        lines.append(f"| {operator} | {kernel} | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile (default: 8)")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="for timing (default: 60); what does not fit is named"
+    )
+    parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=ROOT / "kernels/bench")
+    arguments = parser.parse_args()
+    if arguments.share is not None:
+        compile_share(arguments.share, arguments.jobs)
+        return 0
+    if not torch.cuda.is_available():
+        print("gpu_tune: torch sees no CUDA device", file=sys.stderr)
+        return 2
+    command = [sys.executable, __file__, "--jobs", str(arguments.jobs), "--share"]
+    shares = [subprocess.Popen([*command, str(n)]) for n in range(arguments.jobs)]
+    if any([share.wait() for share in shares]):
+        return 1
+    name = torch.cuda.get_device_name()
+    found = time_all(arguments.seconds)
+    head = f"torch {torch.__version__}, triton {triton.__version__}; made by `make gpu-tune`, all variants in the JSON beside it."
+    file = arguments.out / f"tuning-{name.removeprefix('NVIDIA ').split()[0].lower()}"
+    file.with_suffix(".json").write_text(json.dumps([asdict(v) for v in found], indent=1) + "\n")
+    file.with_suffix(".md").write_text(page(name, head, found))
+    print(page(name, head, found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
