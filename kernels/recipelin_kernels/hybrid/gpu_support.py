@@ -10,8 +10,8 @@ from .rows import Options
 
 WIDEST = 256  # head_dim: a block of 64 rows of it in float32 is 64 KiB
 MOST_FEATURES = 1024
-# Whether `make test-gpu` has passed on a GPU, as a whole and with these sources: not yet. Until then the kernels are taken only by
-# name, and `auto` on CUDA is `chunked`. What an H200 showed of them: kernels/bench/tuning-h200.md.
+# Whether `make test-gpu` has passed on a GPU, as a whole and with these sources: not yet. Until then the kernels are taken only
+# by name, and `auto` on CUDA is `chunked`. What an H200 showed of them: kernels/bench/tuning-h200.md.
 PROVEN = False
 LEAST_CAPABILITY = (8, 0)  # bf16 and tf32 products
 
