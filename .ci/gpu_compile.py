@@ -180,7 +180,10 @@ def decode(
     state = empty_state(batch, heads, key_heads, width, features, window=window, sinks=sinks, shape=shape, like=q)
     if padded:
         options["key_mask"] = torch.ones(batch, 1, dtype=torch.bool)
-    softmax_features_gpu(q, torch.rand(heads, width, features // 2), 1e-12)
+    with torch.enable_grad():
+        weight = torch.rand(heads, width, features // 2, requires_grad=True)
+        softmax_features_gpu(q.expand(-1, -1, 100, -1), weight, 1e-12).sum().backward()
+    softmax_features_gpu(q, weight, 1e-12)
     hybrid_attention_step(
         q, k, v, torch.rand(batch, heads, 1, features), phi_k_fn, torch.rand(heads), state, window=window, sinks=sinks,
         shape=shape, log_scale=torch.zeros(heads), kernel="gpu", **options,

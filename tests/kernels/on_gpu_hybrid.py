@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from recipelin_kernels import hybrid_attention, hybrid_attention_step
+from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 from recipelin_kernels.hybrid.gpu_step import StepBlocks
 from recipelin_kernels.hybrid.step_state import standing
 from tests.kernels.gpu_device import COARSE, DEVICE, on_device
@@ -80,6 +81,28 @@ def test_results_repeat_bit_by_bit(dtype, dim, features, options):
     x = Inputs((4, 2), 2049, 2, dim=dim, features=features).like(dtype, DEVICE)
     once, *others = (with_gradients(x, kernel="gpu", **options) for _ in range(4))
     assert all(torch.equal(a, b) for again in others for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *COARSE], ids=str)
+@pytest.mark.parametrize(
+    ("dim", "columns", "heads"), [(64, 32, (4, 4)), (128, 64, (8, 2)), (80, 96, (2, 1)), (256, 256, (2, 2))]
+)
+def test_features_and_their_gradients(dtype, dim, columns, heads):
+    """Against float64 of the same numbers; x's gradient is rounded to its dtype."""
+    x = torch.randn(2, heads[1], 1025, dim, device=DEVICE).to(dtype)
+    weight = torch.randn(heads[0], dim, columns, device=DEVICE) * dim**-0.5 * 3
+    towards = torch.randn(2, heads[0], 1025, 2 * columns, device=DEVICE)
+    found = []
+    for exact in (False, True):
+        one, w = ((z.double() if exact else z.clone()).requires_grad_() for z in (x, weight))
+        if exact:
+            u = torch.einsum("bhtd,hgdf->bhgtf", one, w.unflatten(0, (heads[1], -1))).flatten(1, 2)
+            phi = torch.cat((u.softmax(-1), (-u).softmax(-1)), -1).clamp(min=1e-6)
+        else:
+            phi = softmax_features_gpu(one, w, 1e-6)
+        found.append([phi.detach(), *torch.autograd.grad((phi * towards.to(phi.dtype)).sum(), (w, one))])
+    assert_same(found[0][:2], found[1][:2], 1e-5, names=("phi", "d_weight"))
+    assert_same(found[0][2:], found[1][2:], COARSE.get(dtype, 1e-5), names=("d_x",))
 
 
 # decoding: keys enter the sums 16 at once, so rows of many tokens

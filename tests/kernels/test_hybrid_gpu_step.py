@@ -168,18 +168,21 @@ def test_a_state_of_other_sizes_is_refused_and_what_it_does_not_take_goes_the_lo
     close(y, hybrid_attention(*exact.cut(0, 5), exact.mix, kernel="reference", reach=4, **options)[:, :, 4:])
 
 
-def test_the_standard_map_is_the_forms():
-    x = torch.randn(2, 9, 1, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE).transpose(1, 2)
-    for width in (1, 2):
-        made, plain = (
-            HeadFeatureMap(FeatureMap(width=width, clamp=1e-3), 2, 8, 0, kernel).to(DEVICE)
-            for kernel in ("gpu", "auto")
-        )
-        for each in (made, plain):
-            each.weight.data.mul_(9.0)  # so that some features are clamped
-        with torch.no_grad():
-            close(made(x), plain.double()(x.double()))
-        assert made(x).requires_grad, "what learns is torch's"
+@pytest.mark.parametrize(("width", "heads", "length"), [(1, 1, 9), (2, 2, 33)])
+def test_the_standard_map_is_the_forms(width, heads, length):
+    """Features and the gradients to x and W, against float64; two maps of a key head, or one of each."""
+    x = torch.randn(2, length, heads, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE).transpose(1, 2)
+    made, plain = (HeadFeatureMap(FeatureMap(width=width, clamp=1e-3), 2, 8, 0, k).to(DEVICE) for k in ("gpu", "auto"))
+    for each in (made, plain):
+        each.weight.data.mul_(9.0)  # so that some features are clamped
+    found = []
+    for each, one in ((made, x.clone()), (plain.double(), x.double())):
+        phi = each(one.requires_grad_())
+        towards = torch.cos(torch.arange(phi.numel(), dtype=torch.float64, device=DEVICE)).view_as(phi).to(phi.dtype)
+        found.append([phi, *torch.autograd.grad((phi * towards).sum(), (one, each.weight))])
+    assert bool((found[1][0] == 1e-3).any())
+    for one, other in zip(*found, strict=True):
+        close(one.detach(), other.detach())
 
 
 def test_a_layer_decodes_by_it(tiny):

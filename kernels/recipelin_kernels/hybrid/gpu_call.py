@@ -62,6 +62,7 @@ LAUNCHES = {
     "sink_gradient": Launch(4, 1),
     "step": Launch(4, 1),
     "softmax_features": Launch(4, 1),
+    "softmax_features_gradient": Launch(4, 1),
     "row_masses": Launch(8, 2),
     "transfer_rows": Launch(8, 3),
     "transfer_keys": Launch(8, 3),

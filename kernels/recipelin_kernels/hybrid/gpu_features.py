@@ -1,16 +1,18 @@
-"""The standard feature map by one Triton kernel, forward alone: what decoding needs beside the step's kernel."""
+"""The standard feature map by Triton, forward and backward: a kernel each, between which no exponent is kept."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .gpu_call import Compiled, power
 from .gpu_parts import head
 
 ROWS = 16  # tokens of a program, of any rows of the batch; the least that a product takes
+MANY = 64  # of more tokens than that: W is read once for all of them
 
 
 class Shape(NamedTuple):
@@ -56,19 +58,78 @@ def softmax_features(x, weight, out, x_b, x_h, x_t, tokens, length, heads, clamp
     store_softmax(-u, inside, clamp, to + o.columns, real)
 
 
-@torch.no_grad()
+@triton.jit
+def softmax_features_gradient(
+    phi, grad, out, tokens, clamp, rows: tl.constexpr, columns: tl.constexpr, o: tl.constexpr
+):
+    """du of u = x W: phi, grad [tokens, 2 columns] -> out [tokens, columns], all in float32. Grid: (ceil(tokens / rows),).
+
+    d softmax(u) = p (g - sum p g), and of softmax(-u) the same, subtracted; what the clamp held has g = 0.
+    """
+    n = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
+    c = tl.arange(0, columns)
+    inside = (n < tokens)[:, None] & (c < o.columns)[None, :]
+    at = n[:, None] * (2 * o.columns) + c[None, :]
+    total = tl.full([rows, columns], 0.0, tl.float32)
+    for side in range(0, 2):
+        p = tl.load(phi + at + side * o.columns, mask=inside, other=0.0)
+        g = tl.load(grad + at + side * o.columns, mask=inside, other=0.0)
+        g = tl.where(p > clamp, g, 0.0)
+        d = p * (g - tl.sum(p * g, 1)[:, None])
+        total += tl.where(side == 0, d, -d)
+    tl.store(out + n[:, None] * o.columns + c[None, :], total, mask=inside)
+
+
+class _Features(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, clamp: float) -> Tensor:
+        out = _features(x, weight, clamp)
+        ctx.save_for_backward(x, weight, out)
+        ctx.clamp = clamp
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, phi = ctx.saved_tensors
+        batch, heads, length, features = phi.shape
+        grad, shape = grad.float().contiguous(), _shape(x, weight)
+        du = torch.empty(batch, x.shape[1], shape.group, length, features // 2, dtype=torch.float32, device=x.device)
+        tokens, rows = batch * heads * length, max(1, 4096 // shape.block)
+        Compiled(shape, 1).launch(
+            softmax_features_gradient, (triton.cdiv(tokens, rows),),
+            phi, grad, du, tokens, ctx.clamp, rows=rows, columns=shape.block,
+        )  # fmt: skip
+        by_head = weight.float().unflatten(0, (-1, shape.group))
+        d_x = torch.einsum("bhgtf,hgdf->bhtd", du, by_head).to(x.dtype) if ctx.needs_input_grad[0] else None
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.einsum("bhtd,bhgtf->hgdf", x.float(), du).flatten(0, 1).to(weight.dtype)
+        return d_x, d_weight, None
+
+
+def _shape(x: Tensor, weight: Tensor) -> Shape:
+    heads, width, columns = weight.shape
+    return Shape(heads // x.shape[1], width, columns, power(columns), min(power(width), 64))
+
+
+def _features(x: Tensor, weight: Tensor, clamp: float) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    batch, _, length, _ = x.shape
+    heads, _, columns = weight.shape
+    out = torch.empty(batch, heads, length, 2 * columns, dtype=torch.float32, device=x.device)
+    rows = ROWS if batch * length <= ROWS else MANY
+    Compiled(_shape(x, weight), 1).launch(
+        softmax_features, (triton.cdiv(batch * length, rows), heads),
+        x, weight.float().contiguous(), out, *x.stride()[:3], batch * length, length, heads, clamp, rows=rows,
+    )  # fmt: skip
+    return out
+
+
 def softmax_features_gpu(x: Tensor, weight: Tensor, clamp: float) -> Tensor:
     """[softmax(x W), softmax(-x W)] over features, at least `clamp`, in fp32: x [B,h,T,d], W [H,d,C] -> [B,H,T,2 C].
 
-    Products are made of three of tf32 (21 bits or more). Without gradient.
+    Products are made of three of tf32 (21 bits or more). Gradients to x and W; where the clamp holds a feature, none passes.
     """
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    batch, given, length, width = x.shape
-    heads, _, columns = weight.shape
-    out = torch.empty(batch, heads, length, 2 * columns, dtype=torch.float32, device=x.device)
-    shape = Shape(heads // given, width, columns, power(columns), min(power(width), 64))
-    Compiled(shape, 1).launch(
-        softmax_features, (triton.cdiv(batch * length, ROWS), heads),
-        x, weight.float().contiguous(), out, *x.stride()[:3], batch * length, length, heads, clamp, rows=ROWS,
-    )  # fmt: skip
-    return out
+    phi: Tensor = _Features.apply(x, weight, clamp)
+    return phi

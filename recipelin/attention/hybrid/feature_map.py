@@ -19,7 +19,7 @@ class HeadFeatureMap(nn.Module):
     u = x W (+ b), W [H, d, columns]; `fixed`: u = x. softmax: [softmax(u), softmax(-u)] over features; exp:
     [exp(u - max u), exp(-u + min u)], maximum over the features of one token; relu, elu (1 + ELU), none: [act(u), act(-u)],
     or act(u) alone (t2r, `as_lolcats`). Then clamped below (not `none`), and times exp(u_h.x) with `token_scale`.
-    Computed in fp32 (fp64 for fp64). kernel: of the form; `gpu` makes softmax features by Triton where nothing learns.
+    Computed in fp32 (fp64 for fp64). kernel: of the form; `gpu` makes softmax features by Triton.
     Source: LoLCATs' feature_map.py (softmax_dim, exp_dim, relu, pos_elu), arXiv 2510.05901 §3.4, T2R: arXiv 2103.13076.
     """
 
@@ -55,12 +55,11 @@ class HeadFeatureMap(nn.Module):
         return found
 
     def _by_kernel(self, x: Tensor) -> bool:
-        """Whether the Triton kernel makes the features: the standard map, where nothing learns."""
+        """Whether the Triton kernels make the features: those of the standard map."""
         config = self.config
         standard = config.name == "hedgehog" and config.activation == "softmax" and not config.token_scale
-        learns = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         sizes: dict[str, Any] = {"dtype": x.dtype, "width": self.head_dim, "features": config.size(self.head_dim)}
-        return standard and not learns and resolve_kernel(self.kernel, x.device, **sizes) == "gpu"
+        return standard and resolve_kernel(self.kernel, x.device, **sizes) == "gpu"
 
     def forward(self, x: Tensor) -> Tensor:
         if self._by_kernel(x):
