@@ -118,7 +118,16 @@ def published(loaded: Loaded) -> dict[str, Path]:
 # The source files that compute a step: a mended bug must never meet weights of before. Patterns below the package.
 _MODEL = ("swap.py", "masks.py", "cache.py", "states.py", "families.py", "attention/**/*.py")
 _DATA = ("data.py", "sources.py", "templates.py", "chat.py", "hub.py", "documents.py", "spool.py")
-_LOOP = ("stages.py", "loop.py", "losses.py", "head_loss.py", "adapters.py", "checkpoint.py", "optimizer.py")
+_LOOP = (
+    "stages.py",
+    "teacher_stream.py",
+    "loop.py",
+    "losses.py",
+    "head_loss.py",
+    "adapters.py",
+    "checkpoint.py",
+    "optimizer.py",
+)
 _TRAINING = (*_MODEL, *_DATA, *_LOOP, "hf.py", "schedule.py", "branches.py")
 _EVALUATION = (
     "evaluate.py",
