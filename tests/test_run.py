@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import recipelin.hf as hf
 from recipelin import data, reuse
@@ -21,6 +22,8 @@ from recipelin.plan import plan
 from recipelin.records import RecordError, read_bands, read_items, read_record
 from recipelin.run import RunError, run
 from recipelin.sources import Stdlib
+from recipelin.states import State, resolve
+from recipelin.student_digest import digest_student
 
 RECIPE = """\
 name: test/small
@@ -231,6 +234,56 @@ def test_what_is_watched_counts_and_is_opened_before_any_work(folder, home, tmp_
     write(short, "exact_match")
     assert main(asked) != 0 and "distance 3 does not fit" in capsys.readouterr().err
     assert not (home / "steps").exists() or not list((home / "steps").glob("*.working"))
+
+
+def test_students_share_what_their_states_read_alike(folder, home, tmp_path):
+    """`none` reads no attention, which is all that LoRA changed; whose recipe made a student nobody reads. The Record says it."""
+
+    def made(name: str, *change: str, **arguments):
+        text = RECIPE.replace("name: test/small", f"name: test/{name}")
+        (folder / "recipe-of.yaml").write_text(text.replace(*change) if change else text, encoding="utf-8")
+        out = run(load(folder / "recipe-of.yaml"), out=tmp_path / f"{name}{len(arguments)}", device="cpu", **arguments)
+        record = read_record(out)
+        return record.rows, read_items(out), record.steps[-1].report
+
+    states = ["teacher", "softmax", "hybrid", "window", "linear", "none", "linear_outside"]
+    one = made("one")
+    assert one[2] == {"evaluations": dict.fromkeys(states, 2), "reused": {}}
+    other = ("steps: 10", "steps: 4")
+    two = made("two", *other)
+    assert two[2] == {"evaluations": dict.fromkeys(states, 2), "reused": {"teacher": 2, "none": 2}}
+    assert {r.value for r in two[0] if r.state == "hybrid"} != {r.value for r in one[0] if r.state == "hybrid"}
+    assert made("two", *other, fresh=True)[:2] == two[:2]
+    assert made("three")[2]["reused"] == dict.fromkeys(states, 2)
+
+
+def test_the_digest_of_a_student_knows_what_its_state_reads(folder, home, tmp_path):
+    """Each tensor by itself is changed; of `none` those of the attention do not count, nor the form's settings."""
+    model = go(folder, home, tmp_path / "run") / "model"
+    path, file = model / "config.json", model / "model.safetensors"
+    config, tensors = json.loads(path.read_text(encoding="utf-8")), load_file(file)
+    assert len(tensors) > 20 and config["recipelin"]["origin"]["recipe"] == "test/small"
+    states = [resolve(name, State(window=8)).state for name in ("hybrid", "none")]
+
+    def digests() -> list[str]:
+        return [digest_student(model, state) for state in states]
+
+    def told(**layout) -> list[bool]:
+        """In which of the states a change of the layout counts."""
+        path.write_text(json.dumps({**config, "recipelin": {**config["recipelin"], **layout}}), encoding="utf-8")
+        return [a != b for a, b in zip(digests(), before, strict=True)]
+
+    save_file(tensors, file)
+    before = digests()
+    assert before[0] != before[1] and told(origin=None, state=None) == [False, False]
+    assert told(config={}) == [True, False] and told(layers=[0]) == [True, True] and told() == [False, False]
+    bias = "model.layers.1.self_attn.o_proj.bias"  # of families that have one
+    for name in [*tensors, bias]:
+        save_file({**tensors, name: tensors.get(name, torch.zeros(3)) + 1}, file)
+        assert told() == [True, ".self_attn." not in name or name == bias], name
+    save_file(tensors, file)
+    config["rms_norm_eps"] = 0.5
+    assert told() == [True, True]
 
 
 def test_plan_knows_what_is_finished(folder, home, tmp_path, capsys):
