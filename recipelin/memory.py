@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-
 HEAP = 2**30  # bytes of address space whose pages are huge: more than the stages of a small model take
 HUGE_PAGE = 2**21
 
