@@ -23,7 +23,7 @@ from recipelin.naming import default_folder
 from recipelin.plan import Plan, plan
 from recipelin.points import points
 from recipelin.records import Record, RecordError, provenance, read_record
-from recipelin.reuse import home
+from recipelin.reuse import home, lineage
 from recipelin.states import NamedState
 from recipelin.steps import Evaluate, Tune
 from recipelin.strict_yaml import RecipeError
@@ -126,9 +126,9 @@ def _flops(these: Sequence[Todo]) -> str:
 
 
 def costs_of(run: Todo) -> Iterator[tuple[Hashable, float | None]]:
-    """(what is made, its FLOPs): steps by their hash, which runs share; what suites find of a teacher, and of students that
+    """(what is made, its FLOPs): steps by their lineage, which runs share; what suites find of a teacher, and of students that
     are alike in what a state reads, is measured once."""
-    for planned in run.planned.steps:
+    for index, planned in enumerate(run.planned.steps):
         step, flops = planned.step, planned.cost.flops
         if isinstance(step, Evaluate) and flops is not None:
             a_state = flops / len(step.states)
@@ -137,7 +137,7 @@ def costs_of(run: Todo) -> Iterator[tuple[Hashable, float | None]]:
                     flops -= a_state
                     yield (shared, str(step.suites), step.seeds), a_state
         if planned.cost.memory:
-            yield planned.hash, flops
+            yield lineage(run.planned.steps, index), flops
 
 
 def _shared(run: Todo, state: NamedState) -> Hashable | None:

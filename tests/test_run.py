@@ -310,6 +310,36 @@ def test_a_shared_prefix_is_shared(folder, home, tmp_path):
     assert hashes[0][:2] == hashes[1][:2] and hashes[0][2] != hashes[1][2]
 
 
+def test_a_transfer_that_reads_no_state_is_shared(folder, home, tmp_path):
+    """The teacher's weights are learnt alike in every state; what is tuned behind it is not. Bit for bit what was not shared."""
+
+    def steps(objective: str, join: str, more: str = ""):
+        text = RECIPE.replace("  window: 8\n", f"  window: 8\n  objective: {{{objective}: 1}}\n  join: {join}\n")
+        (folder / "reading.yaml").write_text(text.replace("transfer: {", f"transfer: {{{more}"), encoding="utf-8")
+        loaded = load(folder / "reading.yaml")
+        planned = plan(loaded)
+        return loaded, planned, reuse.run_keys(planned.steps, reuse.surroundings(loaded, planned, "cpu"))
+
+    def alike(objective: str, more: str = "") -> list[bool]:
+        (_, one, ours), (_, other, theirs) = (steps(objective, join, more) for join in ("shared", "average"))
+        assert [p.step.step for p in one.steps] == ["swap", "switch", "transfer", "tune", "evaluate"]
+        assert [a.hash == b.hash for a, b in zip(one.steps, other.steps, strict=True)] == [True] + [False] * 4
+        same = [reuse.lineage(one.steps, i) == reuse.lineage(other.steps, i) for i in range(5)]
+        assert same == [a == b for a, b in zip(ours, theirs, strict=True)]
+        return same
+
+    assert alike("weights") == [True, False, True, False, False]
+    assert alike("hybrid_outputs") == [True] + [False] * 4
+    assert alike("weights", "validation: {every: 6, batches: 1}, ") == [True] + [False] * 4
+    run(steps("weights", "shared")[0], out=tmp_path / "one", device="cpu")
+    loaded = steps("weights", "average")[0]
+    shared = run(loaded, out=tmp_path / "two", device="cpu")
+    alone = run(loaded, out=tmp_path / "alone", device="cpu", fresh=True)
+    assert [t.reused for t in read_record(shared).steps] == [False, False, True, False, False]
+    assert read_record(shared).rows == read_record(alone).rows and read_items(shared) == read_items(alone)
+    assert all(torch.equal(a, b) for a, b in zip(weights(shared).values(), weights(alone).values(), strict=True))
+
+
 def test_source_changes_change_the_key(folder, monkeypatch):
     step = plan(load(folder / "recipe.yaml")).steps[2].step
     before = reuse.source_digest(step)
