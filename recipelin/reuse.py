@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, reads
+from .attention.form import Form
 from .files import digest_file as digest_file
 from .files import home as home
 from .files import locked, write_atomically
 from .load import Loaded
-from .lookup import lookup
 from .mistakes import PlanError
 from .plan import Plan, Planned, digest, hashed, hub_commit, teacher_folder
 from .sources import fingerprint
@@ -234,8 +234,8 @@ def _reads_no_state(steps: Sequence[Planned], index: int) -> bool:
     step = steps[index].step
     if not isinstance(step, Transfer) or step.schedule.validation or step.schedule.curve:
         return False
-    form = next((p.step.form for p in reversed(steps[:index]) if isinstance(p.step, Swap)), None)
-    return form is not None and set(step.objective) <= set(lookup("attention", form).Config.STATELESS)
+    form = next((p.step.config for p in reversed(steps[:index]) if isinstance(p.step, Swap)), None)
+    return isinstance(form, Form) and set(step.objective) <= set(form.STATELESS)
 
 
 @dataclass(frozen=True)
