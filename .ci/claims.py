@@ -23,12 +23,14 @@ from recipelin.naming import default_folder
 from recipelin.plan import Plan, plan
 from recipelin.points import points
 from recipelin.records import Record, RecordError, provenance, read_record
-from recipelin.reuse import home
-from recipelin.steps import Evaluate
+from recipelin.reuse import home, lineage
+from recipelin.states import NamedState
+from recipelin.steps import Evaluate, Tune
 from recipelin.strict_yaml import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = [ROOT / "results" / "tables" / f"{name}.yaml" for name in ("pocket-claims", "pocket-taylor-claims")]
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 ENDED = "record, items, table, model, logs: "  # how `recipelin run` names the folder of a run that ended
 
 
@@ -124,16 +126,29 @@ def _flops(these: Sequence[Todo]) -> str:
 
 
 def costs_of(run: Todo) -> Iterator[tuple[Hashable, float | None]]:
-    """(what is made, its FLOPs): steps by their hash, which runs share; what suites find of a teacher is measured once."""
-    for planned in run.planned.steps:
+    """(what is made, its FLOPs): steps by their lineage, which runs share; what suites find of a teacher, and of students that
+    are alike in what a state reads, is measured once."""
+    for index, planned in enumerate(run.planned.steps):
         step, flops = planned.step, planned.cost.flops
         if isinstance(step, Evaluate) and flops is not None:
             a_state = flops / len(step.states)
-            if any(state.weights == "teacher" for state in step.states):
-                flops -= a_state
-                yield (run.teacher, str(step.suites), step.seeds), a_state
+            for shared in (_shared(run, state) for state in step.states):
+                if shared is not None:
+                    flops -= a_state
+                    yield (shared, str(step.suites), step.seeds), a_state
         if planned.cost.memory:
-            yield planned.hash, flops
+            yield lineage(run.planned.steps, index), flops
+
+
+def _shared(run: Todo, state: NamedState) -> Hashable | None:
+    """Of which weights a state tells more than this run; None: of its student alone. `student_digest` says why."""
+    if state.weights == "teacher":
+        return run.teacher
+    tuned = [p.step for p in run.planned.steps if isinstance(p.step, Tune)]
+    attention_alone = all(step.lora and set(step.lora.targets) <= ATTENTION for step in tuned)
+    if run.teacher and state.state is not None and not state.state.branches and attention_alone:
+        return run.teacher, state.state.model_dump_json()
+    return None
 
 
 def carry_out(program: Sequence[str], names: Sequence[str], *, jobs: int, logs: Path) -> int:

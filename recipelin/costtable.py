@@ -40,7 +40,7 @@ def _cell(quantity: str, value: object, text: str, unit: str, n: int = 1) -> Cel
 
 
 def _training(record: Record) -> Block:
-    steps = [s for s in record.steps if s.report]
+    steps = [s for s in record.steps if s.report and s.step != "evaluate"]
     merged = {s.step: m["rounding"] for s in steps if isinstance(m := s.report.get("merge"), dict)}
     dropped = any("window_on" in s.report for s in steps)
     rows = []

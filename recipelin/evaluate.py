@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from .reuse import Surroundings
 from .schedule import Curve
 from .states import NamedState, resolve
 from .steps import Evaluate
+from .student_digest import digest_student
 from .suites import load_suite
 
 
@@ -33,6 +35,10 @@ class Measured(NamedTuple):
 
     results: tuple[tuple[Row, Result], ...]
     kernels: dict[str, str]
+    evaluations: dict[str, int]
+    """How many were asked, by state."""
+    reused: dict[str, int]
+    """How many of them an earlier run had made."""
 
 
 @dataclass
@@ -142,7 +148,12 @@ class Evaluator:
             for seed in step.seeds
             for config in suite.evals
         ]
-        digests = {"student": reuse.digest_folder(exported), "teacher": self.around.digests.get("teacher", "")}
+        read = {
+            named.name: self.around.digests.get("teacher", "")
+            if named.weights == "teacher"
+            else digest_student(exported, named.state)
+            for named in step.states
+        }
         held = _OneModel(
             {
                 "teacher": self.teacher,
@@ -155,7 +166,7 @@ class Evaluator:
             / self._key(
                 config,
                 tokenizer,
-                digests[named.weights],
+                read[named.name],
                 seed=seed,
                 name=named.name,
                 state=named.state.model_dump(mode="json") if named.state else None,
@@ -176,7 +187,7 @@ class Evaluator:
         }
         found: list[tuple[NamedState, Suite, int, tuple[Result, ...]]] = []
         kernels: dict[str, str] = {}
-        reused = 0
+        reused = Counter[str]()
         bar = tqdm(
             zip(units, paths, strict=True),
             total=len(units),
@@ -193,7 +204,7 @@ class Evaluator:
                 module.prepare(config, tokenizer, seed=seed, folder=self.folder / "tasks", base=self.loaded.path.parent)
             if path in known:
                 results = tuple(Result.model_validate_json(x) for x in json.loads(path.read_text(encoding="utf-8")))
-                reused += 1
+                reused[named.name] += 1
             else:
                 model, words = held.get(named.weights)
                 if found_forms := swap.forms(model):
@@ -205,7 +216,8 @@ class Evaluator:
         bar.close()
         if reused:
             print(
-                f"    {reused} of {len(units)} evaluations reused from {reuse.home() / 'evaluations'}", file=sys.stderr
+                f"    {reused.total()} of {len(units)} evaluations reused from {reuse.home() / 'evaluations'}",
+                file=sys.stderr,
             )
         order = {s.name: i for i, s in enumerate(step.states)}
         return Measured(
@@ -215,6 +227,8 @@ class Evaluator:
                 for result in results
             ),
             kernels,
+            dict(Counter(named.name for named, *_ in units)),
+            dict(reused),
         )
 
     @cached_property
@@ -222,7 +236,7 @@ class Evaluator:
         return reuse.source_digest(next(p.step for p in self.plan.steps if isinstance(p.step, Evaluate)))
 
     def _key(self, config: Any, tokenizer: Any, weights: str, *, seed: int, **more: Any) -> str:
-        """The file of what an evaluation finds for some weights; of one that is TIMED, on this machine."""
+        """The file of what an evaluation finds for some weights (their digest); of one that is TIMED, on this machine."""
         around = self.around
         timed = getattr(lookup.implementation("evals", config.eval), "TIMED", False)
         facts = {

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__, reads
+from .attention.form import Form
 from .files import digest_file as digest_file
 from .files import home as home
 from .files import locked, write_atomically
 from .load import Loaded
 from .mistakes import PlanError
-from .plan import Plan, Planned, digest, hub_commit, teacher_folder
+from .plan import Plan, Planned, digest, hashed, hub_commit, teacher_folder
 from .sources import fingerprint
 from .steps import Calibrate, Evaluate, Select, Step, Swap, Switch, Transfer, Tune
 
@@ -118,7 +119,16 @@ def published(loaded: Loaded) -> dict[str, Path]:
 # The source files that compute a step: a mended bug must never meet weights of before. Patterns below the package.
 _MODEL = ("swap.py", "masks.py", "cache.py", "states.py", "families.py", "attention/**/*.py")
 _DATA = ("data.py", "sources.py", "templates.py", "chat.py", "hub.py", "documents.py", "spool.py")
-_LOOP = ("stages.py", "loop.py", "losses.py", "head_loss.py", "adapters.py", "checkpoint.py", "optimizer.py")
+_LOOP = (
+    "stages.py",
+    "teacher_stream.py",
+    "loop.py",
+    "losses.py",
+    "head_loss.py",
+    "adapters.py",
+    "checkpoint.py",
+    "optimizer.py",
+)
 _TRAINING = (*_MODEL, *_DATA, *_LOOP, "hf.py", "schedule.py", "branches.py")
 _EVALUATION = (
     "evaluate.py",
@@ -186,7 +196,7 @@ def surroundings(loaded: Loaded, planned: Plan, device: str) -> Surroundings:
 
 
 def run_keys(steps: Sequence[Planned], around: Surroundings) -> tuple[str, ...]:
-    """run_key of each step: its plan hash, the sources that compute it and all before it, and the surroundings."""
+    """run_key of each step: its `lineage`, the sources that compute it and all before it, and the surroundings."""
     base = {
         "digests": dict(around.digests),
         "device": around.device,
@@ -196,11 +206,36 @@ def run_keys(steps: Sequence[Planned], around: Surroundings) -> tuple[str, ...]:
         "machine": platform.machine(),
     }
     found = []
-    sources: list[str] = []
-    for planned in steps:
-        sources.append(source_digest(planned.step))
-        found.append(digest({**base, "plan": planned.hash, "sources": sources})[:20])
+    for index in range(len(steps)):
+        sources = [source_digest(each.step) for each in _made_from(steps, index)]
+        found.append(digest({**base, "plan": lineage(steps, index), "sources": sources})[:20])
     return tuple(found)
+
+
+def lineage(steps: Sequence[Planned], index: int) -> str:
+    """Of a step: what of the plan decides its result. Its plan hash; of a transfer that reads no state, without the Switches
+    right before it, so that runs in other states share it."""
+    *before, own = _made_from(steps, index)
+    if not _reads_no_state(steps, index):
+        return own.hash
+    return digest({"before": before[-1].hash, "step": hashed(own.step.model_dump(mode="json"))})
+
+
+def _made_from(steps: Sequence[Planned], index: int) -> Sequence[Planned]:
+    """A step and those before it that its result hangs on."""
+    before = list(steps[:index])
+    while _reads_no_state(steps, index) and isinstance(before[-1].step, Switch):
+        before.pop()
+    return [*before, steps[index]]
+
+
+def _reads_no_state(steps: Sequence[Planned], index: int) -> bool:
+    """Whether a step is a transfer by objectives that the form computes in no state of its own, and nothing watches it."""
+    step = steps[index].step
+    if not isinstance(step, Transfer) or step.schedule.validation or step.schedule.curve:
+        return False
+    form = next((p.step.config for p in reversed(steps[:index]) if isinstance(p.step, Swap)), None)
+    return isinstance(form, Form) and set(step.objective) <= set(form.STATELESS)
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,7 @@ class _Walk:
             return
         if isinstance(step, Evaluate):
             _say(f"{number}: {planned.what}")
-            self._evaluate(step)
+            asked = self._evaluate(step)
             self.times.append(
                 StepTime(
                     step=step.step,
@@ -233,6 +233,7 @@ class _Walk:
                     seconds=time.monotonic() - clock,
                     peak_memory=memory.peak(self.device),
                     reused=False,
+                    report=asked,
                 )
             )
             return
@@ -404,8 +405,8 @@ class _Walk:
         if isinstance(step, Tune) and swap.forms(self.model):
             swap.mark_merged(self.model)
 
-    def _evaluate(self, step: Evaluate) -> None:
-        """Export the student, and measure the folder as it will be used."""
+    def _evaluate(self, step: Evaluate) -> dict[str, object]:
+        """Export the student, and measure the folder as it will be used; reports what was measured and what reused."""
         student = reuse.student_folder(self.loaded)
         exported = student or self.folder / "model"
         if student is None:
@@ -416,6 +417,7 @@ class _Walk:
         measured = self._evaluator().all(step, exported, self.tokenizer)
         self.results += measured.results
         self.kernels |= measured.kernels
+        return {"evaluations": measured.evaluations, "reused": measured.reused}
 
     def _evaluator(self) -> Evaluator:
         return Evaluator(

@@ -15,17 +15,19 @@ from .attention.captured import Captured, Drop
 from .branches import BranchSchedule, kept, window_at
 from .data import IGNORED, Batch
 from .loop import Around, BatchSource, Loop, Part, StageError, total_steps
-from .losses import hidden_states, token_loss
+from .losses import token_loss
 from .schedule import Schedule
 from .steps import Calibrate, Transfer, Tune
-from .swap import form_parameters, forms, mark_merged, recording
+from .swap import form_parameters, forms, mark_merged
+from .teacher_stream import show_teacher
 
 
 def transfer(model: nn.Module, step: Transfer, batches: BatchSource, **around: Unpack[Around]) -> dict[str, Any]:
     """Layer-local distillation of `step.trains` in place; returns the report.
 
-    One forward pass of the teacher's stream a micro-batch; each layer's loss is differentiated as soon as the stream has
-    passed it, so memory holds one layer's graph. loss = mean over layers of sum over objectives of weight x loss.
+    One forward pass of the teacher's stream a micro-batch, up to the last layer that learns; each layer's loss is
+    differentiated as soon as the stream has passed it, so memory holds one layer's graph. loss = mean over layers of sum
+    over objectives of weight x loss.
     """
     found = forms(model)
     if not found:
@@ -55,8 +57,8 @@ def transfer(model: nn.Module, step: Transfer, batches: BatchSource, **around: U
                     (loss * (part.share / len(found))).backward()
             layers[f"layer{index}"] = loss.detach()
 
-        with torch.no_grad(), _autocast(step.schedule, device), recording(model, learn):
-            hidden_states(model, batch)
+        with torch.no_grad(), _autocast(step.schedule, device):
+            show_teacher(model, batch, learn)
         values = {name: float(value) for name, value in layers.items()}
         return sum(values.values()) / len(values), values
 
@@ -167,8 +169,8 @@ def calibrate(
     def show(to: Mapping[int, Any], source: BatchSource, count: int, what: str) -> dict[int, Any]:
         """What each layer's `to` makes of the teacher's stream."""
         for number in tqdm(range(count), desc=what, unit="batch", file=sys.stderr, disable=None):
-            with torch.no_grad(), recording(model, lambda index, captured: to[index].add(captured)):
-                hidden_states(model, source.batch(number).to(device))
+            with torch.no_grad():
+                show_teacher(model, source.batch(number).to(device), lambda index, captured: to[index].add(captured))
         return {index: each.finish() for index, each in to.items()}
 
     def fits(when: str) -> dict[int, Any]:

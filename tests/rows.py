@@ -1,5 +1,7 @@
 """Rows of tokens for a tiny model, and what it makes of them: shared by the tests of students, forms and families."""
 
+from types import SimpleNamespace
+
 import torch
 
 
@@ -19,6 +21,12 @@ def left_padded(ids: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tens
         padded[row, -length:] = ids[row, :length]
         mask[row, -length:] = 1
     return padded, mask
+
+
+def without_layers() -> SimpleNamespace:
+    """What a scripted model has in the place of `model.model`: evaluations cut what the last layer computes."""
+    attention, mlp = SimpleNamespace(o_proj=torch.nn.Identity()), torch.nn.Identity()
+    return SimpleNamespace(layers=[SimpleNamespace(self_attn=attention, mlp=mlp)])
 
 
 def poison_memory(monkeypatch) -> None:

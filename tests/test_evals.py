@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import recipelin.hf as hf
-from recipelin import data, lookup
+from recipelin import data, families, lookup
 from recipelin.attention.hybrid.config import Config as Hybrid
 from recipelin.evals.lm_eval.config import Config as LmEval
+from recipelin.evals.logits_at import FEWEST, logits_at
 from recipelin.evals.perplexity.config import Config as Perplexity
 from recipelin.evals.recall.config import Config as Recall
 from recipelin.evals.subject import Subject
@@ -25,6 +26,7 @@ from recipelin.states import NAMES, State, resolve
 from recipelin.steps import Swap
 from recipelin.swap import state_of, swap, switch
 from recipelin_kernels import hybrid_attention
+from tests.rows import without_layers
 
 HYBRID = State(window=8)
 
@@ -148,8 +150,33 @@ def test_perplexity_is_the_mean_log_loss(model, tokenizer, tmp_path):
     assert result.items[0].exposed == 31 / 39 and not result.higher_is_better
 
 
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_logits_at_some_positions_are_the_same_bits(tiny, family):
+    """In the teacher and in every kind of state; the last layer's MLP meets these positions alone, where it pays."""
+    model = tiny(family=family).eval()
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 100, (8, 40)))
+    rows = []
+    model.model.layers[-1].mlp.register_forward_hook(lambda _, given, __: rows.append(given[0].shape[1]))
+    for name in ("teacher", "softmax", "hybrid", "linear", "none"):
+        if name == "softmax":
+            swap(model, Swap(form="hybrid", config=Hybrid()), seed=0)
+        if name != "teacher":
+            switch(model, resolve(name, State(window=6)).state)
+        for given, at in ((ids, [38, 39]), (ids, [0, 7, 8]), (ids[:3], [39])):
+            positions = torch.tensor(at)
+            rows.clear()
+            with torch.no_grad():
+                found = logits_at(model, given, positions)
+                expected = model(input_ids=given, use_cache=False, logits_to_keep=positions).logits
+            assert torch.equal(found, expected) and found.shape[:2] == (len(given), len(at)), (name, at)
+            assert rows == [len(at) if len(given) * len(at) >= FEWEST else 40, 40]
+    assert not model.model.layers[-1].self_attn.o_proj._forward_hooks
+
+
 class Oracle:
     """Knows the answer of every question, or guesses among the values in context."""
+
+    model = without_layers()
 
     def __init__(self, tokenizer, right: bool) -> None:
         self.tokenizer, self.right = tokenizer, right

@@ -356,6 +356,43 @@ def test_every_state_that_the_form_has_runs_and_none_gives_zeros(tiny, case):
     with torch.no_grad(), observing(model, lambda _, captured: outputs.append(captured.y)):
         model(input_ids=tokens(1, 23), use_cache=False)
     assert len(outputs) == 2 and all(float(y.abs().sum()) == 0.0 for y in outputs)
+    # What `student_digest` rests on: nothing of the attention is read, so that students share what `none` finds.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".self_attn." in name:
+                parameter.normal_()
+    assert torch.equal(logits(model, tokens(1, 23)), seen["none"])
+
+
+@every_case
+def test_objectives_that_read_no_state_are_the_same_in_all(tiny, case):
+    """What `reuse.lineage` rests on: loss and gradients, bit for bit; and those that read it differ."""
+    model = swapped(tiny(4, 2), case)
+    _, config, hybrid = CASES[case]
+    architecture, found = architecture_of(model), {}
+    for name in NAMES:
+        state = resolve(name, hybrid).state
+        if state is None or config.refuses(name, state, architecture) or not state.branches:
+            continue
+        switch(model, state)
+        for objective in config.OBJECTIVES:
+            made = []
+            model.zero_grad()
+
+            def learn(index, captured, objective=objective, made=made):
+                with torch.enable_grad():
+                    loss = forms(model)[index].losses(captured, {objective: 1.0})[objective]
+                    loss.backward()
+                made.append(float(loss))
+
+            with torch.no_grad(), recording(model, learn):
+                model(input_ids=tokens(2, 23), use_cache=False)
+            gradients = [p.grad.sum() for p in model.parameters() if p.grad is not None]
+            assert len(made) == 2 and gradients
+            found.setdefault(objective, set()).add((*made, *map(float, gradients)))
+    assert all(len(found[objective]) == 1 for objective in config.STATELESS)
+    assert set(config.STATELESS) <= set(config.OBJECTIVES)
+    assert case != "hybrid" or (config.STATELESS == ("weights",) and len(found["hybrid_outputs"]) > 3)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

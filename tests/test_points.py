@@ -118,6 +118,11 @@ def test_what_runs_share_is_counted_once(claims, tmp_path, monkeypatch):
     assert alone == pytest.approx([c["transfer"] + c["tune"] + c["evaluate"] for c in costs])
     together = sum({what: f for each in both for what, f in claims.costs_of(each)}.values())
     measured = len(both[0].planned.steps[-1].step.states)
+    shared = {"teacher", "none"}  # LoRA changes attention alone, which `none` does not read
+    assert shared < {state.name for state in both[0].planned.steps[-1].step.states}
+    assert together == pytest.approx(sum(alone) - costs[0]["transfer"] - len(shared) * costs[0]["evaluate"] / measured)
+    monkeypatch.setattr(claims, "ATTENTION", {"q_proj"})  # adapters on anything else
+    together = sum({what: f for each in both for what, f in claims.costs_of(each)}.values())
     assert together == pytest.approx(sum(alone) - costs[0]["transfer"] - costs[0]["evaluate"] / measured)
 
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 import recipelin
 from recipelin import data, lookup
 from recipelin.attention.hybrid.config import Config as Hybrid
+from recipelin.evals.greedy import greedy
 from recipelin.evals.retrieval.config import Config
 from recipelin.evals.retrieval.items import rows
 from recipelin.evals.retrieval.run import _generate, _haystack, _likelihood, chance, score
@@ -27,6 +28,7 @@ from recipelin.sources import Data, Facts, Retrieval, SourceError, Stdlib
 from recipelin.states import State, resolve
 from recipelin.steps import Swap
 from recipelin.swap import swap, switch
+from tests.rows import without_layers
 
 HYBRID = State(window=8)
 STDLIB = {"source": "python-stdlib"}
@@ -200,6 +202,7 @@ class Induction:
     """Attends perfectly, over the last `window` tokens: copies what followed the longest match of what it has just read."""
 
     generation_config = SimpleNamespace(eos_token_id=None)
+    model = without_layers()
 
     def __init__(self, window=10**9):
         self.window = window
@@ -353,6 +356,25 @@ def test_generation_and_likelihood_agree_in_every_state(model, tokenizer, name):
         assert hits(model, tokenizer, wrong, row.questions)[0, 1].tolist() == [True] * (q.size - 1) + [False]
     batch = torch.cat([ids, wrong, ids])
     assert _generate(model, tokenizer, batch, row.questions)[::2].all()
+
+
+def test_generation_ends_where_every_row_has_said_something_else(model, tokenizer):
+    """And not before: what is made until then is what is made without an end."""
+    switch(model, HYBRID)
+    prompts = torch.from_numpy(np.random.default_rng(0).integers(3, 900, (3, 40)))
+    whole = greedy(model, tokenizer, prompts, 8)
+    made = []
+    handle = model.lm_head.register_forward_hook(lambda *_: made.append(1))
+    for wrong, steps in (((0, 0, 0), 1), ((0, 3, 1), 4), ((0, 7, 2), 8), ((0, 8, 2), 8)):
+        expected = whole.clone()
+        for row, place in enumerate(wrong):
+            expected[row, place:] = 1  # another token from there on
+        assert not (expected == whole)[0, 0]
+        made.clear()
+        found = greedy(model, tokenizer, prompts, 8, expected=expected)
+        assert len(made) == steps and torch.equal(found[:, :steps], whole[:, :steps])
+        assert bool((found[:, steps:] == -1).all())
+    handle.remove()
 
 
 def test_a_state_without_a_cache_gives_likelihood_only_and_says_so(model, tokenizer, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import recipelin.hf as hf
 from recipelin import data, reuse
@@ -21,6 +21,8 @@ from recipelin.plan import plan
 from recipelin.records import RecordError, read_bands, read_items, read_record
 from recipelin.run import RunError, run
 from recipelin.sources import Stdlib
+from recipelin.states import State, resolve
+from recipelin.student_digest import digest_student
 
 RECIPE = """\
 name: test/small
@@ -233,6 +235,56 @@ def test_what_is_watched_counts_and_is_opened_before_any_work(folder, home, tmp_
     assert not (home / "steps").exists() or not list((home / "steps").glob("*.working"))
 
 
+def test_students_share_what_their_states_read_alike(folder, home, tmp_path):
+    """`none` reads no attention, which is all that LoRA changed; whose recipe made a student nobody reads. The Record says it."""
+
+    def made(name: str, *change: str, **arguments):
+        text = RECIPE.replace("name: test/small", f"name: test/{name}")
+        (folder / "recipe-of.yaml").write_text(text.replace(*change) if change else text, encoding="utf-8")
+        out = run(load(folder / "recipe-of.yaml"), out=tmp_path / f"{name}{len(arguments)}", device="cpu", **arguments)
+        record = read_record(out)
+        return record.rows, read_items(out), record.steps[-1].report
+
+    states = ["teacher", "softmax", "hybrid", "window", "linear", "none", "linear_outside"]
+    one = made("one")
+    assert one[2] == {"evaluations": dict.fromkeys(states, 2), "reused": {}}
+    other = ("steps: 10", "steps: 4")
+    two = made("two", *other)
+    assert two[2] == {"evaluations": dict.fromkeys(states, 2), "reused": {"teacher": 2, "none": 2}}
+    assert {r.value for r in two[0] if r.state == "hybrid"} != {r.value for r in one[0] if r.state == "hybrid"}
+    assert made("two", *other, fresh=True)[:2] == two[:2]
+    assert made("three")[2]["reused"] == dict.fromkeys(states, 2)
+
+
+def test_the_digest_of_a_student_knows_what_its_state_reads(folder, home, tmp_path):
+    """Each tensor by itself is changed; of `none` those of the attention do not count, nor the form's settings."""
+    model = go(folder, home, tmp_path / "run") / "model"
+    path, file = model / "config.json", model / "model.safetensors"
+    config, tensors = json.loads(path.read_text(encoding="utf-8")), load_file(file)
+    assert len(tensors) > 20 and config["recipelin"]["origin"]["recipe"] == "test/small"
+    states = [resolve(name, State(window=8)).state for name in ("hybrid", "none")]
+
+    def digests() -> list[str]:
+        return [digest_student(model, state) for state in states]
+
+    def told(**layout) -> list[bool]:
+        """In which of the states a change of the layout counts."""
+        path.write_text(json.dumps({**config, "recipelin": {**config["recipelin"], **layout}}), encoding="utf-8")
+        return [a != b for a, b in zip(digests(), before, strict=True)]
+
+    save_file(tensors, file)
+    before = digests()
+    assert before[0] != before[1] and told(origin=None, state=None) == [False, False]
+    assert told(config={}) == [True, False] and told(layers=[0]) == [True, True] and told() == [False, False]
+    bias = "model.layers.1.self_attn.o_proj.bias"  # of families that have one
+    for name in [*tensors, bias]:
+        save_file({**tensors, name: tensors.get(name, torch.zeros(3)) + 1}, file)
+        assert told() == [True, ".self_attn." not in name or name == bias], name
+    save_file(tensors, file)
+    config["rms_norm_eps"] = 0.5
+    assert told() == [True, True]
+
+
 def test_plan_knows_what_is_finished(folder, home, tmp_path, capsys):
     go(folder, home, tmp_path / "run")
     assert main(["plan", str(folder / "recipe.yaml"), "--device", "cpu"]) == 0
@@ -256,6 +308,36 @@ def test_a_shared_prefix_is_shared(folder, home, tmp_path):
         (folder / "w.yaml").write_text(text.replace("window: 8", f"window: {window}"), encoding="utf-8")
         hashes.append([p.hash for p in plan(load(folder / "w.yaml")).steps])
     assert hashes[0][:2] == hashes[1][:2] and hashes[0][2] != hashes[1][2]
+
+
+def test_a_transfer_that_reads_no_state_is_shared(folder, home, tmp_path):
+    """The teacher's weights are learnt alike in every state; what is tuned behind it is not. Bit for bit what was not shared."""
+
+    def steps(objective: str, join: str, more: str = ""):
+        text = RECIPE.replace("  window: 8\n", f"  window: 8\n  objective: {{{objective}: 1}}\n  join: {join}\n")
+        (folder / "reading.yaml").write_text(text.replace("transfer: {", f"transfer: {{{more}"), encoding="utf-8")
+        loaded = load(folder / "reading.yaml")
+        planned = plan(loaded)
+        return loaded, planned, reuse.run_keys(planned.steps, reuse.surroundings(loaded, planned, "cpu"))
+
+    def alike(objective: str, more: str = "") -> list[bool]:
+        (_, one, ours), (_, other, theirs) = (steps(objective, join, more) for join in ("shared", "average"))
+        assert [p.step.step for p in one.steps] == ["swap", "switch", "transfer", "tune", "evaluate"]
+        assert [a.hash == b.hash for a, b in zip(one.steps, other.steps, strict=True)] == [True] + [False] * 4
+        same = [reuse.lineage(one.steps, i) == reuse.lineage(other.steps, i) for i in range(5)]
+        assert same == [a == b for a, b in zip(ours, theirs, strict=True)]
+        return same
+
+    assert alike("weights") == [True, False, True, False, False]
+    assert alike("hybrid_outputs") == [True] + [False] * 4
+    assert alike("weights", "validation: {every: 6, batches: 1}, ") == [True] + [False] * 4
+    run(steps("weights", "shared")[0], out=tmp_path / "one", device="cpu")
+    loaded = steps("weights", "average")[0]
+    shared = run(loaded, out=tmp_path / "two", device="cpu")
+    alone = run(loaded, out=tmp_path / "alone", device="cpu", fresh=True)
+    assert [t.reused for t in read_record(shared).steps] == [False, False, True, False, False]
+    assert read_record(shared).rows == read_record(alone).rows and read_items(shared) == read_items(alone)
+    assert all(torch.equal(a, b) for a, b in zip(weights(shared).values(), weights(alone).values(), strict=True))
 
 
 def test_source_changes_change_the_key(folder, monkeypatch):

@@ -18,7 +18,8 @@ from recipelin.schedule import Decay, Optimizer, Schedule, Validation
 from recipelin.sources import Data
 from recipelin.states import State
 from recipelin.steps import Calibrate, Lora, Swap, Transfer, Tune
-from recipelin.swap import form_parameters, forms, swap, switch
+from recipelin.swap import form_parameters, forms, recording, swap, switch
+from recipelin.teacher_stream import show_teacher
 
 
 class Rows:
@@ -94,6 +95,45 @@ def test_layers_learn_alone(tiny, tmp_path):
         go(stages.transfer, model, transfer_step(), tmp_path / name)
     assert torch.equal(forms(one)[1].feature_map_q.weight, forms(other)[1].feature_map_q.weight)
     assert not torch.equal(forms(one)[0].feature_map_q.weight, forms(other)[0].feature_map_q.weight)
+
+
+@pytest.mark.parametrize("layers", ["all", (0,)])
+@pytest.mark.parametrize("kind", ["transfer", "calibrate"])
+def test_the_stream_ends_with_the_last_layer_that_learns(tiny, tmp_path, monkeypatch, layers, kind):
+    """Bit-equal to whole passes, two micro-batches a step; nothing behind the last form is computed."""
+
+    def whole(model, batch, recorder):
+        with recording(model, recorder):
+            losses.hidden_states(model, batch)
+
+    def learnt(show, run):
+        monkeypatch.setattr(stages, "show_teacher", show)
+        model = tiny()
+        swap(model, Swap(form="hybrid", config=Hybrid(), layers=layers), seed=0)
+        switch(model, State(window=5))
+        ran: list[str] = []
+        for name, module in model.model.named_modules():
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        if kind == "transfer":
+            step = transfer_step(accumulation=2)
+            report = go(stages.transfer, model, step, tmp_path / run, Rows(2, accumulation=2))["curve"]
+        else:
+            step = Calibrate(what="log_scale", batches=2, batch=2, length=24, data=Data())
+            report = stages.calibrate(model, step, Rows(2), device="cpu")
+        assert forms(model)[0].recorder is None
+        return values(model), report, set(ran)
+
+    weights, report, ran = learnt(whole, "whole")
+    early, early_report, early_ran = learnt(show_teacher, "early")
+    last = f"layers.{(tiny().config.num_hidden_layers if layers == 'all' else 1) - 1}"
+    assert early_report == report and all(torch.equal(early[n], w) for n, w in weights.items())
+    assert f"{last}.mlp" in ran - early_ran and "norm" in ran - early_ran
+    assert f"{last}.input_layernorm" in early_ran
+
+
+def test_a_stream_that_nobody_sees_is_refused(tiny):
+    with pytest.raises(ValueError, match="no layer of the model is swapped"):
+        show_teacher(tiny(), Rows(2).batch(0), lambda *_: None)
 
 
 def test_lora_is_merged_once_and_leaves_plain_modules(tiny, tmp_path):

@@ -18,6 +18,9 @@ class Form(Base):
     OBJECTIVES: ClassVar[tuple[str, ...]] = ()
     """Objectives of a layer-local stage that the module's `losses` computes."""
 
+    STATELESS: ClassVar[tuple[str, ...]] = ()
+    """Those of them that read nothing of the state: runs whose students learn in other states share what they make."""
+
     STOCK: ClassVar[str] = ""
     """model_type of transformers as which a run exports the student too, loadable without recipelin; empty: none."""
 

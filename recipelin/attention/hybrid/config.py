@@ -86,6 +86,7 @@ class Config(Form):
         "hybrid_outputs",
         "block_outputs",
     )
+    STATELESS: ClassVar[tuple[str, ...]] = ("weights",)
 
     feature_map: FeatureMap = FeatureMap()
     mix: Annotated[float, Field(gt=0, lt=1)] = Field(

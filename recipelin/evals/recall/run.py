@@ -7,6 +7,7 @@ from ... import data
 from ...exposure import exposed_share
 from ...records import Item, Result
 from ..held_out import held_out_tokens
+from ..logits_at import logits_at
 from ..over_items import over_items
 from ..subject import Subject
 from .config import Config
@@ -30,7 +31,7 @@ def run(config: Config, subject: Subject) -> tuple[Result, ...]:
     for start in range(0, len(questions), config.batch):
         batch = questions[start : start + config.batch]
         ids = torch.from_numpy(np.stack([q.ids for q in batch])).to(subject.device)
-        logits = subject.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = logits_at(subject.model, ids, torch.tensor([config.length - 1]))[:, 0]
         right += [float(a == q.answer) for a, q in zip(logits.argmax(-1).tolist(), batch, strict=True)]
     exposed = exposed_share([config.length], subject.exposed_from)
     found = []

@@ -17,6 +17,7 @@ from ...facts import DIGITS, Question, Row, filler
 from ...records import Item, Result
 from ..greedy import cannot_generate, greedy
 from ..held_out import held_out_tokens
+from ..logits_at import logits_at
 from ..over_items import over_items
 from ..subject import Subject
 from .config import Config
@@ -84,19 +85,21 @@ def _haystack(config: Config, tokenizer: Any, base: Path) -> np.ndarray:
 def _likelihood(model: Any, tokenizer: Any, ids: torch.Tensor, questions: Sequence[Question]) -> torch.Tensor:
     """[rows, questions, size]: whether each token of an answer, given as continuation, is the argmax."""
     asked = torch.cat([torch.arange(q.answer, q.answer + q.size) for q in questions]).to(ids.device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=asked - 1).logits
+    logits = logits_at(model, ids, asked - 1)
     return (logits.argmax(-1) == ids[:, asked]).unflatten(1, (len(questions), -1))
 
 
 def _generate(model: Any, tokenizer: Any, ids: torch.Tensor, questions: Sequence[Question]) -> torch.Tensor:
-    """[rows, questions, size]: whether each token of an answer is what greedy generation puts there."""
-    return torch.stack(
-        [
-            greedy(model, tokenizer, ids[:, : q.answer], q.size) == ids[:, q.answer : q.answer + q.size]
-            for q in questions
-        ],
-        1,
-    )
+    """[rows, questions, size]: whether each token of an answer is what greedy generation puts there, up to the first wrong one.
+
+    Behind it no metric looks: where every row of a batch has one, generation ends.
+    """
+    answers = [ids[:, q.answer : q.answer + q.size] for q in questions]
+    made = [
+        greedy(model, tokenizer, ids[:, : q.answer], q.size, expected=answer)
+        for q, answer in zip(questions, answers, strict=True)
+    ]
+    return torch.stack([m == a for m, a in zip(made, answers, strict=True)], 1)
 
 
 def score(config: Config, metric: str, hits: Sequence[bool]) -> float:
