@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import gpu_backward, gpu_backward_keys, gpu_forward
 from .chunk import Inputs
 from .chunked import Past
-from .gpu_call import Blocks, Call, check_size, fitting, make_call, strides
+from .gpu_call import Blocks, Call, cdiv, check_size, fitting, make_call, strides
 from .rows import Options, Rows
 
 
@@ -34,7 +33,7 @@ NAMES = ("q", "k", "v", "fq", "fk", "mix", "log_scale")
 
 def _number(call: Call, length: int) -> int:
     """How many states are stored; the first one counts only where it is not zero."""
-    return triton.cdiv(length, call.form.stored) if call.form.sums else 0
+    return cdiv(length, call.form.stored) if call.form.sums else 0
 
 
 def _states(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
@@ -51,7 +50,7 @@ def _states(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
         parts[:, :, 0], masses[:, :, 0] = sums[..., :-1], sums[..., -1]
     call.launch(
         gpu_forward.sum_keys,
-        (states - 1, batch * maps, triton.cdiv(features, o.tile)),
+        (states - 1, batch * maps, cdiv(features, o.tile)),
         x.fk, x.v, call.keep, call.q_rows[1], *call.k_rows, parts, masses,
         *strides(x.fk, x.v), maps, length, keys, call.lead, states,
     )  # fmt: skip
@@ -92,7 +91,7 @@ def _forward(call: Call, x: Inputs, *, components: bool, learns: bool) -> Kept:
     )
     call.launch(
         gpu_forward.output,
-        (triton.cdiv(length, o.rows), batch * heads),
+        (cdiv(length, o.rows), batch * heads),
         x.q, x.k, x.v, x.fq, x.fk, x.mix, x.log_scale, call.keep, *call.q_rows, *call.k_rows, value, mass,
         kept.y, kept.y_soft, kept.y_linear, kept.share, kept.stats, kept.bests,
         *strides(x.q, x.k, x.v, x.fq, x.fk),
@@ -132,10 +131,10 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
     o, x = call.form, _own(x, call)
     batch, heads, length, width = x.q.shape
     key_heads, keys, maps, features = x.k.shape[1], x.k.shape[2], x.fk.shape[1], x.fk.shape[3]
-    rows, tiles = triton.cdiv(length, o.rows), triton.cdiv(features, o.tile)
+    rows, tiles = cdiv(length, o.rows), cdiv(features, o.tile)
     states, anchor, scale, lead = _number(call, length), call.options.anchor, call.options.scale, call.lead
     origin = -((o.span - lead) % o.columns)  # all keys of a block enter one state
-    blocks = triton.cdiv(keys - origin, o.columns)
+    blocks = cdiv(keys - origin, o.columns)
     spots = (*call.q_rows, *call.k_rows)
     dy = dy.to(x.q.dtype)
     exact: dict[str, Any] = dict(dtype=torch.float32, device=dy.device)
@@ -217,7 +216,7 @@ def _add_sinks(call: Call, x: Inputs, kept: Kept, dy: Tensor, terms: Tensor, fou
     keys, features = x.k.shape[2], x.fk.shape[3]
     # In packed rows sinks differ from block to block of queries; else a program takes a kilotoken.
     queries = o.rows if call.segmented else max(1024, o.rows)
-    parts, tiles = triton.cdiv(length, queries), triton.cdiv(features, o.tile) if o.join == "replace" else 1
+    parts, tiles = cdiv(length, queries), cdiv(features, o.tile) if o.join == "replace" else 1
     exact: dict[str, Any] = dict(dtype=torch.float32, device=dy.device)
     dk, dv = (torch.empty(batch, heads, parts, o.sinks, width, **exact) for _ in range(2))
     dfk = torch.empty(batch, heads, parts, o.sinks, features, **exact) if o.join == "replace" else None

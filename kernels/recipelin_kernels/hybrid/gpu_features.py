@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .gpu_call import Compiled, power
+from .gpu_call import Compiled, cdiv, power
 from .gpu_parts import head
 
 ROWS = 16  # tokens of a program, of any rows of the batch; the least that a product takes
@@ -97,7 +97,7 @@ class _Features(torch.autograd.Function):
         du = torch.empty(batch, x.shape[1], shape.group, length, features // 2, dtype=torch.float32, device=x.device)
         tokens, rows = batch * heads * length, max(1, 4096 // shape.block)
         Compiled(shape, 1).launch(
-            softmax_features_gradient, (triton.cdiv(tokens, rows),),
+            softmax_features_gradient, (cdiv(tokens, rows),),
             phi, grad, du, tokens, ctx.clamp, rows=rows, columns=shape.block,
         )  # fmt: skip
         by_head = weight.float().unflatten(0, (-1, shape.group))
@@ -120,7 +120,7 @@ def _features(x: Tensor, weight: Tensor, clamp: float) -> Tensor:
     out = torch.empty(batch, heads, length, 2 * columns, dtype=torch.float32, device=x.device)
     rows = ROWS if batch * length <= ROWS else MANY
     Compiled(_shape(x, weight), 1).launch(
-        softmax_features, (triton.cdiv(batch * length, rows), heads),
+        softmax_features, (cdiv(batch * length, rows), heads),
         x, weight.float().contiguous(), out, *x.stride()[:3], batch * length, length, heads, clamp, rows=rows,
     )  # fmt: skip
     return out

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gpu_call import Blocks, Compiled, make_form, power
+from .gpu_call import Blocks, Compiled, cdiv, make_form, power
 from .gpu_parts import BASE2, HIDDEN, LEAST, factors, head, sets, shown, softmax_weights
 from .gpu_support import interpreted
 from .rows import Options
@@ -56,7 +56,7 @@ INTERPRETED = StepBlocks(256, 256, 8, 2)  # so that short rows have several of e
 def columns_of(blocks: StepBlocks, heads: int, width: int) -> int:
     """Columns of D that a program has. heads: of phi_k in the batch."""
     columns = power(width)
-    while columns > 16 and heads * triton.cdiv(width, columns) < blocks.programs:
+    while columns > 16 and heads * cdiv(width, columns) < blocks.programs:
         columns //= 2
     return columns
 

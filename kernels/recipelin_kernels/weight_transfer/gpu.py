@@ -23,11 +23,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..hybrid import gpu_forward
-from ..hybrid.gpu_call import Blocks, Call, check_size, make_call, strides
+from ..hybrid.gpu_call import Blocks, Call, cdiv, check_size, make_call, strides
 from ..hybrid.gpu_support import interpreted
 from ..hybrid.rows import SEPARATE, Options, Rows
 from . import gpu_keys, gpu_rows
@@ -68,13 +67,13 @@ def _sums(call: Call, phi_k: Tensor) -> tuple[Tensor, int]:
     """Stored sums of phi_k [B,p,n,F] before every `stored`-th query's span, the first one 0, and n."""
     o = call.form
     batch, maps, length, features = phi_k.shape
-    states = triton.cdiv(length, o.stored) if o.sums else 0
+    states = cdiv(length, o.stored) if o.sums else 0
     if states < 2:
         return phi_k.new_empty(0, dtype=torch.float32), states
     sums = phi_k.new_empty(batch, maps, states, features, dtype=torch.float32)
     call.launch(
         gpu_forward.sum_keys,
-        (states - 1, batch * maps, triton.cdiv(features, o.tile)),
+        (states - 1, batch * maps, cdiv(features, o.tile)),
         phi_k, phi_k, None, call.q_rows[1], *call.k_rows, None, sums,
         *strides(phi_k, phi_k), maps, length, length, 0, states,
     )  # fmt: skip
@@ -130,7 +129,7 @@ def weight_transfer_gpu(
         blocks or fitting(kind, exact, width, phi_q.shape[-1]),
     )  # fmt: skip
     o = call.form
-    own, tiles = triton.cdiv(length, o.rows), triton.cdiv(phi_q.shape[-1], o.tile)
+    own, tiles = cdiv(length, o.rows), cdiv(phi_q.shape[-1], o.tile)
     more: dict[str, Any] = dict(dtype=torch.float32, device=q.device)
     stats, loss = torch.empty(4, batch, heads, length, **more), torch.empty(batch, heads, length, **more)
     terms = torch.empty(5, batch, heads, length, **more) if learn else None
