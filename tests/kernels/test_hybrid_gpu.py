@@ -1,5 +1,6 @@
 """The Triton kernels are the definition: in Triton's interpreter here, on a GPU by `make test-gpu`."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -131,9 +132,11 @@ def test_auto_takes_the_kernels_where_they_can_run_once_they_are_proven(monkeypa
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(gpu_support, "_capability", lambda index: (9, 0))
     shape = dict(dtype=torch.bfloat16, width=128, features=256)
-    monkeypatch.setattr(gpu_support, "PROVEN", False)
-    assert resolve_kernel("auto", "cuda", **shape) == "chunked" and resolve_kernel("gpu", "cuda", **shape) == "gpu"
-    monkeypatch.setattr(gpu_support, "PROVEN", True)
+    series = ".".join(importlib.metadata.version("triton").split(".")[:2])
+    for other in ((series, (8, 0)), ("2.0", (9, 0))):
+        monkeypatch.setattr(gpu_support, "PROVEN", frozenset({other}))
+        assert resolve_kernel("auto", "cuda", **shape) == "chunked" and resolve_kernel("gpu", "cuda", **shape) == "gpu"
+    monkeypatch.setattr(gpu_support, "PROVEN", frozenset({(series, (9, 0))}))
     assert resolve_kernel("auto", "cuda", **shape) == "gpu" and resolve_kernel("auto", "cpu", **shape) == "chunked"
     assert resolve_kernel("auto", "cuda", covered=True, **shape) == "sdpa"
     for other in ({"dtype": torch.float64}, {"width": 512}, {"features": 2048}):

@@ -46,8 +46,8 @@ def resolve_kernel(
 
     covered: the window covers the sequence and nothing else is asked for: y is causal softmax, and `auto` is `sdpa`.
     `gpu`, the Triton kernels, takes CUDA tensors (or CPU ones under TRITON_INTERPRET=1) of float32, bfloat16 and float16,
-    `width` up to 256 and up to 1024 `features`. `auto` takes it on CUDA where it can run, once it is proven there
-    (gpu_support.py); else `chunked`.
+    `width` up to 256 and up to 1024 `features`. `auto` takes it on a GPU for which it is proven (gpu_support.py); else
+    `chunked`.
     """
     one_of("kernel", kernel, KERNELS)
     if kernel == "gpu":
@@ -57,8 +57,11 @@ def resolve_kernel(
     if kernel == "auto":
         if covered:
             return "sdpa"
-        asked = gpu_support.PROVEN and torch.device(device).type == "cuda"
-        return "gpu" if asked and not gpu_support.why_not(device, dtype, width, features) else "chunked"
+        return (
+            "gpu"
+            if gpu_support.proven(device) and not gpu_support.why_not(device, dtype, width, features)
+            else "chunked"
+        )
     return kernel
 
 

@@ -1,6 +1,7 @@
 """Whether the Triton kernels of hybrid attention can run: asked without importing triton."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 
@@ -10,9 +11,9 @@ from .rows import Options
 
 WIDEST = 256  # head_dim: a block of 64 rows of it in float32 is 64 KiB
 MOST_FEATURES = 1024
-# Whether `make test-gpu` has passed on a GPU, as a whole and with these sources: not yet. Until then the kernels are taken only
-# by name, and `auto` on CUDA is `chunked`. What an H200 showed of them: kernels/bench/tuning-h200.md.
-PROVEN = False
+# With which Triton, on which compute capability `make test-gpu` has passed as a whole, with these sources: none yet. There `auto`
+# takes the kernels; elsewhere they are taken by name, as what a compiler makes of them may race (kernels/bench/tuning-h200.md).
+PROVEN: frozenset[tuple[str, tuple[int, int]]] = frozenset()  # such as ("3.6", (9, 0))
 LEAST_CAPABILITY = (8, 0)  # bf16 and tf32 products
 
 
@@ -27,8 +28,21 @@ def _installed() -> bool:
 
 
 @functools.cache
+def _series() -> str:
+    return ".".join(importlib.metadata.version("triton").split(".")[:2])
+
+
+@functools.cache
 def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+def proven(device: torch.device | str) -> bool:
+    """Whether `auto` may take the kernels there."""
+    device = torch.device(device)
+    if device.type != "cuda" or not _installed():
+        return False
+    return (_series(), _capability(device.index)) in PROVEN
 
 
 def why_no_step(options: Options, keep: object) -> str:
