@@ -8,6 +8,7 @@ passed with it: a pipeline can race.
 """
 
 import argparse
+import datetime
 import json
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 import triton
 
 from recipelin.bench.cuda import captured
+from recipelin.records import provenance
 from recipelin_kernels import hybrid_attention, weight_transfer_loss
 from recipelin_kernels.hybrid import gpu, gpu_call
 from recipelin_kernels.hybrid.gpu_call import Blocks
@@ -101,8 +103,8 @@ class Launched:
 
     @property
     def name(self) -> str:
-        flag = self.more.get("K")
-        return str(self.kernel.__name__) + ("" if flag is None else " of keys" if flag else " of values")
+        said = {("K", True): " of keys", ("K", False): " of values", ("backward", True): ", backward"}
+        return str(self.kernel.__name__) + "".join(said.get(flag, "") for flag in self.more.items() if flag[0] != "o")
 
 
 def launches(operator: Operator, blocks: Blocks, *, run: bool) -> list[Launched]:
@@ -116,12 +118,14 @@ def launches(operator: Operator, blocks: Blocks, *, run: bool) -> list[Launched]
             if run:
                 kernel[grid](*arguments, o=self.form, **more, num_warps=4, num_stages=1)
 
+    own = gpu.fitting, transfer_gpu.fitting
     gpu.fitting = transfer_gpu.fitting = lambda *_: blocks  # type: ignore[assignment]
     gpu_call.Compiled.launch = noted  # type: ignore[method-assign]
     try:
         operator.make()()
     finally:
         gpu_call.Compiled.launch = plain  # type: ignore[method-assign]
+        gpu.fitting, transfer_gpu.fitting = own
     return found
 
 
@@ -154,7 +158,7 @@ def microseconds(call: Callable[[], object]) -> float:
         stop.record()
         torch.cuda.synchronize()
         best = min(best, start.elapsed_time(stop) * 1e3 / 4)
-    return best
+    return round(best, 1)
 
 
 @torch.no_grad()
@@ -165,8 +169,12 @@ def time_all(seconds: float) -> list[Variant]:
         if time.monotonic() - begun > seconds:
             print(f"left out, no time: {operator.name}, {blocks}", file=sys.stderr)
             continue
-        with torch.enable_grad():
-            made = {one.name: one for one in launches(operator, blocks, run=True)}
+        try:
+            with torch.enable_grad():
+                made = {one.name: one for one in launches(operator, blocks, run=True)}
+        except triton.runtime.errors.OutOfResources as error:
+            print(f"left out, {error}: {operator.name}, {blocks}", file=sys.stderr)
+            continue
         for name, one in made.items():
             for warps, stages in sorted({(4, 1), *how}):
                 try:
@@ -216,7 +224,13 @@ def main() -> int:
         return 1
     name = torch.cuda.get_device_name()
     found = time_all(arguments.seconds)
-    head = f"torch {torch.__version__}, triton {triton.__version__}; made by `make gpu-tune`, all variants in the JSON beside it."
+    source = provenance(ROOT)
+    changed = " with changes" if source.dirty else ""
+    head = (
+        f"{datetime.date.today()}, commit {source.commit or 'unknown'}{changed}, torch {torch.__version__}, triton "
+        f"{triton.__version__}. Each kernel alone, four launches in a CUDA graph, the best of four replays. Made by `make "
+        "gpu-tune`; all variants are in the JSON beside this page. What is timed here need not be right: `make test-gpu`."
+    )
     file = arguments.out / f"tuning-{name.removeprefix('NVIDIA ').split()[0].lower()}"
     file.with_suffix(".json").write_text(json.dumps([asdict(v) for v in found], indent=1) + "\n")
     file.with_suffix(".md").write_text(page(name, head, found))

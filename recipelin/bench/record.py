@@ -67,7 +67,7 @@ def as_markdown(record: Record, pictures: Sequence[str] = (), *, only: str = "")
     if record.gpu:
         device, clock, memory = (
             "a GPU",
-            "time between two events of the GPU around replays of CUDA graphs",
+            "time between two events of the GPU, around replays of CUDA graphs unless the row says otherwise",
             "of torch's allocator",
         )
         command, file = "recipelin bench --device cuda", "record-cuda.json"

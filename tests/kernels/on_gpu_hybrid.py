@@ -85,7 +85,8 @@ def test_results_repeat_bit_by_bit(dtype, dim, features, options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *COARSE], ids=str)
 @pytest.mark.parametrize(
-    ("dim", "columns", "heads"), [(64, 32, (4, 4)), (128, 64, (8, 2)), (80, 96, (2, 1)), (256, 256, (2, 2))]
+    ("dim", "columns", "heads"),
+    [(64, 32, (4, 4)), (128, 64, (8, 2)), (80, 96, (2, 1)), (256, 256, (2, 2)), (256, 512, (2, 1))],
 )
 def test_features_and_their_gradients(dtype, dim, columns, heads):
     """Against float64 of the same numbers; x's gradient is rounded to its dtype."""
@@ -97,9 +98,9 @@ def test_features_and_their_gradients(dtype, dim, columns, heads):
         one, w = ((z.double() if exact else z.clone()).requires_grad_() for z in (x, weight))
         if exact:
             u = torch.einsum("bhtd,hgdf->bhgtf", one, w.unflatten(0, (heads[1], -1))).flatten(1, 2)
-            phi = torch.cat((u.softmax(-1), (-u).softmax(-1)), -1).clamp(min=1e-6)
+            phi = torch.cat((u.softmax(-1), (-u).softmax(-1)), -1).clamp(min=1e-12)
         else:
-            phi = softmax_features_gpu(one, w, 1e-6)
+            phi = softmax_features_gpu(one, w, 1e-12)
         found.append([phi.detach(), *torch.autograd.grad((phi * towards.to(phi.dtype)).sum(), (w, one))])
     assert_same(found[0][:2], found[1][:2], 1e-5, names=("phi", "d_weight"))
     assert_same(found[0][2:], found[1][2:], COARSE.get(dtype, 1e-5), names=("d_x",))

@@ -12,7 +12,7 @@ from recipelin.swap import forms, swap, switch
 from recipelin_kernels import HybridState, hybrid_attention, hybrid_attention_step
 from recipelin_kernels.hybrid.state import settled
 from recipelin_kernels.hybrid.step_state import StepState, standing
-from tests.kernels.gpu_device import DEVICE, FP32, on_device
+from tests.kernels.gpu_device import DEVICE, FP32, empty_is_nan, on_device
 from tests.kernels.hybrid_inputs import Inputs
 
 pytestmark = pytest.mark.usefixtures("language_patched_once")
@@ -168,21 +168,42 @@ def test_a_state_of_other_sizes_is_refused_and_what_it_does_not_take_goes_the_lo
     close(y, hybrid_attention(*exact.cut(0, 5), exact.mix, kernel="reference", reach=4, **options)[:, :, 4:])
 
 
-@pytest.mark.parametrize(("width", "heads", "length"), [(1, 1, 9), (2, 2, 33)])
-def test_the_standard_map_is_the_forms(width, heads, length):
+@pytest.mark.parametrize(("dim", "width", "heads", "length", "clamp"), [(8, 1, 1, 9, 1e-3), (80, 2, 2, 33, 1e-12)])
+def test_the_standard_map_is_the_forms(dim, width, heads, length, clamp):
     """Features and the gradients to x and W, against float64; two maps of a key head, or one of each."""
-    x = torch.randn(2, length, heads, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE).transpose(1, 2)
-    made, plain = (HeadFeatureMap(FeatureMap(width=width, clamp=1e-3), 2, 8, 0, k).to(DEVICE) for k in ("gpu", "auto"))
+    x = torch.randn(2, length, heads, dim, generator=torch.Generator().manual_seed(0)).to(DEVICE).transpose(1, 2)
+    config = FeatureMap(width=width, clamp=clamp)
+    made, plain = (HeadFeatureMap(config, 2, dim, 0, kernel).to(DEVICE) for kernel in ("gpu", "auto"))
     for each in (made, plain):
         each.weight.data.mul_(9.0)  # so that some features are clamped
     found = []
     for each, one in ((made, x.clone()), (plain.double(), x.double())):
-        phi = each(one.requires_grad_())
-        towards = torch.cos(torch.arange(phi.numel(), dtype=torch.float64, device=DEVICE)).view_as(phi).to(phi.dtype)
-        found.append([phi, *torch.autograd.grad((phi * towards).sum(), (one, each.weight))])
-    assert bool((found[1][0] == 1e-3).any())
+        with empty_is_nan(), torch.autocast(DEVICE, torch.bfloat16, enabled=each is made):
+            phi = each(one.requires_grad_())
+            towards = (
+                torch.cos(torch.arange(phi.numel(), dtype=torch.float64, device=DEVICE)).view_as(phi).to(phi.dtype)
+            )
+            found.append([phi, *torch.autograd.grad((phi * towards).sum(), (one, each.weight))])
+    assert clamp < 1e-6 or bool((found[1][0] == clamp).any())
     for one, other in zip(*found, strict=True):
         close(one.detach(), other.detach())
+    with torch.no_grad():
+        assert torch.equal(made(x), found[0][0])
+
+
+def test_what_the_clamp_costs_the_gradient():
+    """Where a feature is clamped, the clamp stands for its softmax in the gradient: nothing at the default, and bounded."""
+    u = torch.randn(1, 1, 40, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 6
+    weight = torch.eye(16, dtype=torch.float64)[None]
+    for clamp, least, most in ((1e-12, 0.0, 1e-9), (1e-4, 1e-6, 1e-2)):
+        form = HeadFeatureMap(FeatureMap(width=2, clamp=clamp), 1, 16, 0).double()
+        form.weight.data = weight
+        grads = []
+        for one in (u.clone().requires_grad_(), u.clone().requires_grad_()):
+            plain = torch.cat((one.softmax(-1), (-one).softmax(-1)), -1).clamp(min=clamp)
+            phi = plain if grads else form(one)
+            grads.append(torch.autograd.grad((phi * torch.cos(torch.arange(phi.numel()).view_as(phi))).sum(), one)[0])
+        assert least <= float((grads[0] - grads[1]).norm() / grads[1].norm()) <= most
 
 
 def test_a_layer_decodes_by_it(tiny):

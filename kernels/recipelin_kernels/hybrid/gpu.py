@@ -282,7 +282,7 @@ def hybrid_attention_gpu(
         phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)
     call = make_call(
         options, q, k, phi_q, phi_k, window_keep, q_rows, k_rows, past, plain, segmented,
-        blocks or fitting(kind, q.shape[-1]),
+        blocks or fitting(kind, features, q.shape[-1]),
     )  # fmt: skip
     if call.form.ahead:
         assert past is not None

@@ -5,8 +5,8 @@ of features are
 
     ds_ij = a_ij A_i (dx_ij + sigma_i)        db_ij = B_i (dx_ij + lambda_i)
 
-so that q's and k's gradients need no features, and the features' need no scores: four kernels (k's and phi_k's in
-`gpu_backward_keys`), each with few products and one or two large sums on the chip.
+so that q's and k's gradients need no features, and the features' need no scores: five launches (those of keys in
+`gpu_backward_keys`), each with few products and one large sum on the chip.
 """
 
 import triton

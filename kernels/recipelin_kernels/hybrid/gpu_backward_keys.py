@@ -78,12 +78,13 @@ def key_gradient(
         phi = key
         if not K and o.has_linear and o.show_linear:
             phi = take(phi_k, j, fk_t, real, 0, o.features, o.tile)
-        for q0 in range(first, soft_end, o.rows):
-            total = _to_keys(
-                total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
-                q_position, q_segment, stats + at, terms + at, bests, at, plane, g_mix,
-                length, lead, kept, anchor, scale, True, K, o,
-            )  # fmt: skip
+        if (o.has_window and o.window > 0) or (o.has_sinks and o.sinks > 0):
+            for q0 in range(first, soft_end, o.rows):
+                total = _to_keys(
+                    total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,
+                    q_position, q_segment, stats + at, terms + at, bests, at, plane, g_mix,
+                    length, lead, kept, anchor, scale, True, K, o,
+                )  # fmt: skip
         if not K and o.has_linear and o.show_linear:
             for q0 in range(begin, end, o.rows):
                 total = _to_keys(

@@ -17,25 +17,30 @@ from .rows import Options, Rows
 @dataclass(frozen=True)
 class Blocks:
     """Queries and keys of a program, queries between stored states, features at once; powers of two. At most so many
-    stages of loads (`Launch`)."""
+    stages of loads and warps (`Launch`)."""
 
     rows: int = 64
     columns: int = 64
     stored: int = 256
     tile: int = 128
     stages: int = 3
+    warps: int = 4
 
 
-SMALL = Blocks(32, 32, 256, 64, 1)  # what is in fp32, or wider than 128, fits an H100's 227 KiB so
+SMALL = Blocks(32, 32, 256, 64, 1)  # what is in fp32 or fp16, or wider than 128, fits an H100's 227 KiB so
 # In the interpreter small ones, so that short rows have several of each.
 INTERPRETED = Blocks(16, 16, 32, 32)
 
 
-def fitting(dtype: torch.dtype, width: int) -> Blocks:
-    """Sizes for inputs of a dtype and head_dim."""
+def fitting(dtype: torch.dtype, features: torch.dtype, width: int) -> Blocks:
+    """Sizes for inputs of a dtype, the features' dtype and head_dim."""
     if interpreted():
         return INTERPRETED
-    return SMALL if dtype != torch.bfloat16 or width > 128 else Blocks()
+    if dtype != torch.bfloat16 or width > 128:
+        return SMALL
+    return Blocks(
+        stages=3 if features == torch.bfloat16 else 1
+    )  # features in fp32: a pipeline costs more than it gains
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,9 @@ class Launch:
     num_stages: int
 
 
-# Measured on an H200 (kernels/bench/tuning-h200.md): a block of 64 rows is one of 4 warps, 8 take half as long again or twice. A
-# pipeline (stages above 1) is kept only where results repeated bit by bit there: with 4 warps, Triton 3.6 made one for `sum_keys`
-# whose sums were off by a tenth, and differed from call to call.
+# Measured on an H200 (kernels/bench/tuning-h200.md): a block of 64 rows is one of 4 warps, 8 take half as long again or twice.
+# With 4 warps, Triton 3.6 made a pipeline (stages above 1) for `sum_keys` whose sums were off by a tenth, and differed from call
+# to call: with 4 warps there is one only where it gave, bit by bit, what one stage gives.
 LAUNCHES = {
     "sum_keys": Launch(4, 1),
     "scan": Launch(4, 1),
@@ -107,6 +112,7 @@ class Compiled:
 
     form: Any
     stages: int
+    warps: int
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
         if 0 in grid:
@@ -116,7 +122,7 @@ class Compiled:
 
     def how(self, kernel: str) -> dict[str, int]:
         launch = LAUNCHES[kernel]
-        return {"num_warps": launch.num_warps, "num_stages": min(launch.num_stages, self.stages)}
+        return {"num_warps": min(launch.num_warps, self.warps), "num_stages": min(launch.num_stages, self.stages)}
 
 
 @dataclass(frozen=True)
@@ -255,5 +261,6 @@ def make_call(
         ahead=ahead,
         segmented=segmented,
         stages=blocks.stages,
+        warps=blocks.warps,
         stored_dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32,
     )

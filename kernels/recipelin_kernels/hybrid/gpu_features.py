@@ -12,7 +12,8 @@ from .gpu_call import Compiled, cdiv, power
 from .gpu_parts import head
 
 ROWS = 16  # tokens of a program, of any rows of the batch; the least that a product takes
-MANY = 64  # of more tokens than that: W is read once for all of them
+MANY = 64  # of the many tokens of whole rows, if maps are narrow: W is read once for all of them
+NARROW = 128  # columns
 
 
 class Shape(NamedTuple):
@@ -64,7 +65,8 @@ def softmax_features_gradient(
 ):
     """du of u = x W: phi, grad [tokens, 2 columns] -> out [tokens, columns], all in float32. Grid: (ceil(tokens / rows),).
 
-    d softmax(u) = p (g - sum p g), and of softmax(-u) the same, subtracted; what the clamp held has g = 0.
+    d softmax(u) = p (g - sum p g), and of softmax(-u) the same, subtracted; what the clamp held has g = 0, and the clamp in the
+    place of its p, which is less: du is off there by at most clamp |sum p g|.
     """
     n = (tl.program_id(0) * rows + tl.arange(0, rows)).to(tl.int64)
     c = tl.arange(0, columns)
@@ -96,15 +98,17 @@ class _Features(torch.autograd.Function):
         grad, shape = grad.float().contiguous(), _shape(x, weight)
         du = torch.empty(batch, x.shape[1], shape.group, length, features // 2, dtype=torch.float32, device=x.device)
         tokens, rows = batch * heads * length, max(1, 4096 // shape.block)
-        Compiled(shape, 1).launch(
+        Compiled(shape, 1, 4).launch(
             softmax_features_gradient, (cdiv(tokens, rows),),
             phi, grad, du, tokens, ctx.clamp, rows=rows, columns=shape.block,
         )  # fmt: skip
         by_head = weight.float().unflatten(0, (-1, shape.group))
-        d_x = torch.einsum("bhgtf,hgdf->bhtd", du, by_head).to(x.dtype) if ctx.needs_input_grad[0] else None
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = torch.einsum("bhtd,bhgtf->hgdf", x.float(), du).flatten(0, 1).to(weight.dtype)
+        d_x = d_weight = None
+        with torch.autocast(x.device.type, enabled=False):  # as in the forward pass
+            if ctx.needs_input_grad[0]:
+                d_x = torch.einsum("bhgtf,hgdf->bhtd", du, by_head).to(x.dtype)
+            if ctx.needs_input_grad[1]:
+                d_weight = torch.einsum("bhtd,bhgtf->hgdf", x.float(), du).flatten(0, 1).to(weight.dtype)
         return d_x, d_weight, None
 
 
@@ -118,8 +122,8 @@ def _features(x: Tensor, weight: Tensor, clamp: float) -> Tensor:
     batch, _, length, _ = x.shape
     heads, _, columns = weight.shape
     out = torch.empty(batch, heads, length, 2 * columns, dtype=torch.float32, device=x.device)
-    rows = ROWS if batch * length <= ROWS else MANY
-    Compiled(_shape(x, weight), 1).launch(
+    rows = MANY if length > ROWS and columns <= NARROW else ROWS
+    Compiled(_shape(x, weight), 1, 4).launch(
         softmax_features, (cdiv(batch * length, rows), heads),
         x, weight.float().contiguous(), out, *x.stride()[:3], batch * length, length, heads, clamp, rows=rows,
     )  # fmt: skip

@@ -329,7 +329,7 @@ def hybrid_attention_step_gpu(
     form = make_form(
         options, Blocks(), heads=heads, key_heads=k.shape[1], maps=maps, width=width, features=features, dtype=q.dtype
     )
-    Compiled(form, 1).launch(
+    Compiled(form, 1, 4).launch(
         step, (batch * maps, programs),
         q, k, v, phi_q, phi_k, *numbers, real, *state.tensors.values(), y,
         *[n for x in (q, k, v, phi_q, phi_k) for n in x.stride()[:2]], maps, options.scale,

@@ -40,11 +40,9 @@ def fitting(kind: torch.dtype, phi: torch.dtype, width: int, features: int) -> B
     if kind == torch.float32 and max(width, features) > 128:
         return Blocks(32, 32, 128, 64, 1)
     if kind == torch.float32 or width > 128:
-        return Blocks(64, 32, 128, 128, 2)
-    rows, stages = (128, 3) if features <= 128 else (64, 2)
-    if kind == phi == torch.bfloat16:
-        return Blocks(rows, 64, 128, 256, 3)
-    return Blocks(rows, 32, 128, 256, stages)
+        return Blocks(64, 32, 128, 128, 2, 8)
+    rows, stages, warps = (128, 3, 8) if features <= 128 else (64, 1, 4)
+    return Blocks(rows, 64 if kind == phi == torch.bfloat16 else 32, 128, 256, stages, warps)
 
 
 def _options(options: Options, target: str, length: int) -> Options:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LEARNED = ("phi_q", "phi_k", "mix", "log_scale")
 
@@ -24,6 +25,7 @@ class _Loss(torch.autograd.Function):
         return sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, weight: Tensor) -> Any:
         # The gradients of each head's own sum: one factor a head scales them.
         found: list[Tensor | None] = []

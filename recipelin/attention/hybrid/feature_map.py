@@ -107,6 +107,7 @@ class HeadFeatureMap(nn.Module):
 class _BothSoftmax(torch.autograd.Function):
     """[softmax(u), softmax(-u)] over the last axis, clamped below: what autograd would do, in two thirds of the passes.
 
+    But in the gradient a clamped feature has the clamp in the place of its softmax p: off by at most clamp |sum p g|.
     A few rows of the batch at a time, so that what one pass leaves for the next is still in a core's cache.
     """
 
