@@ -85,8 +85,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "decode, cover all, average": {"join": "average", "cover": "all", "sinks": 4, "batch": 32},
     "decode, one head, window 0": {"heads": 1, "key_heads": 1, "maps": 1, "window": 0},
     "decode, window alone": {"ablate": {"linear": "mass"}},
-    "decode, d 256, F 512": {"width": 256, "features": 512, "heads": 8},
-    "decode, d 256, F 1024": {"width": 256, "features": 1024, "heads": 8},
+    "decode, d 256, F 512": {"width": 256, "features": 512, "heads": 8, "maps": 8},
+    "decode, d 256, F 1024": {"width": 256, "features": 1024, "heads": 8, "maps": 8},
 }  # fmt: skip
 
 

@@ -41,8 +41,10 @@ def fitting(kind: torch.dtype, phi: torch.dtype, width: int, features: int) -> B
         return Blocks(32, 32, 128, 64, 1)
     if kind == torch.float32 or width > 128:
         return Blocks(64, 32, 128, 128, 2, 8)
-    rows, stages, warps = (128, 3, 8) if features <= 128 else (64, 1, 4)
-    return Blocks(rows, 64 if kind == phi == torch.bfloat16 else 32, 128, 256, stages, warps)
+    rows = 128 if features <= 128 else 64  # in 4 warps, 64 rows of 256 features spill 1.6 KB a thread
+    if kind == phi == torch.bfloat16:
+        return Blocks(rows, 64, 128, 256, 3, 8)
+    return Blocks(rows, 32, 128, 256, 3 if features <= 128 else 2, 8)
 
 
 def _options(options: Options, target: str, length: int) -> Options:
