@@ -13,7 +13,7 @@ from .gpu_parts import head
 
 ROWS = 16  # tokens of a program, of any rows of the batch; the least that a product takes
 MANY = 64  # of the many tokens of whole rows, if maps are narrow: W is read once for all of them
-NARROW = 128  # columns
+NARROW = 128  # columns; wider ones take 8 warps, as 4 spill
 
 
 class Shape(NamedTuple):
@@ -123,7 +123,7 @@ def _features(x: Tensor, weight: Tensor, clamp: float) -> Tensor:
     heads, _, columns = weight.shape
     out = torch.empty(batch, heads, length, 2 * columns, dtype=torch.float32, device=x.device)
     rows = MANY if length > ROWS and columns <= NARROW else ROWS
-    Compiled(_shape(x, weight), 1, 4).launch(
+    Compiled(_shape(x, weight), 1, 4 if columns <= NARROW else 8).launch(
         softmax_features, (cdiv(batch * length, rows), heads),
         x, weight.float().contiguous(), out, *x.stride()[:3], batch * length, length, heads, clamp, rows=rows,
     )  # fmt: skip
