@@ -33,7 +33,7 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.write_line(f"{name}: {value}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def little_library():
     """The text `python-stdlib` is every eighth module of the library: for tests that read it, whatever its size."""
     from recipelin import documents, sources
