@@ -136,4 +136,4 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[st
 def compare(path: Path) -> int:
     """Hold a file against the catalogue; the exit code: 0 the same, 1 not. Raises OSError for a file that is not there."""
     path.stat()
-    return 0 if is_current(path, catalogue(), source="the recipes", command="recipelin list --format markdown") else 1
+    return 0 if is_current(path, catalogue, source="the recipes", command="recipelin list --format markdown") else 1

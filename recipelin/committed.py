@@ -3,11 +3,12 @@
 import difflib
 import errno
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
-def is_current(path: Path, made: str, *, source: str, command: str) -> bool:
-    """Whether `path` holds `made`; if not, the difference is printed, and the command that makes it anew.
+def is_current(path: Path, make: Callable[[], str], *, source: str, command: str) -> bool:
+    """Whether `path` holds what `make` gives; if not, the difference is printed, and the command that makes it anew.
 
     `source`: what it is made of. A file that is not there differs in everything. Raises OSError for one that is no text.
     """
@@ -15,6 +16,7 @@ def is_current(path: Path, made: str, *, source: str, command: str) -> bool:
         known = path.read_text(encoding="utf-8") if path.exists() else ""
     except UnicodeDecodeError as error:
         raise OSError(errno.EILSEQ, f"not UTF-8; expected the Markdown that {command} prints", str(path)) from error
+    made = make()
     if made == known:
         print(f"{path}: as made from {source}")
         return True

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 from typing import Literal
 
@@ -19,8 +20,9 @@ class LookupFailed(ValueError):
     """A name that no file has, with the nearest one and all that there are."""
 
 
+@cache
 def names(folder: Folder) -> tuple[str, ...]:
-    """All names of a folder, sorted."""
+    """All names of a folder, sorted; read once in a process, which loads and plans thousands of points."""
     package = importlib.import_module(f"{__package__}.{folder}")
     packages = folder in ("attention", "evals")
     return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg == packages))

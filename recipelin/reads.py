@@ -10,6 +10,8 @@ from .sources import Generated, Hub, LocalFile, Source, SourceError, Stdlib, tex
 from .steps import Calibrate, Evaluate, Select, Step, Transfer, Tune
 from .suites import load_suite
 
+_SOURCE: TypeAdapter[Source] = TypeAdapter(Source)
+
 
 def watched(step: Step) -> list[str]:
     """Suites that a stage's validation watches."""
@@ -38,7 +40,7 @@ def sources(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hu
             if isinstance(step, Evaluate)
             else [load_suite(name, recipe) for name in (*watched(step), *measured(step))]
         )
-        found += [TypeAdapter(Source).validate_python(x) for s in suites for x in _named(s.model_dump())]
+        found += [_SOURCE.validate_python(x) for s in suites for x in _named(s.model_dump())]
     return found
 
 

@@ -145,7 +145,12 @@ def read_yaml(
     With `decimals`, a number with a point keeps its digits: 78.40 is Decimal("78.40"). Raises RecipeError.
     """
     file = shown or str(path)
-    text = _text(path, file)
+    text = read_text(path, file)
+    return *parsed(text, file, kind=kind, decimals=decimals), text
+
+
+def parsed(text: str, file: str, *, kind: str, decimals: bool = False) -> tuple[dict[str, Any], dict[Where, Mistake]]:
+    """(values, places) of the YAML text of `file`, as for `read_yaml`. Raises RecipeError."""
     reader = _Reader(file, {}, [], decimals)
     try:
         node = _composed(text)
@@ -176,7 +181,7 @@ def read_yaml(
     values = reader.value(node, (), [MOST_NODES])
     if reader.mistakes:
         raise RecipeError(reader.mistakes)
-    return values, reader.places, text
+    return values, reader.places
 
 
 @lru_cache(maxsize=256)
@@ -186,7 +191,8 @@ def _composed(text: str) -> yaml.Node | None:
     return node
 
 
-def _text(path: Path, file: str) -> str:
+def read_text(path: Path, file: str) -> str:
+    """The text of a file that messages name `file`. Raises RecipeError: not there, not readable, too large, not UTF-8."""
     if os.path.isdir(path):
         raise RecipeError([Mistake(file, 0, 0, "is a folder; expected a YAML file")])
     if not os.path.exists(path):

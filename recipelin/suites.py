@@ -1,6 +1,7 @@
 """A suite's name or file -> Suite: strict YAML, all mistakes of a file at once (no torch)."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -10,7 +11,7 @@ from .base import Config
 from .finding import find_recipe, shown
 from .mistakes import located, placed
 from .recipe import Suite, twins
-from .strict_yaml import Mistake, RecipeError, Where, read_yaml
+from .strict_yaml import Mistake, RecipeError, Where, parsed, read_text
 
 
 def load_suite(name: str, recipe: Path) -> Suite:
@@ -21,9 +22,16 @@ def load_suite(name: str, recipe: Path) -> Suite:
 
 def read_suite(path: Path) -> Suite:
     """A suite from its file. Raises RecipeError with every mistake of the file."""
-    raw, places, _ = read_yaml(path, shown(path), kind="a suite (name, evals)")
+    file = shown(path)
+    return _suite(file, read_text(path, file))
+
+
+@lru_cache(maxsize=256)
+def _suite(file: str, text: str) -> Suite:
+    """The suite that a text holds, which nothing changes: the points of grids read the same ones, hundreds of times."""
+    raw, places = parsed(text, file, kind="a suite (name, evals)")
     if "method" in raw or "extends" in raw:
-        raise RecipeError([Mistake(shown(path), 0, 0, "is a recipe; expected a suite, a file with `evals:`")])
+        raise RecipeError([Mistake(file, 0, 0, "is a recipe; expected a suite, a file with `evals:`")])
     mistakes: list[Mistake] = []
     evals: list[Config] = []
     given = raw.get("evals")

@@ -387,7 +387,7 @@ def _show_spec(path: Path, spec: Spec | Claims, records: Sequence[Published], fo
         print(render(table, format), end="")
         return True
     made, picture = render(table, "markdown"), path.with_suffix(".png")
-    if not is_current(path.with_suffix(".md"), made, source="the Records", command=f"recipelin table {path}"):
+    if not is_current(path.with_suffix(".md"), lambda: made, source="the Records", command=f"recipelin table {path}"):
         return False
     if isinstance(spec, Spec) and spec.figure and not figure.is_current(picture, spec, table):
         print(f"{picture} does not show its table; to draw it anew: recipelin table {path} --figure", file=sys.stderr)

@@ -8,15 +8,9 @@ import pytest
 GPU = os.environ.get("RECIPELIN_TEST_GPU") == "1"  # `make test-gpu`
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is first imported, by whomever
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    try:
-        import torch
-    except ModuleNotFoundError:
-        return
-    torch.set_num_threads(1)
+# Read before torch is imported, and by each run, which sets torch's threads: two workers of two threads each wait for one
+# another at every operator, ten times as long as the operator takes.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,11 +21,30 @@ def _own_home(tmp_path_factory):
         yield
 
 
+def pytest_collection_modifyitems(items):
+    """The long ones first, so that no worker is alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_terminal_summary(terminalreporter):
     """What tests counted: shown with workers too, whose own output nobody sees."""
     for report in terminalreporter.stats.get("passed", []):
         for name, value in report.user_properties:
             terminalreporter.write_line(f"{name}: {value}")
+
+
+@pytest.fixture
+def little_library():
+    """The text `python-stdlib` is every eighth module of the library: for tests that read it, whatever its size."""
+    from recipelin import documents, sources
+
+    little = dict(list(sources.stdlib_modules().items())[::8])
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (sources, documents):
+            patch.setattr(module, "stdlib_modules", lambda: little)
+        sources._stdlib_fingerprint.cache_clear()
+        yield little
+    sources._stdlib_fingerprint.cache_clear()
 
 
 @pytest.fixture

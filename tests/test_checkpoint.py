@@ -1,130 +1,115 @@
 """Checkpoints: whole or not there at all, whatever ends the process; and clear words where the disk is full."""
 
-import os
+import json
 import resource
 import signal
-import subprocess
-import sys
-import textwrap
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import recipelin.checkpoint
+import recipelin.stages as stages
 from recipelin.checkpoint import FILE, Checkpoint, read_checkpoint, write_checkpoint
+from recipelin.data import Batch
+from recipelin.loop import Loop
 from recipelin.optimizer import make_optimizers
-from recipelin.schedule import Optimizer
-
-TRAINING = """
-    import sys
-    from pathlib import Path
-
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    import recipelin.checkpoint
-    import recipelin.loop as loop
-    import recipelin.stages as stages
-    from recipelin.data import Batch
-    from recipelin.schedule import Decay, Optimizer, Schedule
-    from recipelin.sources import Data
-    from recipelin.steps import Tune
-
-    torch.set_num_threads(1)
-    folder, slow = Path(sys.argv[1]), sys.argv[2]
+from recipelin.schedule import Decay, Optimizer, Schedule
+from recipelin.sources import Data
+from recipelin.steps import Tune
+from tests.forked import Pipe, start
 
 
-    class Rows:
-        rows = 8
+class Rows:
+    rows = 8
 
-        def batch(self, step, micro=0):
-            draw = torch.Generator().manual_seed(step)
-            ids = torch.randint(0, 7, (2, 16), generator=draw)
-            return Batch(ids, ids.clone(), torch.arange(16).expand(2, -1))
+    def batch(self, step: int, micro: int = 0) -> Batch:
+        draw = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, 7, (2, 16), generator=draw)
+        return Batch(ids, ids.clone(), torch.arange(16).expand(2, -1))
 
 
-    write = recipelin.checkpoint.save_file
+def train(folder: Path, slow: str, here: Connection) -> None:
+    """A stage with muon, and its weights; with `slow` it says where it is and goes no further."""
+    write, gradients = recipelin.checkpoint.save_file, Loop._gradients
 
+    def wait() -> None:
+        here.send(slow)
+        here.recv()
 
     def in_halves(tensors, path, metadata):
-        # Half a file lies on the disk while the test kills this process.
         write(tensors, path, metadata)
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
-        if step_of(metadata) == 12:
-            print("writing", flush=True)
-            sys.stdin.read()
+        if json.loads(metadata["at"])["step"] == 12:
+            wait()  # half a file lies on the disk while the test kills this process
         path.write_bytes(content)
 
-
-    def step_of(metadata):
-        import json
-
-        return json.loads(metadata["at"])["step"]
-
+    def told(self, number, total):
+        found = gradients(self, number, total)
+        if number == 10:
+            wait()
+        return found
 
     if slow == "write":
         recipelin.checkpoint.save_file = in_halves
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
-        head_dim=8, vocab_size=67, max_position_embeddings=64, initializer_range=0.2))
-    schedule = Schedule(steps=20, batch=2, length=16, checkpoint_every=4, log_every=5,
-                        optimizer=Optimizer(name="muon", lr=1e-2), decay=Decay(name="cosine", warmup=3))
     if slow == "step":
-        real = loop.Loop._gradients
-
-        def told(self, number, total):
-            found = real(self, number, total)
-            if number == 10:
-                print("step", flush=True)
-                sys.stdin.read()
-            return found
-
-        loop.Loop._gradients = told
-    report = stages.tune(model, Tune(stage="tune", lora=None, schedule=schedule, data=Data()), Rows(), device="cpu",
-                         folder=folder / "work", seed=0, log=folder / "logs", key="k")
-    save_file({n: p.detach().clone() for n, p in model.named_parameters() if n != "lm_head.weight"},
-              folder / "end.safetensors")
-    print("resumed", report["resumed_from"], flush=True)
-"""
-
-
-def start(folder: Path, slow: str = "") -> subprocess.Popen[str]:
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = os.pathsep.join(p for p in sys.path if p)
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(TRAINING), str(folder), slow],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        Loop._gradients = told
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
+            head_dim=8, vocab_size=67, max_position_embeddings=64, initializer_range=0.2,
+        )
+    )  # fmt: skip
+    optimizer, decay = Optimizer(name="muon", lr=1e-2), Decay(name="cosine", warmup=3)
+    schedule = Schedule(steps=20, batch=2, length=16, checkpoint_every=4, log_every=5, optimizer=optimizer, decay=decay)
+    step = Tune(stage="tune", lora=None, schedule=schedule, data=Data())
+    report = stages.tune(
+        model, step, Rows(), device="cpu", folder=folder / "work", seed=0, log=folder / "logs", key="k"
     )
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if n != "lm_head.weight"}
+    save_file(trained, folder / "end.safetensors")
+    here.send(report["resumed_from"])
 
 
-def finish(folder: Path) -> str:
-    said, wrong = (process := start(folder)).communicate(timeout=240)
-    assert process.returncode == 0, wrong
-    return said
+def started(folder: Path, slow: str = "") -> tuple[BaseProcess, Connection]:
+    folder.mkdir(parents=True, exist_ok=True)
+    here, there = Pipe()
+    process = start(train, folder, slow, there, stderr=folder / "stderr.txt")
+    there.close()
+    return process, here
 
 
+def finish(folder: Path) -> int:
+    """The whole stage, or the rest of it; the step that it went on from."""
+    process, here = started(folder)
+    process.join(240)
+    assert process.exitcode == 0, (folder / "stderr.txt").read_text()
+    with here:
+        return here.recv()
+
+
+@pytest.mark.slow
 def test_sigkill_in_a_step_and_in_a_write_ends_bit_equal(tmp_path):
     """Killed with gradients made but not taken, then with half a checkpoint on the disk: bit-equal to one run."""
     finish(tmp_path / "whole")
     folder = tmp_path / "broken"
     for where, left in (("step", 8), ("write", 8)):
-        process = start(folder, where)
-        assert process.stdout is not None and process.stdout.readline().strip() in ("step", "writing")
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=240)
-        assert process.returncode == -signal.SIGKILL
+        process, here = started(folder, where)
+        with here:
+            assert here.recv() == where
+            process.kill()
+            process.join(240)
+        assert process.exitcode == -signal.SIGKILL
         known = read_checkpoint(folder / "work", "k")
         assert known is not None and known.step == left
     assert list((folder / "work").glob(f".{FILE}.*")), "the kill was to leave half a checkpoint behind"
-    assert finish(folder).split() == ["resumed", "8"]
+    assert finish(folder) == 8
     assert not list((folder / "work").glob(f".{FILE}.*"))
     one, other = load_file(tmp_path / "whole" / "end.safetensors"), load_file(folder / "end.safetensors")
     assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)

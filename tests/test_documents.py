@@ -12,7 +12,7 @@ from huggingface_hub import errors
 from recipelin import hub
 from recipelin.cli import main
 from recipelin.documents import Reader, documents
-from recipelin.sources import PARTS, Hub, LocalFile, SourceError, fingerprint
+from recipelin.sources import PARTS, Hub, LocalFile, SourceError, Stdlib, fingerprint, part_of, stdlib_modules
 from recipelin.templates import TEMPLATES
 
 COMMIT = "12567cabf869d7c92e573c7c783905fc160e9639"
@@ -277,3 +277,12 @@ def test_a_run_without_network_says_it_before_any_work(home, capsys, monkeypatch
     assert f"yahma/alpaca-cleaned@{COMMIT} is not on this machine, and HF_HUB_OFFLINE" in text
     assert "dataset: ./folder" in text and "Traceback" not in text
     assert not home.exists(), "nothing is half written"
+
+
+def test_parts_of_the_library_are_disjoint_and_split_by_name():
+    library = Stdlib(source="python-stdlib")
+    names = {part: {n for n, _ in documents(library, part, Path())} for part in PARTS}
+    assert all(len(names[p]) >= 10 for p in PARTS)
+    assert sum(len(n) for n in names.values()) == len(set().union(*names.values())) == len(stdlib_modules())
+    assert part_of("json.decoder") == part_of("json.decoder") and "json.decoder" in set().union(*names.values())
+    assert fingerprint(library, Path()) == fingerprint(library, Path("/"))

@@ -23,6 +23,7 @@ from recipelin.run import RunError, run
 from recipelin.sources import Stdlib
 from recipelin.states import State, resolve
 from recipelin.student_digest import digest_student
+from tests.forked import start
 
 RECIPE = """\
 name: test/small
@@ -124,35 +125,41 @@ def test_the_window_shows_in_the_numbers(folder, home, tmp_path):
 KILLS = ("transfer", "tune", "evaluate")
 
 
-def command(folder: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "recipelin", "run", str(folder / "recipe.yaml"), "--out", str(out), "--device", "cpu"]
+def recipelin(*arguments: str) -> None:
+    sys.exit(main([*arguments]))
 
 
+@pytest.mark.slow
 def test_sigkill_at_any_moment_changes_nothing(folder, tmp_path):
     """Killed in transfer, in tune, in evaluate and between: the run that resumes ends bit-equal."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    whole = {**environment, "RECIPELIN_HOME": str(tmp_path / "whole")}
-    subprocess.run(command(folder, tmp_path / "a"), env=whole, check=True, capture_output=True, timeout=120)
-    broken = {**environment, "RECIPELIN_HOME": str(tmp_path / "broken")}
+    told = tmp_path / "stderr.txt"
+
+    def started(home: str, out: str):
+        command = ("run", str(folder / "recipe.yaml"), "--out", str(tmp_path / out), "--device", "cpu")
+        return start(recipelin, *command, stderr=told, environment={"RECIPELIN_HOME": str(tmp_path / home)})
+
+    def finished(home: str, out: str) -> str:
+        process = started(home, out)
+        process.join(120)
+        assert process.exitcode == 0, told.read_text()
+        return told.read_text()
+
+    finished("whole", "a")
     killed = []
     for sign in KILLS:
-        process = subprocess.Popen(
-            command(folder, tmp_path / "b"), env=broken, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
+        process = started("broken", "b")
         deadline = time.monotonic() + 90
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.is_alive() and time.monotonic() < deadline:
             if _reached(tmp_path / "broken", tmp_path / "b", sign):
-                process.send_signal(signal.SIGKILL)
-                killed.append(sign)
+                process.kill()
+                process.join(240)
+                killed += [sign] if process.exitcode == -signal.SIGKILL else []
                 break
             time.sleep(0.005)
-        process.wait(timeout=240)
-        process.stderr.close()
+        process.join(240)
     assert len(killed) >= 2, f"too fast to be killed: {killed}"
-    last = subprocess.run(
-        command(folder, tmp_path / "b"), env=broken, check=True, capture_output=True, timeout=120, text=True
-    )
-    assert "goes on from step" in last.stderr or "reused" in last.stderr
+    last = finished("broken", "b")
+    assert "goes on from step" in last or "reused" in last
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     assert read_record(tmp_path / "a").rows == read_record(tmp_path / "b").rows

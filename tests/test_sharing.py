@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import os
 import re
 import shlex
 from dataclasses import replace
@@ -15,6 +16,7 @@ from recipelin.catalogue import names
 from recipelin.cli import main
 from recipelin.load import expand, load, load_base
 from recipelin.plan import plan
+from recipelin.reuse import threads
 from recipelin.strict_yaml import RecipeError
 
 ROOT = Path(__file__).parent.parent
@@ -197,6 +199,8 @@ def test_the_environment_is_checked_too(folder, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
     assert main(["plan", "good.yaml", "--device", "cpu"]) == 2
     assert "OMP_NUM_THREADS is '4,2'; expected a whole number" in capsys.readouterr().err
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert threads() == len(os.sched_getaffinity(0))
 
 
 def test_check_knows_recipes_suites_and_table_specs(capsys):

@@ -42,7 +42,7 @@ def small(point: Loaded, home) -> Loaded | None:
 
 
 @pytest.mark.slow
-def test_every_recipe_runs_at_tiny_size(home, record_property):
+def test_every_recipe_runs_at_tiny_size(home, little_library, record_property):
     found = [(point, small(point, home)) for point in points()]
     runs = {plan(made).hash: made for _, made in found if made is not None}
     left_out = [point.recipe.name for point, made in found if made is None]
