@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import triton
 
-from recipelin.bench.cuda import captured
+from recipelin.bench.cuda import captured, timed
 from recipelin.records import provenance
 from recipelin_kernels import hybrid_attention, weight_transfer_loss
 from recipelin_kernels.hybrid import gpu, gpu_call
@@ -150,15 +150,7 @@ def compile_share(number: int, jobs: int) -> None:
 def microseconds(call: Callable[[], object]) -> float:
     call()
     again = captured(lambda: [call() for _ in range(4)])
-    best = float("inf")
-    for _ in range(4):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        again()
-        stop.record()
-        torch.cuda.synchronize()
-        best = min(best, start.elapsed_time(stop) * 1e3 / 4)
-    return round(best, 1)
+    return round(min(timed(again, 1) for _ in range(4)) / 4 * 1e6, 1)
 
 
 @torch.no_grad()

@@ -33,11 +33,11 @@ def times(calls: Mapping[str, Callable[[], object]], rounds: int, *, eager: bool
         for _ in range(SETTLE):
             call()
         again = call if eager else captured(call)
-        ready[case] = again, max(1, round(LEAST_SECONDS / max(_timed(again, 1), 1e-6)))
+        ready[case] = again, max(1, round(LEAST_SECONDS / max(timed(again, 1), 1e-6)))
     found: dict[str, list[float]] = {case: [] for case in calls}
     for _ in range(rounds):
         for case, (again, repeats) in ready.items():
-            found[case].append(_timed(again, repeats))
+            found[case].append(timed(again, repeats))
     return found
 
 
@@ -76,7 +76,8 @@ def host_seconds(call: Callable[[], object], calls: int = 50) -> float:
     return spent / calls
 
 
-def _timed(call: Callable[[], object], repeats: int) -> float:
+def timed(call: Callable[[], object], repeats: int) -> float:
+    """Seconds of one of `repeats` calls after each other, between two events of the GPU."""
     import torch
 
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -57,11 +57,8 @@ def resolve_kernel(
     if kernel == "auto":
         if covered:
             return "sdpa"
-        return (
-            "gpu"
-            if gpu_support.proven(device) and not gpu_support.why_not(device, dtype, width, features)
-            else "chunked"
-        )
+        takes = gpu_support.proven(device) and not gpu_support.why_not(device, dtype, width, features)
+        return "gpu" if takes else "chunked"
     return kernel
 
 

@@ -78,7 +78,7 @@ def key_gradient(
         phi = key
         if not K and o.has_linear and o.show_linear:
             phi = take(phi_k, j, fk_t, real, 0, o.features, o.tile)
-        if (o.has_window and o.window > 0) or (o.has_sinks and o.sinks > 0):
+        if o.has_soft:
             for q0 in range(first, soft_end, o.rows):
                 total = _to_keys(
                     total, x, q_t, d, dy_t, phi_q, fq_t, phi_k, fk_t, phi, key, values, j, kp, ks, q0,

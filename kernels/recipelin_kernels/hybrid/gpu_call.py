@@ -195,6 +195,7 @@ def make_form(
         has_window=o.has("window"),
         has_sinks=o.has("sinks"),
         has_linear=o.has("linear"),
+        has_soft=(o.has("window") and o.window > 0) or (o.has("sinks") and o.sinks > 0),
         show_window=o.shown("window"),
         show_sinks=o.shown("sinks"),
         show_linear=o.shown("linear"),

@@ -222,7 +222,7 @@ def output(
                 top, best, a_mass, w_mass, total, query, phi, fq, fq_t, i, qp, qs, k, k_t, v, v_t, fk, fk_t, j, kp, ks,
                 kept, anchor, scale, BEST, o,
             )  # fmt: skip
-    if (o.has_window and o.window > 0) or (o.has_sinks and o.sinks > 0):
+    if o.has_soft:
         for at in range(near, stop, o.columns):
             j = at + tl.arange(0, o.columns)
             kp, ks = places(k_position, k_segment, j, stop, o)

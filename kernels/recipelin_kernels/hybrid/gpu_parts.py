@@ -35,6 +35,7 @@ class Form(NamedTuple):
     has_window: bool
     has_sinks: bool
     has_linear: bool
+    has_soft: bool  # some row may have a softmax set
     show_window: bool
     show_sinks: bool
     show_linear: bool
