@@ -4,6 +4,7 @@ from .gated_delta import gated_delta_rule, resolve_gated_delta_kernel
 from .hybrid import (
     Components,
     HybridState,
+    SoftmaxMap,
     StepState,
     empty_state,
     hybrid_attention,
