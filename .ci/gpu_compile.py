@@ -91,7 +91,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "decode, features made, batch 1": {"made": True},
     "decode, features made, phi_k of key heads": {"made": True, "maps": 8},
     "decode, features made, d 256, F 512": {"made": True, "width": 256, "features": 512, "heads": 8, "maps": 8},
-    "decode, features made, d 80, F 96, window 0, batch 32": {"made": True, "width": 80, "features": 96, "window": 0, "batch": 32},
+    "decode, features made, d 80, F 96, window 0": {"made": True, "width": 80, "features": 96, "window": 0, "batch": 32},
     "decode, d 256, F 512": {"width": 256, "features": 512, "heads": 8, "maps": 8},
     "decode, d 256, F 1024": {"width": 256, "features": 1024, "heads": 8, "maps": 8},
 }  # fmt: skip
@@ -175,9 +175,9 @@ def call(
         options |= {"state": state, "phi_k_fn": phi_k_fn}
     if made:
         map_q, map_k = (softmax_map(heads, width, features) for _ in range(2))
-        options["phi_k_fn"] = map_k
+        options |= {"phi_k_fn": map_k, "log_scale": torch.zeros(heads), "window": 64, "kernel": "gpu"}
         with torch.no_grad():
-            hybrid_attention(*x[:3], map_q, None, torch.rand(heads), window=64, log_scale=torch.zeros(heads), kernel="gpu", **options)
+            hybrid_attention(*x[:3], map_q, None, torch.rand(heads), **options)
         return
     log_scale = torch.zeros(heads, requires_grad=learns)
     y = hybrid_attention(*x, torch.rand(heads), window=64, log_scale=log_scale, kernel="gpu", **options)

@@ -17,6 +17,7 @@ from .weight_transfer import log_scale_closed_form, teacher_attention, weight_tr
 __all__ = [
     "Components",
     "HybridState",
+    "SoftmaxMap",
     "StepState",
     "empty_state",
     "gated_delta_rule",

@@ -48,9 +48,9 @@ class Inputs:
 
     def by_maps(self, columns: int, clamp: float = 1e-12) -> "Inputs":
         """Features by standard maps, 2 `columns` of them; `maps` are those of q and k as arguments, and features(k) is of k's."""
-        draw = torch.Generator().manual_seed(1)
+        draw, exact = torch.Generator().manual_seed(1), torch.promote_types(self.q.dtype, torch.float32)
         weights = [
-            torch.randn(n, self.q.shape[3], columns, generator=draw, dtype=torch.float64).to(self.q)
+            torch.randn(n, self.q.shape[3], columns, generator=draw, dtype=torch.float64).to(self.q.device, exact)
             for n in (self.phi_q.shape[1], self.phi_k.shape[1])
         ]
         self.maps = [SoftmaxMap(standard(w, clamp), w, clamp) for w in weights]
@@ -69,7 +69,7 @@ class Inputs:
             setattr(made, name, getattr(self, name).to(device, dtype))
         made.maps = None
         if self.maps is not None:
-            weights = [m.weight.to(device, dtype) for m in self.maps]
+            weights = [m.weight.to(device, torch.promote_types(dtype, torch.float32)) for m in self.maps]
             made.maps = [SoftmaxMap(standard(w, m.clamp), w, m.clamp) for w, m in zip(weights, self.maps, strict=True)]
             made.features = made.maps[1]
         return made

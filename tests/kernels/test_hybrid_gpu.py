@@ -150,7 +150,7 @@ def test_maps_go_on_from_a_state_and_are_called_where_the_kernel_cannot_make_the
     assert_same([y], [expected], FP32, names=["y"])
     assert len(called) == 3
     with pytest.raises(ValueError, match=r"map \(2, 20, 12\): expected \(2, 19, 12\)"):
-        hybrid_attention(x.q[..., :19], x.k[..., :19], x.v, noted, None, x.mix, **options)
+        hybrid_attention(x.q[..., :19], x.k[..., :19], x.v[..., :19], noted, None, x.mix, **options)
 
 
 def test_only_wanted_gradients_are_computed_and_they_repeat():

@@ -229,6 +229,9 @@ def test_a_layer_decodes_by_it(tiny):
         swap(model, Swap(form="hybrid", config=Config(kernel=kernel)), seed=0)
         switch(model, State(window=3))
         form, layer = forms(model)[0], StateLayer()
+        called: list[object] = []
+        for one in (form.feature_map_q, form.feature_map_k):
+            one.register_forward_hook(lambda *given, called=called: called.append(given[0]))
         with torch.no_grad():
             y = []
             for a, b in ((0, 5), (5, 6), (6, 7), (7, 8)):
@@ -236,7 +239,9 @@ def test_a_layer_decodes_by_it(tiny):
                     x[:, a:b].unflatten(2, (-1, 8)).transpose(1, 2)
                     for x in (p(hidden) for p in (form.q_proj, form.k_proj, form.v_proj))
                 )
+                before = len(called)
                 y.append(form.join(q, k, v, layer=layer))
         assert isinstance(layer.state, StepState if kernel == "gpu" else HybridState) and layer.state.bytes > 0
+        assert (len(called) == before) == (kernel == "gpu"), "the launch of a token makes its features"
         found.append(torch.cat(y, 2))
     close(*[z.double() for z in found])

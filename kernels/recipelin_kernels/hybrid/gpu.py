@@ -267,7 +267,8 @@ def hybrid_attention_gpu(
     map_q: SoftmaxMap | None = None,
     blocks: Blocks | None = None,
 ) -> list[Tensor]:
-    """y, and with `components` the three parts, as the reference has them. map_q: phi_q is not read but made by the kernel.
+    """y, and with `components` the three parts, as the reference has them. map_q: phi_q is not read but made, and phi_k is
+    rounded as it is, to the dtype of q.
 
     bf16: products of bf16, summed in fp32; features may be fp32 beside it, whose pairs are then taken in tf32. fp16: what
     multiplies values in tf32. fp32: three products of tf32 in the place of one, which keep 21 bits or more. States are

@@ -72,9 +72,7 @@ def columns_of(blocks: StepBlocks, heads: int, width: int) -> int:
     return columns
 
 
-def tiles_of(
-    blocks: StepBlocks, columns: int, width: int, features: int, window: int, map_columns: int = 0
-) -> Tiles:
+def tiles_of(blocks: StepBlocks, columns: int, width: int, features: int, window: int, map_columns: int = 0) -> Tiles:
     near = 16
     while near < window and 2 * near * (power(width) + columns) <= blocks.keys:
         near *= 2
@@ -225,9 +223,8 @@ def step(
     if t.map_columns > 0:
         size = o.width * t.map_columns
         if s.lag > 0:  # the leaving key, in the place that it has until its features are in the sums
-            make_features(
-                ring_k + place_of(tl.maximum(known, 0), s) * o.width, known >= 0, map_k + p * size, clamp_k, scratch, t, o
-            )
+            key = ring_k + place_of(tl.maximum(known, 0), s) * o.width
+            make_features(key, known >= 0, map_k + p * size, clamp_k, scratch, t, o)
         else:
             make_features(k, known >= 0, map_k + p * size, clamp_k, scratch, t, o)
         for g in range(0, o.map_group):
@@ -240,10 +237,7 @@ def step(
     for g in range(0, o.map_group):
         h = p * o.map_group + g
         query = tl.load(head(q, b, h, q_b, q_h) + wide, mask=wide < o.width, other=0.0).to(tl.float32)
-        if t.map_columns > 0:
-            x = scratch + (1 + g) * o.features
-        else:
-            x = head(fq, b, h, fq_b, fq_h)
+        x = scratch + (1 + g) * o.features if t.map_columns > 0 else head(fq, b, h, fq_b, fq_h)
         top = tl.full([1], HIDDEN, tl.float32)
         a_mass = tl.full([1], 0.0, tl.float32)
         b_mass = tl.full([1], 0.0, tl.float32)
@@ -348,7 +342,7 @@ def hybrid_attention_step_gpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    phi_q: Tensor | SoftmaxMap,
+    phi_q: Tensor,
     mix: Tensor | None,
     log_scale: Tensor | None,
     phi_k_fn: Callable[[Tensor], Tensor],
@@ -356,9 +350,12 @@ def hybrid_attention_step_gpu(
     key_mask: Tensor | None,
     state: HybridState | StepState,
     *,
+    maps: tuple[SoftmaxMap, SoftmaxMap] | None = None,
     blocks: StepBlocks | None = None,
 ) -> tuple[Tensor, StepState]:
-    """(y [B,H,1,D], the state) of q [B,H,1,D], k, v [B,Hkv,1,D], phi_q [B,H,1,F] or its map; key_mask [B,1].
+    """(y [B,H,1,D], the state) of q [B,H,1,D], k, v [B,Hkv,1,D], phi_q [B,H,1,F]; key_mask [B,1].
+
+    maps: of queries and keys, by which features are made; of phi_q only the shape is then read.
 
     A HybridState is copied into buffers, which later calls, given the StepState, move on in place: those may be captured
     in a CUDA graph, if `phi_k_fn` may. Sums and products are fp32, whatever the inputs' dtype.
@@ -366,41 +363,37 @@ def hybrid_attention_step_gpu(
     blocks = blocks or (INTERPRETED if interpreted() else StepBlocks())
     batch, heads, _, width = q.shape
     held = held_by(options, blocks.fold)
-    both = (phi_q, phi_k_fn) if isinstance(phi_q, SoftmaxMap) and isinstance(phi_k_fn, SoftmaxMap) else None
-    if isinstance(phi_q, SoftmaxMap):
-        phi_q = phi_q.unmade(q) if both else phi_q(q)
     features = phi_q.shape[-1]
     if isinstance(state, StepState) and state.held != held:
         state = standing(state, phi_k_fn, heads)
     if isinstance(state, HybridState):
-        maps = phi_k_fn.heads if both else phi_k_fn(k).shape[1]
-        state = stepping(state, k, phi_k_fn, options, held, maps, columns_of(blocks, batch * maps, width))
+        own = maps[1].heads if maps else phi_k_fn(k).shape[1]
+        state = stepping(state, k, phi_k_fn, options, held, own, columns_of(blocks, batch * own, width))
     _check_sizes(state, batch, heads, k.shape[1], width, features)
-    maps, programs = state.counts.shape[1:3]
+    own, programs = state.counts.shape[1:3]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     phi: list[Tensor | None] = [None, None]
     made: list[Any] = [None, None, 0.0, 0.0, None]
-    if both:
-        for x, own in zip(both, (heads, maps), strict=True):
-            x.check(own, width, features)
-        scratch = q.new_empty(batch * maps * programs, 1 + heads // maps, features, dtype=torch.float32)
-        made = [*(x.weight.float().contiguous() for x in both), *(x.clamp for x in both), scratch]
+    if maps:
+        maps[1].check(own, width, features)
+        scratch = q.new_empty(batch * own * programs, 1 + heads // own, features, dtype=torch.float32)
+        made = [*(x.weight.float().contiguous() for x in maps), *(x.clamp for x in maps), scratch]
     else:
         phi_k = phi_k_fn(state.leaving.to(k.dtype) if held.lag else k)
         if phi_k.untyped_storage().data_ptr() == state.leaving.untyped_storage().data_ptr():
             phi_k = phi_k.clone()  # the kernel writes there
         phi = [x if x.stride(-1) == 1 else x.contiguous() for x in (phi_q, phi_k)]
-    tiles = tiles_of(blocks, state.columns, width, features, options.window, both[0].columns if both else 0)
+    tiles = tiles_of(blocks, state.columns, width, features, options.window, maps[0].columns if maps else 0)
     numbers = [None if x is None else x.float().contiguous() for x in (mix, log_scale)]
     real = None if key_mask is None else key_mask.to(torch.uint8).contiguous()
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     form = make_form(
-        options, Blocks(), heads=heads, key_heads=k.shape[1], maps=maps, width=width, features=features, dtype=q.dtype
+        options, Blocks(), heads=heads, key_heads=k.shape[1], maps=own, width=width, features=features, dtype=q.dtype
     )
     Compiled(form, 1, 4).launch(
-        step, (batch * maps, programs),
+        step, (batch * own, programs),
         q, k, v, *phi, *numbers, real, *state.tensors.values(), y, *made,
-        *[n for x in (q, k, v, *phi) for n in ((0, 0) if x is None else x.stride()[:2])], maps, options.scale,
+        *[n for x in (q, k, v, *phi) for n in ((0, 0) if x is None else x.stride()[:2])], own, options.scale,
         MASKED=real is not None, t=tiles, s=held,
     )  # fmt: skip
     return y, state

@@ -21,10 +21,8 @@ class SoftmaxMap:
     def __call__(self, x: Tensor) -> Tensor:
         return self.make(x)
 
-    def made(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """The features, by Triton in a dtype, without gradient; None: as `make` has them."""
-        if dtype is None:
-            return self.make(x)
+    def made(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The features by Triton, rounded to a dtype, without gradient."""
         from .gpu_features import features
 
         return features(x, self.weight, self.clamp, dtype)
@@ -43,8 +41,9 @@ class SoftmaxMap:
 
     def check(self, heads: int, width: int, features: int) -> None:
         """ValueError for a map of other sizes."""
-        if tuple(self.weight.shape) != (heads, width, features // 2):
-            raise ValueError(f"map {tuple(self.weight.shape)}: expected {(heads, width, features // 2)} (heads, width, F / 2)")
+        expected = (heads, width, features // 2)
+        if tuple(self.weight.shape) != expected:
+            raise ValueError(f"map {tuple(self.weight.shape)}: expected {expected} (heads, head_dim, F / 2)")
 
     def unmade(self, x: Tensor) -> Tensor:
         """A tensor of the shape of the features of x, without memory: what it holds is not to be read."""

@@ -61,9 +61,9 @@ class HeadFeatureMap(nn.Module):
         sizes: dict[str, Any] = {"dtype": x.dtype, "width": self.head_dim, "features": config.size(self.head_dim)}
         return standard and resolve_kernel(self.kernel, x.device, **sizes) == "gpu"
 
-    def argument(self, x: Tensor) -> "SoftmaxMap | HeadFeatureMap":
-        """The map of x as the operator takes it: one that its Triton kernels make may be made where it is used."""
-        return SoftmaxMap(self, self.weight, self.config.clamp) if self._by_kernel(x) else self
+    def softmax_map(self, x: Tensor) -> SoftmaxMap | None:
+        """The map as an argument of the operator, whose Triton kernels then make features of x; None where they do not."""
+        return SoftmaxMap(self, self.weight, self.config.clamp) if self._by_kernel(x) else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self._by_kernel(x):

@@ -129,11 +129,12 @@ class HybridAttention(SwappedAttention):
         previous = None if layer is None else layer.state
         phi_q: Tensor | SoftmaxMap
         phi_k: Tensor | None
-        map_q, map_k = self.feature_map_q.argument(q), self.feature_map_k.argument(k)
+        map_k: SoftmaxMap | HeadFeatureMap = self.feature_map_k
         if layer is None and self.needs_no_features(options):
             phi_q = phi_k = q.new_zeros(*q.shape[:3], 0)
         else:
-            phi_q = map_q if isinstance(map_q, SoftmaxMap) else map_q(q)
+            phi_q = self.feature_map_q.softmax_map(q) or self.feature_map_q(q)
+            map_k = self.feature_map_k.softmax_map(k) or map_k
             # From a state: only of keys that leave the window.
             phi_k = map_k(k) if previous is None and not isinstance(map_k, SoftmaxMap) else None
         result = hybrid_attention(
