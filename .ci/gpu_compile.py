@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from recipelin_kernels import empty_state, hybrid_attention, hybrid_attention_step, weight_transfer_loss
+from recipelin_kernels import SoftmaxMap, empty_state, hybrid_attention, hybrid_attention_step, weight_transfer_loss
 from recipelin_kernels.hybrid import gpu_call, gpu_support
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 
@@ -43,6 +43,9 @@ CASES: dict[str, dict[str, Any]] = {
     "one head, one token": {"heads": 1, "key_heads": 1, "length": 1},
     "from a state, sinks": {"resumed": True, "sinks": 4, "join": "absolute"},
     "one head": {"heads": 1, "key_heads": 1, "length": 300},
+    "features made": {"made": True},
+    "features made, replace, sinks, padding": {"made": True, "join": "replace", "sinks": 4, "padded": True},
+    "features made, d 64, from a state": {"made": True, "width": 64, "resumed": True, "join": "absolute"},
     "one head, short, window alone": {"heads": 1, "key_heads": 1, "length": 33, "ablate": {"linear": "mass"}},
     "dropped windows": {"drop": True, "sinks": 4},
 }  # fmt: skip
@@ -85,6 +88,10 @@ STEPS: dict[str, dict[str, Any]] = {
     "decode, cover all, average": {"join": "average", "cover": "all", "sinks": 4, "batch": 32},
     "decode, one head, window 0": {"heads": 1, "key_heads": 1, "maps": 1, "window": 0},
     "decode, window alone": {"ablate": {"linear": "mass"}},
+    "decode, features made, batch 1": {"made": True},
+    "decode, features made, phi_k of key heads": {"made": True, "maps": 8},
+    "decode, features made, d 256, F 512": {"made": True, "width": 256, "features": 512, "heads": 8, "maps": 8},
+    "decode, features made, d 80, F 96, window 0": {"made": True, "width": 80, "features": 96, "window": 0, "batch": 32},
     "decode, d 256, F 512": {"width": 256, "features": 512, "heads": 8, "maps": 8},
     "decode, d 256, F 1024": {"width": 256, "features": 1024, "heads": 8, "maps": 8},
 }  # fmt: skip
@@ -139,10 +146,15 @@ def normal(heads: int, length: int, width: int, kind: torch.dtype) -> torch.Tens
     return torch.randn(1, heads, length, width).to(kind)
 
 
+def softmax_map(heads: int, width: int, features: int) -> SoftmaxMap:
+    weight = torch.rand(heads, width, features // 2)
+    return SoftmaxMap(lambda x: softmax_features_gpu(x, weight, 1e-12), weight, 1e-12)
+
+
 def call(
     *, dtype: torch.dtype = torch.bfloat16, feature_dtype: torch.dtype | None = None, width: int = 128, features: int = 128,
     heads: int = 8, key_heads: int = 2, length: int = 600, learns: bool = True, padded: bool = False, drop: bool = False,
-    resumed: bool = False, **options: Any,
+    resumed: bool = False, made: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     x = [normal(h, length, width, dtype) for h in (heads, key_heads, key_heads)]
     x += [normal(heads, length, features, feature_dtype or dtype) for _ in range(2)]
@@ -161,6 +173,12 @@ def call(
         with torch.no_grad():
             state = hybrid_attention(*x, torch.rand(heads), kernel="chunked", output_state=True, **more)[1]
         options |= {"state": state, "phi_k_fn": phi_k_fn}
+    if made:
+        map_q, map_k = (softmax_map(heads, width, features) for _ in range(2))
+        options |= {"phi_k_fn": map_k, "log_scale": torch.zeros(heads), "window": 64, "kernel": "gpu"}
+        with torch.no_grad():
+            hybrid_attention(*x[:3], map_q, None, torch.rand(heads), **options)
+        return
     log_scale = torch.zeros(heads, requires_grad=learns)
     y = hybrid_attention(*x, torch.rand(heads), window=64, log_scale=log_scale, kernel="gpu", **options)
     if learns:
@@ -170,7 +188,7 @@ def call(
 def decode(
     *, dtype: torch.dtype = torch.bfloat16, width: int = 128, features: int = 128, heads: int = 32, key_heads: int = 8,
     maps: int = 32, batch: int = 1, window: int = 64, sinks: int = 0, shape: str = "sliding", padded: bool = False,
-    **options: Any,
+    made: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     def normal(h: int, w: int) -> torch.Tensor:
         return torch.randn(batch, h, 1, w).to(dtype)
@@ -186,9 +204,10 @@ def decode(
         weight = torch.rand(heads, width, features // 2, requires_grad=True)
         softmax_features_gpu(q.expand(-1, -1, 100, -1), weight, 1e-12).sum().backward()
     softmax_features_gpu(q, weight, 1e-12)
+    phi_q: Any = softmax_map(heads, width, features) if made else torch.rand(batch, heads, 1, features)
     hybrid_attention_step(
-        q, k, v, torch.rand(batch, heads, 1, features), phi_k_fn, torch.rand(heads), state, window=window, sinks=sinks,
-        shape=shape, log_scale=torch.zeros(heads), kernel="gpu", **options,
+        q, k, v, phi_q, softmax_map(maps, width, features) if made else phi_k_fn, torch.rand(heads), state, window=window,
+        sinks=sinks, shape=shape, log_scale=torch.zeros(heads), kernel="gpu", **options,
     )  # fmt: skip
 
 

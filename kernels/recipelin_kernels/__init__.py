@@ -4,6 +4,7 @@ from .gated_delta import gated_delta_rule, resolve_gated_delta_kernel
 from .hybrid import (
     Components,
     HybridState,
+    SoftmaxMap,
     StepState,
     empty_state,
     hybrid_attention,
@@ -16,6 +17,7 @@ from .weight_transfer import log_scale_closed_form, teacher_attention, weight_tr
 __all__ = [
     "Components",
     "HybridState",
+    "SoftmaxMap",
     "StepState",
     "empty_state",
     "gated_delta_rule",

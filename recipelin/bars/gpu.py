@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from recipelin_kernels import (
+    SoftmaxMap,
     empty_state,
     hybrid_attention,
     hybrid_attention_step,
@@ -31,9 +33,23 @@ def _normal(length: int, batch: int = 1) -> Callable[[int, int], torch.Tensor]:
     return normal
 
 
+def _maps(width: int, heads: int, head_dim: int, seed: int = 0) -> list[HeadFeatureMap]:
+    """Those of queries and keys; `width` features for each one of head_dim."""
+    return [
+        HeadFeatureMap(FeatureMap(width=width), heads, head_dim, 2 * seed + side, "gpu").cuda() for side in range(2)
+    ]
+
+
+def _argument(feature_map: HeadFeatureMap, x: torch.Tensor) -> SoftmaxMap:
+    made = feature_map.softmax_map(x)
+    assert made is not None, "kernel gpu makes the standard map"
+    return made
+
+
 @dataclass(frozen=True)
 class OnGpu:
-    """A layer of Llama-3.1-8B's shape in bf16, features given. kind: `gpu`, `chunked`, `sdpa` (flash) or `fla`."""
+    """A layer of Llama-3.1-8B's shape in bf16, features given. kind: `gpu`, `made` (features made too), `chunked`, `sdpa`
+    (flash) or `fla`."""
 
     kind: str
     length: int
@@ -48,6 +64,12 @@ class OnGpu:
     def make(self) -> Callable[[], object]:
         normal = _normal(self.length)
         inputs = [normal(h, self.width) for h in (self.heads, self.key_heads, self.key_heads)]
+        if self.kind == "made":
+            maps = _maps(self.features // self.width, self.heads, self.width)
+            inputs.append(torch.full((self.heads,), 0.1, device="cuda"))
+            map_q, map_k = (_argument(m, x) for m, x in zip(maps, inputs[:2], strict=True))
+            made = partial(self._made, map_q, map_k)
+            return lambda: _without_gradient(made, inputs)
         if self.kind != "sdpa":
             inputs += [normal(self.heads, self.features).softmax(-1) for _ in range(2)]
             inputs.append(torch.full((self.heads,), 0.1, device="cuda"))
@@ -61,6 +83,10 @@ class OnGpu:
 
     def _gpu(self, *inputs: torch.Tensor) -> Any:
         return hybrid_attention(*inputs, window=self.window, kernel="gpu")
+
+    def _made(self, map_q: SoftmaxMap, map_k: SoftmaxMap, *inputs: torch.Tensor) -> Any:
+        q, k, v, mix = inputs
+        return hybrid_attention(q, k, v, map_q, None, mix, window=self.window, kernel="gpu", phi_k_fn=map_k)
 
     def _chunked(self, *inputs: torch.Tensor) -> Any:
         return hybrid_attention(*inputs, window=self.window, kernel="chunked")
@@ -118,10 +144,12 @@ def _without_gradient(attend: Callable[..., Any], inputs: list[torch.Tensor]) ->
 @dataclass(frozen=True)
 class DecodeOnGpu:
     """A token of every row under a CUDA graph, feature maps made too. A step is a layer: each has a state and maps of its own,
-    and there are so many that an H100's 50 MB of L2 do not hold them from one replay to the next."""
+    and there are so many that an H100's 50 MB of L2 do not hold them from one replay to the next. made: in the step's launch,
+    else in two of their own."""
 
     batch: int
     steps: int
+    made: bool = True
     heads: int = 32
     key_heads: int = 8
     width: int = 128
@@ -132,10 +160,7 @@ class DecodeOnGpu:
         normal = _normal(1, self.batch)
         q, k, v = (normal(h, self.width) for h in (self.heads, self.key_heads, self.key_heads))
         mix = torch.full((self.heads,), 0.1, device="cuda")
-        layers = [
-            [HeadFeatureMap(FeatureMap(), self.heads, self.width, 2 * n + side, "gpu").cuda() for side in range(2)]
-            for n in range(self.steps)
-        ]
+        layers = [_maps(1, self.heads, self.width, n) for n in range(self.steps)]
         empty = empty_state(
             self.batch, self.heads, self.key_heads, self.width, self.width, window=self.window, sinks=0, like=q
         )
@@ -145,9 +170,11 @@ class DecodeOnGpu:
         @torch.no_grad()
         def token() -> list[torch.Tensor]:
             found = []
-            for n, (phi_q, phi_k) in enumerate(layers):
+            for n, (map_q, map_k) in enumerate(layers):
+                phi_q = _argument(map_q, q) if self.made else map_q(q)
+                phi_k_fn = _argument(map_k, k) if self.made else map_k
                 y, states[n] = hybrid_attention_step(
-                    q, k, v, phi_q(q), phi_k, mix, states[n], window=self.window, kernel="gpu"
+                    q, k, v, phi_q, phi_k_fn, mix, states[n], window=self.window, kernel="gpu"
                 )
                 found.append(y)
             return found
@@ -182,8 +209,12 @@ _UNFUSED_256 = (
     "and a state less often than every 256 tokens."
 )
 _LAUNCHES = (
-    "three launches a layer, of which each costs a microsecond or so under a graph: features of queries, of the leaving key, and "
-    "the step. The bytes (4.8 MB with maps in fp32) are 1.4 us."
+    "one launch a layer, which is a chain of four reads of memory: the count, the maps with query and key, the sums with the "
+    "window, and what is written. The bytes (4.8 MB with maps in fp32) are 1.4 us."
+)
+_MADE = (
+    "phi_q is made in the launch that uses it, phi_k in one before it, in bf16: 24 KB a token beside 20 KB of q, k, v and y and "
+    "20 KB of states, 64 KB, 21 ns at 3 TB/s, if nothing of it is found in L2."
 )
 _TRANSFER = (
     "gradients of queries and keys are two passes over the pairs, as results repeat bit by bit: 4 d + 8 F FLOP a pair, 0.41 "
@@ -212,6 +243,9 @@ BARS: list[Bar | Fact] = [
     Bar("gpu/floor", f"T 32768, {_SHAPE}: times the arithmetic's floor of 7.2 ns a token, forward",
         {"ours": OnGpu("gpu", 32768)}, ("ours", "floor"), 2.5, at_most=True, floors={"floor": _FLOOR * 32768},
         bound=_UNFUSED, **_CUDA),
+    Bar("gpu/floor-made", "the same, features made too, which the floor counts",
+        {"ours": OnGpu("made", 32768)}, ("ours", "floor"), 2.5, at_most=True, floors={"floor": _FLOOR * 32768},
+        bound=_MADE, **_CUDA),
     Bar("gpu/floor-256", "the same with F 256, against the same 7.2 ns",
         {"ours": OnGpu("gpu", 32768, features=256)}, ("ours", "floor"), 2.5, at_most=True,
         floors={"floor": _FLOOR * 32768}, bound=_UNFUSED_256, **_CUDA),
@@ -245,6 +279,12 @@ BARS: list[Bar | Fact] = [
             {"ours": DecodeOnGpu(batch, steps)}, ("ours", "bytes"), 1.43, at_most=True, unit="us",
             floors={"bytes": DecodeOnGpu(batch, steps).floor}, **_CUDA)
         for batch, steps in ((32, 2), (256, 1))
+    ),
+    *(
+        Bar(f"gpu/decode-launches-{batch}", f"batch {batch}, features made in launches of their own: time over that of one",
+            {"three": DecodeOnGpu(batch, steps, made=False), "one": DecodeOnGpu(batch, steps)}, ("three", "one"), None,
+            unit="us", **_CUDA)
+        for batch, steps in ((1, 32), (32, 2))
     ),
     *(
         Bar(f"gpu/transfer-{size}k", f"T {1024 * size}: weight transfer's loss and gradients, time over flash attention, forward "

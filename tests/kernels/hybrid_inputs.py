@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from recipelin_kernels import hybrid_attention
+from recipelin_kernels import SoftmaxMap, hybrid_attention
 
 EXACT = 1e-10
 DIM, FEATURES = 8, 6
@@ -44,6 +44,19 @@ class Inputs:
         self.phi_q = normal(batch, h, length, features).softmax(-1)
         self.phi_k = self.features(self.k)
         self.mix, self.log_scale = normal(h).sigmoid(), normal(h)
+        self.maps = None
+
+    def by_maps(self, columns: int, clamp: float = 1e-12) -> "Inputs":
+        """Features by standard maps, 2 `columns` of them; `maps` are those of q and k as arguments, and features(k) is of k's."""
+        draw, exact = torch.Generator().manual_seed(1), torch.promote_types(self.q.dtype, torch.float32)
+        weights = [
+            torch.randn(n, self.q.shape[3], columns, generator=draw, dtype=torch.float64).to(self.q.device, exact)
+            for n in (self.phi_q.shape[1], self.phi_k.shape[1])
+        ]
+        self.maps = [SoftmaxMap(standard(w, clamp), w, clamp) for w in weights]
+        self.features = self.maps[1]
+        self.phi_q, self.phi_k = (m(x) for m, x in zip(self.maps, (self.q, self.k), strict=True))
+        return self
 
     def features(self, k: Tensor) -> Tensor:
         """phi_k_fn: keys [B,Hkv,n,D] -> features [B,H or Hkv,n,F]."""
@@ -54,6 +67,11 @@ class Inputs:
         made = object.__new__(Inputs)
         for name in (*self.names, "map"):
             setattr(made, name, getattr(self, name).to(device, dtype))
+        made.maps = None
+        if self.maps is not None:
+            weights = [m.weight.to(device, torch.promote_types(dtype, torch.float32)) for m in self.maps]
+            made.maps = [SoftmaxMap(standard(w, m.clamp), w, m.clamp) for w, m in zip(weights, self.maps, strict=True)]
+            made.features = made.maps[1]
         return made
 
     def tensors(self) -> list[Tensor]:
@@ -61,6 +79,17 @@ class Inputs:
 
     def cut(self, start: int, stop: int, rows: slice = slice(None)) -> tuple[Tensor, ...]:
         return tuple(x[rows, :, start:stop] for x in (self.q, self.k, self.v, self.phi_q, self.phi_k))
+
+
+def standard(weight: Tensor, clamp: float):
+    """The standard map by its formula, in fp32 at least."""
+
+    def make(x: Tensor) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        u = x.to(exact).repeat_interleave(weight.shape[0] // x.shape[1], 1) @ weight.to(exact)
+        return torch.cat((u.softmax(-1), (-u).softmax(-1)), -1).clamp(min=clamp)
+
+    return make
 
 
 def attend(x: Inputs, **options):

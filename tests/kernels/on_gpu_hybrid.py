@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from recipelin_kernels import hybrid_attention, hybrid_attention_step
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 from recipelin_kernels.hybrid.gpu_step import StepBlocks
 from recipelin_kernels.hybrid.step_state import standing
-from tests.kernels.gpu_device import COARSE, DEVICE, on_device
-from tests.kernels.hybrid_inputs import Inputs, assert_same, padding, with_gradients
+from tests.kernels.gpu_device import COARSE, DEVICE, empty_is_nan, on_device
+from tests.kernels.hybrid_inputs import Inputs, assert_same, attend, padding, with_gradients
 from tests.kernels.test_hybrid_gpu import compare
 from tests.kernels.test_hybrid_gpu_step import close, decode, same
 
@@ -83,6 +84,33 @@ def test_results_repeat_bit_by_bit(dtype, dim, features, options):
     assert all(torch.equal(a, b) for again in others for a, b in zip(once, again, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dim", "columns", "length", "options"),
+    [
+        (128, 64, 4097, dict(window=64)),
+        (64, 32, 1025, dict(window=100, join="absolute", sinks=4)),
+        (80, 64, 333, dict(window=64, join="replace")),
+        (256, 32, 1025, dict(window=33, join="average", cover="all")),  # in blocks of 64 features
+    ],
+)
+def test_features_of_queries_are_made_where_they_are_used(dim, columns, length, options):
+    """In bf16, whole rows; from a state on; the same bits each time."""
+    x = Inputs((4, 2), length, 2, dim=dim).like(torch.bfloat16, DEVICE).by_maps(columns)
+    exact, options = x.like(torch.float64, DEVICE), on_device({**options, "log_scale": x.log_scale})
+    expected = attend(exact, kernel="reference", **options)
+    asked = dict(options, phi_k_fn=x.maps[1], kernel="gpu")
+    unmade = replace(x.maps[0], make=None)
+    with empty_is_nan():
+        found = [hybrid_attention(x.q, x.k, x.v, unmade, None, x.mix, **asked) for _ in range(3)]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    close(found[0], expected, COARSE[torch.bfloat16])
+    half = length // 2
+    (q, k, v), late = ([z[:, :, a:b] for z in (x.q, x.k, x.v)] for a, b in ((0, half), (half, length)))
+    _, state = hybrid_attention(q, k, v, unmade, None, x.mix, output_state=True, **asked)
+    more = hybrid_attention(*late, unmade, None, x.mix, state=state, **asked)
+    close(more, expected[:, :, half:], COARSE[torch.bfloat16])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *COARSE], ids=str)
 @pytest.mark.parametrize(
     ("dim", "columns", "heads"),
@@ -152,13 +180,17 @@ def test_decoding_equals_the_definition(name, dim, features, heads, per_key_head
         close(found[:, now], expected[row][:, -int(now.sum()) :], COARSE.get(dtype, 1e-5))
 
 
+@pytest.mark.parametrize("made", [False, True], ids=["features given", "features made"])
 @pytest.mark.parametrize("batch", [1, 3, 32])
 @pytest.mark.parametrize("join", ["shared", "replace"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_decodes_under_a_graph(dtype, join, batch):
+def test_decodes_under_a_graph(dtype, join, batch, made):
     """One token is captured and replayed; beside it the eager step in torch. A row rests at times."""
     x = Inputs((8, 2), 160, batch, dim=128, features=128).like(dtype, DEVICE)
-    exactly(x)
+    if made:
+        x.by_maps(64)
+    else:
+        exactly(x)
     options = on_device(dict(window=48, sinks=2, join=join, log_scale=x.log_scale))
     _, eager = hybrid_attention(*x.cut(0, 60), x.mix, output_state=True, kernel="chunked", **options)
     _, state = decode(x, eager, 60, 61, **options)
@@ -168,7 +200,8 @@ def test_decodes_under_a_graph(dtype, join, batch):
 
     def token():
         q, k, v, phi_q = fixed
-        return hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, kernel="gpu", key_mask=real, **options)
+        given = replace(x.maps[0], make=None) if made else phi_q
+        return hybrid_attention_step(q, k, v, given, x.features, x.mix, state, kernel="gpu", key_mask=real, **options)
 
     begun = {n: t.clone() for n, t in state.tensors.items()}
     side = torch.cuda.Stream()

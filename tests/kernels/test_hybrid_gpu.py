@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,64 @@ def test_goes_on_from_a_state(join):
         _, state = hybrid_attention(*x.cut(0, cut), x.mix, **{**options, "kernel": "chunked"}, output_state=True)
         y = hybrid_attention(*x.cut(cut, 50), x.mix, state=state, **options)
         assert float((y - whole[:, :, cut:]).abs().max()) < 2e-6
+
+
+MADE = {
+    "shared, sinks": dict(sinks=3),
+    "replace, phi_k of key heads, left padding": dict(join="replace", kind="left", per_key_head=True, batch=2),
+    "absolute, segments": dict(join="absolute", kind="segments", batch=2),
+    "average, the parts too": dict(join="average", components=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_features_of_queries_are_made_where_they_are_used(name):
+    case = {"kind": "none", "per_key_head": False, "batch": 1, **MADE[name]}
+    batch, kind = case.pop("batch"), case.pop("kind")
+    x = Inputs((4, 2), 41, batch, case.pop("per_key_head"), dim=20).like(torch.float32, DEVICE).by_maps(16)
+    exact = x.like(torch.float64, DEVICE)
+    options = on_device({"window": 6, "log_scale": x.log_scale, **case, **padding(kind, batch, 41)})
+    expected = attend(exact, kernel="reference", **options)
+    if "key_mask" in options:
+        for z in (x.q, x.k, x.v):
+            z.masked_fill_(~options["key_mask"][:, None, :, None], torch.nan)
+    unmade = replace(x.maps[0], make=None)  # not by its maker
+    with empty_is_nan():
+        found = hybrid_attention(x.q, x.k, x.v, unmade, None, x.mix, phi_k_fn=x.maps[1], kernel="gpu", **options)
+    if options.get("components"):
+        (found, parts), (expected, others) = found, expected
+        for name, part in vars(parts).items():
+            assert_same([part], [getattr(others, name)], FP32, names=[name])
+    assert_same([found], [expected], FP32, names=["y"])
+
+
+def test_maps_go_on_from_a_state_and_are_called_where_the_kernel_cannot_make_their_features():
+    x = Inputs((2, 1), 60, 1, dim=20).like(torch.float32, DEVICE).by_maps(16)
+    exact, options = x.like(torch.float64, DEVICE), dict(window=5, sinks=2, phi_k_fn=x.maps[1], kernel="gpu")
+    expected = attend(exact, kernel="reference", window=5, sinks=2)
+    unmade = replace(x.maps[0], make=None)
+    (q, k, v), (q2, k2, v2) = ([z[:, :, a:b] for z in (x.q, x.k, x.v)] for a, b in ((0, 40), (40, 60)))
+    y, state = hybrid_attention(q, k, v, unmade, None, x.mix, output_state=True, **options)
+    more = hybrid_attention(q2, k2, v2, unmade, None, x.mix, state=state, **options)
+    assert_same([torch.cat((y, more), 2)], [expected], FP32, names=["y"])
+
+    called = []
+    noted = replace(x.maps[0], make=lambda z: called.append(z) or x.maps[0](z))
+    for other in (
+        dict(kernel="chunked"),  # in torch
+        dict(mix=x.mix.clone().requires_grad_()),  # gradients need them
+    ):
+        mix = other.pop("mix", x.mix)
+        y = hybrid_attention(x.q, x.k, x.v, noted, None, mix, **{**options, **other})
+        assert_same([y.detach()], [expected], FP32, names=["y"])
+    x.by_maps(12)  # no power of two
+    noted = replace(x.maps[0], make=lambda z: called.append(z) or x.maps[0](z))
+    y = hybrid_attention(x.q, x.k, x.v, noted, None, x.mix, **{**options, "phi_k_fn": x.maps[1]})
+    expected = attend(x.like(torch.float64, DEVICE), kernel="reference", window=5, sinks=2)
+    assert_same([y], [expected], FP32, names=["y"])
+    assert len(called) == 3
+    with pytest.raises(ValueError, match=r"map \(2, 20, 12\): expected \(2, 19, 12\)"):
+        hybrid_attention(x.q[..., :19], x.k[..., :19], x.v[..., :19], noted, None, x.mix, **options)
 
 
 def test_only_wanted_gradients_are_computed_and_they_repeat():

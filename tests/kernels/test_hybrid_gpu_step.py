@@ -1,5 +1,7 @@
 """The Triton decode kernel is the definition, one token after the other; its state is HybridState's, moved on in place."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,7 +34,8 @@ def decode(x: Inputs, state, start, stop, mask=None, **options):
             real = mask[:, t : t + 1]
             q, k, v, phi_q = (torch.where(real[:, None, :, None], z, torch.nan) for z in (q, k, v, phi_q))
             options["key_mask"] = real
-        y, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, kernel="gpu", **options)
+        given = x.maps[0] if x.maps else phi_q
+        y, state = hybrid_attention_step(q, k, v, given, x.features, x.mix, state, kernel="gpu", **options)
         found.append(y)
     return torch.cat(found, 2), state
 
@@ -66,6 +69,12 @@ CASES = {
     "sinks alone, odd widths": dict(
         window=1, sinks=2, ablate={"window": "mass"}, dim=19, features=21, start=3, stop=6, heads=(1, 1)
     ),
+    "features made, shared": dict(window=3, columns=20, dim=24, start=2),
+    "features made, absolute, phi_k of key heads": dict(
+        heads=(4, 1), per_key_head=True, columns=3, window=2, join="absolute", start=5, stop=8
+    ),
+    "features made, replace, sinks": dict(window=2, sinks=2, join="replace", columns=16, start=1),
+    "features made, terraced": dict(window=2, shape="terraced", join="sum", columns=5, start=3),
     "without the linear branch": dict(window=17, ablate={"linear": "mass"}, start=16, stop=20, heads=(1, 1)),
 }  # fmt: skip
 
@@ -77,6 +86,8 @@ def test_equals_the_definition_and_its_state_the_chunked_ones(name):
     start, stop = case.pop("start"), case.pop("stop", None)
     stop = stop or start + 6
     x = Inputs(case.pop("heads", (2, 1)), stop, 1, case.pop("per_key_head", False), **sizes).like(torch.float32, DEVICE)
+    if columns := case.pop("columns", None):
+        x.by_maps(columns)
     exact, options = x.like(torch.float64, DEVICE), {**case, "log_scale": x.log_scale}
     expected = hybrid_attention(*exact.cut(0, stop), exact.mix, kernel="reference", **options)
     _, state = hybrid_attention(*x.cut(0, start or 1), x.mix, output_state=True, kernel="chunked", **options)
@@ -85,10 +96,13 @@ def test_equals_the_definition_and_its_state_the_chunked_ones(name):
     begun = {n: t.clone() for n, t in vars(state).items()}
     y, moved = decode(x, state, start, start + 1, **options)
     assert poison(moved)
+    if x.maps:  # by the kernel, and by nothing else
+        x.maps = [replace(m, make=None) for m in x.maps]
+        x.features = x.maps[1]
     more, moved = decode(x, moved, start + 1, stop, **options)
     close(torch.cat((y, more), 2), expected[:, :, start:])
     assert all(torch.equal(t, begun[n]) for n, t in vars(state).items()), "the state that was given is not written into"
-    same(standing(moved, x.features, x.q.shape[1]), exact, stop, **options)
+    same(standing(moved, x.like(torch.float32, DEVICE).features, x.q.shape[1]), exact, stop, **options)
 
 
 def same(state: HybridState, exact: Inputs, stop: int, **options):
@@ -215,6 +229,9 @@ def test_a_layer_decodes_by_it(tiny):
         swap(model, Swap(form="hybrid", config=Config(kernel=kernel)), seed=0)
         switch(model, State(window=3))
         form, layer = forms(model)[0], StateLayer()
+        called: list[object] = []
+        for one in (form.feature_map_q, form.feature_map_k):
+            one.register_forward_hook(lambda *given, called=called: called.append(given[0]))
         with torch.no_grad():
             y = []
             for a, b in ((0, 5), (5, 6), (6, 7), (7, 8)):
@@ -222,7 +239,9 @@ def test_a_layer_decodes_by_it(tiny):
                     x[:, a:b].unflatten(2, (-1, 8)).transpose(1, 2)
                     for x in (p(hidden) for p in (form.q_proj, form.k_proj, form.v_proj))
                 )
+                before = len(called)
                 y.append(form.join(q, k, v, layer=layer))
         assert isinstance(layer.state, StepState if kernel == "gpu" else HybridState) and layer.state.bytes > 0
+        assert (len(called) == before) == (kernel == "gpu"), "the launch of a token makes its features"
         found.append(torch.cat(y, 2))
     close(*[z.double() for z in found])

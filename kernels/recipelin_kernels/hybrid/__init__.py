@@ -13,6 +13,7 @@ from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
 from .reference import hybrid_attention_reference
 from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, check_shapes, one_of, rows
+from .softmax_map import SoftmaxMap
 from .state import HybridState, check_lead, check_state, continued, empty_state, filled, next_state, settled
 from .step import is_plain, one_token, plain_token
 from .step_state import StepState, standing
@@ -66,7 +67,7 @@ def hybrid_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    phi_q: Tensor,
+    phi_q: Tensor | SoftmaxMap,
     phi_k: Tensor | None,
     mix: Tensor | None,
     *,
@@ -119,7 +120,10 @@ def hybrid_attention(
     whether L then covers all keys. A row that sees nothing gives exactly 0, and so do padded queries. signed: features
     may be negative (activation `none`): |denominator| >= 1e-6. max_gradient: whether the row maximum, which `shared`
     does not cancel, carries gradient. state: goes on from there (no gradient into it); needs `phi_k_fn`, keys
-    [B,Hkv,n,D] -> features, for the ring's keys; phi_k may then be None, and is computed where it is needed.
+    [B,Hkv,n,D] -> features, for the ring's keys. phi_k may be None, and is computed by `phi_k_fn` where it is needed. Then
+    phi_q and `phi_k_fn` may be SoftmaxMaps: without gradient `gpu` makes features of queries, and in decoding those of keys,
+    in the launch that uses them; elsewhere maps are called. In a forward pass both are then rounded to the dtype of q: it
+    makes up to 128 in bf16 (64 for D above 128, and in fp32; none in fp16) of a W whose columns are a power of two from 16 on.
 
     reach: the teacher's own window; W but for the sinks, and L, then hold only keys less than `reach` positions back.
     Where no key of the call is that far, it costs nothing; else, and from a state, time is O(T reach), as the teacher's,
@@ -139,9 +143,10 @@ def hybrid_attention(
     for branch, how in (ablate or {}).items():
         one_of("ablate", branch, BRANCHES)
         one_of(f"ablate[{branch!r}]", how, ABLATIONS)
-    if phi_k is None and (state is None or phi_k_fn is None):
-        raise ValueError("phi_k=None: only a call that goes on from a state computes it, by phi_k_fn")
-    check_shapes(q, k, v, phi_q, phi_k, window, sinks)
+    if phi_k is None and phi_k_fn is None:
+        raise ValueError("phi_k=None: needs phi_k_fn, the keys' feature map")
+    shaped = phi_q.unmade(q) if isinstance(phi_q, SoftmaxMap) else phi_q
+    check_shapes(q, k, v, shaped, phi_k, window, sinks)
     if reach is not None and (isinstance(reach, bool) or not isinstance(reach, int) or reach < 1):
         raise ValueError(f"reach={reach!r}: expected an integer of at least 1, or None")
     if join == "shared" and mix is None:
@@ -170,17 +175,30 @@ def hybrid_attention(
         held = decoding(options)
         options = held if state is not None else whole_rows(options, length)
     plain = key_mask is None and segment_ids is None and state is None
-    sizes: dict[str, Any] = {"dtype": q.dtype, "width": q.shape[-1], "features": phi_q.shape[-1]}
+    sizes: dict[str, Any] = {"dtype": q.dtype, "width": q.shape[-1], "features": shaped.shape[-1]}
     if state is not None and phi_k_fn is None:
         raise ValueError("state: needs phi_k_fn, the keys' feature map, for the keys of the ring")
-    if state is not None and length == 1 and output_state and not components and segment_ids is None:
-        assert phi_k_fn is not None
+    token = state is not None and length == 1 and output_state and not components and segment_ids is None
+    steps = token and not gpu_support.why_no_step(held, window_keep)
+    maps = None  # by which the kernel makes features
+    if isinstance(phi_q, SoftmaxMap):
+        phi_q.check(q.shape[1], q.shape[3], shaped.shape[3])
+        if phi_k is None and isinstance(phi_k_fn, SoftmaxMap):
+            phi_k_fn.check(phi_k_fn.heads, k.shape[3], shaped.shape[3])
+            learns = _learning(q, k, v, mix, log_scale, phi_q.weight, phi_k_fn.weight)
+            if not learns and resolve_kernel(kernel, q.device, **sizes) == "gpu":
+                maps = (phi_q, phi_k_fn) if (steps if token else _makes_queries(phi_q, q, k, v)) else None
+        phi_q = shaped if maps else phi_q(q)
+    if token:
+        assert state is not None and phi_k_fn is not None
         if not _learning(q, k, v, phi_q, phi_k, mix, log_scale):
             own_numbers = mix if join == "shared" else None, log_scale if join == "absolute" else None
-            if not gpu_support.why_no_step(held, window_keep) and resolve_kernel(kernel, q.device, **sizes) == "gpu":
+            if steps and resolve_kernel(kernel, q.device, **sizes) == "gpu":
                 from .gpu_step import hybrid_attention_step_gpu
 
-                return hybrid_attention_step_gpu(q, k, v, phi_q, *own_numbers, phi_k_fn, held, key_mask, state)
+                return hybrid_attention_step_gpu(
+                    q, k, v, phi_q, *own_numbers, phi_k_fn, held, key_mask, state, maps=maps
+                )
             if kernel == "auto" and key_mask is None and is_plain(held, window_keep):
                 state = standing(state, phi_k_fn, q.shape[1])
                 check_lead(state, held)
@@ -190,7 +208,9 @@ def hybrid_attention(
         state = standing(state, phi_k_fn, q.shape[1])
     if phi_k is None:
         assert phi_k_fn is not None
-        phi_k = phi_k_fn(k)
+        # As the kernel reads them, unless the next state is made of them.
+        phi_k = phi_k_fn(k) if maps is None or output_state else maps[1].made(k, q.dtype)
+        check_shapes(q, k, v, shaped, phi_k, window, sinks)
     # Every earlier key is in the window: mix, row maximum and mass cancel (facts/performance.md §2). What learns keeps
     # its gradients, zeros.
     learns = _learning(phi_q, phi_k, mix, log_scale)
@@ -203,7 +223,9 @@ def hybrid_attention(
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
     if key_mask is not None:
         real = key_mask[:, None, :, None]
-        q, k, v, phi_q, phi_k = (torch.where(real, x, 0) for x in (q, k, v, phi_q, phi_k))
+        q, k, v, phi_k = (torch.where(real, x, 0) for x in (q, k, v, phi_k))
+        if maps is None:
+            phi_q = torch.where(real, phi_q, 0)
     mix = mix if join == "shared" else None
     log_scale = log_scale if join == "absolute" else None
     k_rows, past = own, None
@@ -239,8 +261,9 @@ def hybrid_attention(
             raise ValueError(f"chunk={chunk}: kernel 'gpu' has blocks of its own; chunks are of 'chunked'")
         packed = segment_ids is not None
         parts = hybrid_attention_gpu(
-            *arguments, own, k_rows, past=past, plain=plain, segmented=packed, components=components
-        )
+            *arguments, own, k_rows, past=past, plain=plain, segmented=packed, components=components,
+            map_q=maps[0] if maps else None,
+        )  # fmt: skip
     else:
         parts = hybrid_attention_chunked(
             *arguments, own, k_rows, past=past, plain=plain, components=components, chunk=chunk
@@ -257,17 +280,18 @@ def hybrid_attention_step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    phi_q: Tensor,
+    phi_q: Tensor | SoftmaxMap,
     phi_k_fn: Callable[[Tensor], Tensor],
     mix: Tensor | None,
     state: HybridState | StepState,
     **options: Any,
 ) -> tuple[Tensor, HybridState | StepState]:
-    """One token a row: q [B,H,1,D], k, v [B,Hkv,1,D], phi_q [B,H,1,F] -> (y [B,H,1,D], the next state).
+    """One token a row: q [B,H,1,D], k, v [B,Hkv,1,D], phi_q [B,H,1,F] or its map -> (y [B,H,1,D], the next state).
 
     Options as `hybrid_attention`. Features of a key are computed by `phi_k_fn` when it leaves the window.
 
-    kernel `gpu` without gradient, `reach` and `window_keep`: one Triton launch. Given a HybridState, it returns a StepState;
+    kernel `gpu` without gradient, `reach` and `window_keep`: one Triton launch, which makes the features too if phi_q and
+    phi_k_fn are SoftmaxMaps. Given a HybridState, it returns a StepState;
     given that, it writes into it and returns the same one: nothing is read by the host, and such a call may be captured in
     a CUDA graph, its inputs being the same tensors at each replay. A key_mask [B,1] leaves out rows that rest.
     """
@@ -292,6 +316,12 @@ class _Beside(torch.autograd.Function):
         return dy, *(x.new_zeros(()).expand(x.shape) if want else None for x, want in wanted)  # one zero in memory
 
 
+def _makes_queries(phi_q: SoftmaxMap, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    from .gpu_call import makes_queries
+
+    return q.dtype == k.dtype == v.dtype and makes_queries(phi_q, q.dtype, q.shape[-1])
+
+
 def _learning(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
@@ -299,6 +329,7 @@ def _learning(*tensors: Tensor | None) -> bool:
 __all__ = [
     "Components",
     "HybridState",
+    "SoftmaxMap",
     "StepState",
     "empty_state",
     "hybrid_attention",

@@ -20,6 +20,7 @@ from .chunk import Inputs
 from .chunked import Past
 from .gpu_call import Blocks, Call, cdiv, check_size, fitting, make_call, strides
 from .rows import Options, Rows
+from .softmax_map import SoftmaxMap
 
 
 def _own(x: Inputs, call: Call) -> Inputs:
@@ -93,7 +94,7 @@ def _forward(call: Call, x: Inputs, *, components: bool, learns: bool) -> Kept:
         gpu_forward.output,
         (cdiv(length, o.rows), batch * heads),
         x.q, x.k, x.v, x.fq, x.fk, x.mix, x.log_scale, call.keep, *call.q_rows, *call.k_rows, value, mass,
-        kept.y, kept.y_soft, kept.y_linear, kept.share, kept.stats, kept.bests,
+        call.map_weight, call.clamp, kept.y, kept.y_soft, kept.y_linear, kept.share, kept.stats, kept.bests,
         *strides(x.q, x.k, x.v, x.fq, x.fk),
         heads, length, x.k.shape[2], call.lead, _number(call, length), call.options.anchor, call.options.scale,
         COMPONENTS=components, SOFT_OUT=kept.y_soft is not None, STATS=learns, BEST=kept.bests is not None,
@@ -263,9 +264,11 @@ def hybrid_attention_gpu(
     plain: bool,
     segmented: bool,
     components: bool,
+    map_q: SoftmaxMap | None = None,
     blocks: Blocks | None = None,
 ) -> list[Tensor]:
-    """y, and with `components` the three parts, as the reference has them.
+    """y, and with `components` the three parts, as the reference has them. map_q: phi_q is not read but made, and phi_k is
+    rounded as it is, to the dtype of q.
 
     bf16: products of bf16, summed in fp32; features may be fp32 beside it, whose pairs are then taken in tf32. fp16: what
     multiplies values in tf32. fp32: three products of tf32 in the place of one, which keep 21 bits or more. States are
@@ -275,13 +278,13 @@ def hybrid_attention_gpu(
     given = q.dtype
     kind = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = (x.to(kind) for x in (q, k, v))
-    features = kind if phi_q.dtype == phi_k.dtype == kind else torch.float32
-    phi_q, phi_k = phi_q.to(features), phi_k.to(features)
+    features = kind if map_q is not None or phi_q.dtype == phi_k.dtype == kind else torch.float32
+    phi_q, phi_k = q if map_q is not None else phi_q.to(features), phi_k.to(features)
     if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
         # Whether a sink is in the state depends on the query head here.
         phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)
     call = make_call(
-        options, q, k, phi_q, phi_k, window_keep, q_rows, k_rows, past, plain, segmented,
+        options, q, k, phi_k, map_q, window_keep, q_rows, k_rows, past, plain, segmented,
         blocks or fitting(kind, features, q.shape[-1]),
     )  # fmt: skip
     if call.form.ahead:

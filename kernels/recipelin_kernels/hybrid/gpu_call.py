@@ -12,6 +12,7 @@ from .chunked import Past
 from .gpu_parts import Form
 from .gpu_support import interpreted
 from .rows import Options, Rows
+from .softmax_map import SoftmaxMap
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ class Launch:
 
     num_warps: int
     num_stages: int
+
+
+def makes_queries(map_q: SoftmaxMap, dtype: torch.dtype, width: int) -> bool:
+    """Whether the forward kernel makes phi_q itself: features that it can hold at once, of a dtype that holds small ones."""
+    columns = map_q.columns
+    fits = columns >= 16 and columns == power(columns) and map_q.features <= fitting(dtype, dtype, width).tile
+    return fits and dtype != torch.float16
 
 
 # Measured on an H200 (kernels/bench/tuning-h200.md): a block of 64 rows is one of 4 warps, 8 take half as long again or twice.
@@ -139,6 +147,8 @@ class Call(Compiled):
     ahead: int  # sinks of the state in front of the keys
     segmented: bool
     stored_dtype: torch.dtype  # of states: bf16 for bf16 inputs, else fp32 (fp16 could overflow)
+    map_weight: Tensor | None  # W in fp32 [H,D,C] and the least feature, where the kernel makes phi_q
+    clamp: float
 
     def running_sums(
         self, parts: Tensor | None, masses: Tensor, length: int, *, backward: bool
@@ -177,6 +187,7 @@ def make_form(
     drops: bool = False,
     resumed: bool = False,
     ahead: int = 0,
+    map_columns: int = 0,
 ) -> Form:
     o = options
     near_linear = o.has("linear") and (o.cover == "all" or (drops and o.on_drop == "linear_covers_all"))
@@ -216,6 +227,7 @@ def make_form(
         precision="tf32x3" if dtype == torch.float32 else "tf32",
         near_linear=near_linear,
         near_pairs=near_linear or o.join == "replace",
+        map_columns=map_columns,
     )
 
 
@@ -223,8 +235,8 @@ def make_call(
     options: Options,
     q: Tensor,
     k: Tensor,
-    phi_q: Tensor,
     phi_k: Tensor,
+    map_q: SoftmaxMap | None,
     keep: Tensor | None,
     q_rows: Rows,
     k_rows: Rows,
@@ -242,7 +254,8 @@ def make_call(
         )
     form = make_form(
         options, blocks, heads=q.shape[1], key_heads=k.shape[1], maps=phi_k.shape[1], width=q.shape[-1],
-        features=phi_q.shape[-1], dtype=q.dtype, plain=plain, drops=keep is not None, resumed=past is not None, ahead=ahead,
+        features=phi_k.shape[-1], dtype=q.dtype, plain=plain, drops=keep is not None, resumed=past is not None, ahead=ahead,
+        map_columns=0 if map_q is None else map_q.columns,
     )  # fmt: skip
 
     def places(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -264,4 +277,6 @@ def make_call(
         stages=blocks.stages,
         warps=blocks.warps,
         stored_dtype=torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32,
+        map_weight=None if map_q is None else map_q.weight.float().contiguous(),
+        clamp=0.0 if map_q is None else map_q.clamp,
     )

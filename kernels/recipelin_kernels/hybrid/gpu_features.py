@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .gpu_call import Compiled, cdiv, power
-from .gpu_parts import head
+from .gpu_parts import head, softmax_of
 
 ROWS = 16  # tokens of a program, of any rows of the batch; the least that a product takes
 MANY = 64  # of the many tokens of whole rows, if maps are narrow: W is read once for all of them
@@ -27,17 +27,8 @@ class Shape(NamedTuple):
 
 
 @triton.jit
-def store_softmax(u, inside, clamp, to, real):
-    """max(softmax(u), clamp) of rows."""
-    level = tl.max(tl.where(inside, u, float("-inf")), 1)
-    e = tl.where(inside, tl.exp(tl.where(inside, u - level[:, None], 0.0)), 0.0)
-    phi = tl.maximum(e / tl.sum(e, 1)[:, None], clamp)
-    tl.store(to, phi, mask=real & inside)
-
-
-@triton.jit
 def softmax_features(x, weight, out, x_b, x_h, x_t, tokens, length, heads, clamp, rows: tl.constexpr, o: tl.constexpr):
-    """Grid: (ceil(B T / rows), H). out [B,H,T,2 columns] in float32."""
+    """Grid: (ceil(B T / rows), H). out [B,H,T,2 columns]."""
     h = tl.program_id(1)
     n = tl.program_id(0) * rows + tl.arange(0, rows)
     real = (n < tokens)[:, None]
@@ -55,8 +46,8 @@ def softmax_features(x, weight, out, x_b, x_h, x_t, tokens, length, heads, clamp
         u = tl.dot(a, w, u, input_precision="tf32x3")
     row = ((b.to(tl.int64) * heads + h) * length + t) * (2 * o.columns)
     to = out + row[:, None] + c[None, :]
-    store_softmax(u, inside, clamp, to, real)
-    store_softmax(-u, inside, clamp, to + o.columns, real)
+    tl.store(to, softmax_of(u, inside, clamp).to(out.dtype.element_ty), mask=real & inside)
+    tl.store(to + o.columns, softmax_of(-u, inside, clamp).to(out.dtype.element_ty), mask=real & inside)
 
 
 @triton.jit
@@ -85,7 +76,7 @@ def softmax_features_gradient(
 class _Features(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, clamp: float) -> Tensor:
-        out = _features(x, weight, clamp)
+        out = features(x, weight, clamp)
         ctx.save_for_backward(x, weight, out)
         ctx.clamp = clamp
         return out
@@ -117,11 +108,12 @@ def _shape(x: Tensor, weight: Tensor) -> Shape:
     return Shape(heads // x.shape[1], width, columns, power(columns), min(power(width), 64))
 
 
-def _features(x: Tensor, weight: Tensor, clamp: float) -> Tensor:
+def features(x: Tensor, weight: Tensor, clamp: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`softmax_features_gpu` without gradients, rounded to a dtype."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, _, length, _ = x.shape
     heads, _, columns = weight.shape
-    out = torch.empty(batch, heads, length, 2 * columns, dtype=torch.float32, device=x.device)
+    out = torch.empty(batch, heads, length, 2 * columns, dtype=dtype, device=x.device)
     rows = MANY if length > ROWS and columns <= NARROW else ROWS
     Compiled(_shape(x, weight), 1, 4 if columns <= NARROW else 8).launch(
         softmax_features, (cdiv(batch * length, rows), heads),

@@ -7,6 +7,7 @@ from .gpu_parts import (
     HIDDEN,
     LEAST,
     factors,
+    features_of,
     floored,
     head,
     over,
@@ -170,7 +171,7 @@ def _linear_columns(
 
 @triton.jit
 def output(
-    q, k, v, fq, fk, mix, log_scale, keep, q_position, q_segment, k_position, k_segment, value, mass,
+    q, k, v, fq, fk, mix, log_scale, keep, q_position, q_segment, k_position, k_segment, value, mass, weight, clamp,
     y, y_soft, y_linear, share, stats, bests,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fq_b, fq_h, fq_t, fk_b, fk_h, fk_t,
     heads, length, keys, lead, states, anchor, scale,
@@ -180,7 +181,7 @@ def output(
 
     First the softmax set, the sinks before the span and the span; then the linear set, the stored state, the keys between it
     and the span, and what of the span it holds. y, y_soft, y_linear [B,H,T,D], share [B,H,T], stats [4,B,H,T] (top in base 2,
-    masses of softmax, linear and, in `replace`, the window's linear mass), bests [B,H,T] int32.
+    masses of softmax, linear and, in `replace`, the window's linear mass), bests [B,H,T] int32. With `weight` phi_q is made here.
 
     On the chip, d = 128, rows = columns = 64: one sum in float32 32 KiB, the window's y 16 KiB, scores or pairs 16 KiB, in 4
     warps 128 registers a thread; a state is read in tiles of 64 to 128 features and never held as a whole.
@@ -204,7 +205,10 @@ def output(
     i = q0 + tl.arange(0, o.rows)
     qp, qs = places(q_position, q_segment, i, length, o)
     query = take(q, i, q_t, qs >= 0, 0, o.width, o.width_block)
-    phi = take(fq, i, fq_t, qs >= 0, 0, o.features, o.tile)
+    if o.map_columns > 0:
+        phi = features_of(query, weight + h.to(tl.int64) * o.width * o.map_columns, clamp, o)
+    else:
+        phi = take(fq, i, fq_t, qs >= 0, 0, o.features, o.tile)
     number = q0 // o.stored
     near = tl.maximum(q0 + lead - o.span, 0)
     stop = tl.minimum(q0 + o.rows, length) + lead
@@ -247,7 +251,10 @@ def output(
                 sees = qs == goes_on(q_segment, number * o.stored, o)
                 begin = ((b * (heads // o.map_group) + p).to(tl.int64) * states + number) * o.features
                 for first in range(0, o.features, o.tile):
-                    x = take(fq, i, fq_t, sees & (qs >= 0), first, o.features, o.tile)
+                    if o.map_columns > 0:
+                        x = tl.where((sees & (qs >= 0))[:, None], phi, tl.zeros_like(phi))
+                    else:
+                        x = take(fq, i, fq_t, sees & (qs >= 0), first, o.features, o.tile)
                     f = first + tl.arange(0, o.tile)
                     held = tl.load(mass + begin + f, mask=f < o.features, other=0.0)
                     b_mass += tl.sum(x.to(tl.float32) * held[None, :], 1)

@@ -56,6 +56,7 @@ class Form(NamedTuple):
     precision: str  # of products whose inputs are float32
     near_linear: bool  # the linear set may hold keys of the window
     near_pairs: bool  # the same, or `replace` asks for their features
+    map_columns: int  # of W, by which phi_q is made; 0: phi_q is read
 
 
 @triton.jit
@@ -210,6 +211,32 @@ def pairs(phi, fq, fq_t, i, i_real, fk, fk_t, j, j_real, o: tl.constexpr):
         more = take(fq, i, fq_t, i_real, first, o.features, o.tile)
         b = tl.dot(more, tl.trans(x), b, input_precision=o.precision)
     return b
+
+
+@triton.jit
+def softmax_of(u, inside, clamp):
+    """max(softmax(u), clamp) of rows, over the columns `inside`."""
+    level = tl.max(tl.where(inside, u, float("-inf")), 1)
+    e = tl.where(inside, tl.exp(tl.where(inside, u - level[:, None], 0.0)), 0.0)
+    return tl.maximum(e / tl.sum(e, 1)[:, None], clamp)
+
+
+@triton.jit
+def features_of(x, weight, clamp, o: tl.constexpr):
+    """[softmax(x W), softmax(-x W)] of rows x [rows, width_block], at least clamp: [rows, tile] in the dtype of x."""
+    c = tl.arange(0, o.map_columns)
+    d = tl.arange(0, o.width_block)
+    w = tl.load(weight + d[:, None] * o.map_columns + c[None, :], mask=(d < o.width)[:, None], other=0.0)
+    if x.dtype == tl.bfloat16:
+        # 16 bits of W, in two products; x has 8.
+        coarse = w.to(tl.bfloat16)
+        u = tl.dot(x, coarse)
+        u = tl.dot(x, (w - coarse.to(tl.float32)).to(tl.bfloat16), u)
+    else:
+        u = tl.dot(x, w, input_precision=o.precision)
+    inside = (c >= 0)[None, :]
+    both = tl.join(softmax_of(u, inside, clamp), softmax_of(-u, inside, clamp))  # [rows, columns, 2]
+    return tl.reshape(tl.permute(both, (0, 2, 1)), (x.shape[0], o.tile)).to(x.dtype)
 
 
 @triton.jit

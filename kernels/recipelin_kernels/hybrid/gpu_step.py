@@ -10,11 +10,14 @@ n / 2 of their features (n / 2 x 16 KB) and a write of the sums every n tokens (
 with 0.13 + 0.13 MB, 2.36 MB in all; n = 64 has 0.56, 2.65 MB. With ring (0.27 MB) and q, k, v, y: 4.5 against 2.65 MB.
 The ratio is the same for every batch, and the write is the keys': 1 row at 3 TB/s 1.5 against 0.9 us, 32 rows 48 against
 28 us. Hence `FOLD` = 16. (Feature maps come on top: 2.1 MB in fp32, once for the batch.)
+
+Given both maps (softmax_map.py) the launch makes the features too, of the queries and of the leaving key, each program those
+that it reads: in scratch memory of its own, which lies in L1 or L2. So a token is one launch and not three.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -22,21 +25,28 @@ import triton.language as tl
 from torch import Tensor
 
 from .gpu_call import Blocks, Compiled, cdiv, make_form, power
-from .gpu_parts import BASE2, HIDDEN, LEAST, factors, head, sets, shown, softmax_weights
+from .gpu_parts import BASE2, HIDDEN, LEAST, factors, head, sets, shown, softmax_of, softmax_weights
 from .gpu_support import interpreted
 from .rows import Options
+from .softmax_map import SoftmaxMap
 from .state import HybridState
 from .step_state import FOLD, StepState, held_by, standing, stepping
 
 
 class Tiles(NamedTuple):
-    """What a program has at once: columns of D, features (fewer where it writes), keys of the window, late keys; powers of 2."""
+    """What a program has at once: columns of D, features (fewer where it writes), keys of the window, late keys; powers of 2.
+
+    map_columns: of W, by which it makes features, of which it has `map_block` and `map_depth` rows at once; 0: they are given.
+    """
 
     columns: int
     features: int
     written: int
     near: int
     late: int
+    map_columns: int = 0
+    map_block: int = 0
+    map_depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,10 @@ class StepBlocks:
     keys: int = 10240
     programs: int = 96  # of an H100's 132 multiprocessors
     fold: int = FOLD
+    maps: int = 8192  # of W: 64 registers a thread
 
 
-INTERPRETED = StepBlocks(256, 256, 8, 2)  # so that short rows have several of each
+INTERPRETED = StepBlocks(256, 256, 8, 2, 256)  # so that short rows have several of each
 
 
 def columns_of(blocks: StepBlocks, heads: int, width: int) -> int:
@@ -61,12 +72,14 @@ def columns_of(blocks: StepBlocks, heads: int, width: int) -> int:
     return columns
 
 
-def tiles_of(blocks: StepBlocks, columns: int, width: int, features: int, window: int) -> Tiles:
+def tiles_of(blocks: StepBlocks, columns: int, width: int, features: int, window: int, map_columns: int = 0) -> Tiles:
     near = 16
     while near < window and 2 * near * (power(width) + columns) <= blocks.keys:
         near *= 2
     read, written = (min(power(features), max(16, n // columns)) for n in (blocks.sums, blocks.sums // 2))
-    return Tiles(columns, read, written, near, 16)
+    block = power(map_columns)
+    depth = min(power(width), max(16, blocks.maps // block))
+    return Tiles(columns, read, written, near, 16, map_columns, block, depth)
 
 
 @triton.jit
@@ -112,6 +125,22 @@ def products(fq, ring_phi, fk, j, newest, there, t: tl.constexpr, s: tl.constexp
 
 
 @triton.jit
+def make_features(x, there, weight, clamp, to, t: tl.constexpr, o: tl.constexpr):
+    """[softmax(x W), softmax(-x W)] of one row x [D], at least clamp, stored in float32."""
+    c = tl.arange(0, t.map_block)
+    inside = (c < t.map_columns)[None, :]
+    u = tl.full([t.map_block], 0.0, tl.float32)
+    for first in range(0, o.width, t.map_depth):
+        d = first + tl.arange(0, t.map_depth)
+        real = d < o.width
+        a = tl.load(x + d, mask=real & there, other=0.0).to(tl.float32)
+        w = tl.load(weight + d[:, None] * t.map_columns + c[None, :], mask=real[:, None] & inside, other=0.0)
+        u += tl.sum(a[:, None] * w, 0)
+    tl.store(to + c[None, :], softmax_of(u[None, :], inside, clamp), mask=inside)
+    tl.store(to + t.map_columns + c[None, :], softmax_of(-u[None, :], inside, clamp), mask=inside)
+
+
+@triton.jit
 def soft_keys(
     top, a_mass, w_mass, a_sum, query, fq, ring_k, k, ring_v, v, ring_phi, fk, j, there, at, first, scale,
     t: tl.constexpr, s: tl.constexpr, o: tl.constexpr,
@@ -137,6 +166,7 @@ def soft_keys(
 @triton.jit
 def step(
     q, k, v, fq, fk, mix, log_scale, real, ring_k, ring_v, ring_phi, leaving, value, mass, counts, y,
+    map_q, map_k, clamp_q, clamp_k, scratch,
     q_b, q_h, k_b, k_h, v_b, v_h, fq_b, fq_h, fk_b, fk_h, maps, scale,
     MASKED: tl.constexpr, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
@@ -145,6 +175,8 @@ def step(
     First all is read, for one query head after the other; then, behind a barrier, all is written. No program reads what
     another one writes in the same launch: places of a new key and of new features are those of none that counts. Rows
     whose token is not real (`real` [B]) have y 0, and their state stays.
+
+    map_q [H,D,C], map_k [maps,D,C] in float32: features are made, in `scratch` [programs, 1 + H / maps, F]; else fq, fk are read.
     """
     part = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64)
@@ -165,7 +197,10 @@ def step(
     value += row * o.features * o.width
     k = head(k, b, kv, k_b, k_h)
     v = head(v, b, kv, v_b, v_h)
-    fk = head(fk, b, p, fk_b, fk_h)
+    if t.map_columns > 0:
+        scratch += mine * (1 + o.map_group) * o.features
+    else:
+        fk = head(fk, b, p, fk_b, fk_h)
 
     at = tl.load(counts + 2 * mine)
     folded = tl.load(counts + 2 * mine + 1)
@@ -185,10 +220,24 @@ def step(
     inside = column < o.width
     wide = tl.arange(0, o.width_block)
 
+    if t.map_columns > 0:
+        size = o.width * t.map_columns
+        if s.lag > 0:  # the leaving key, in the place that it has until its features are in the sums
+            key = ring_k + place_of(tl.maximum(known, 0), s) * o.width
+            make_features(key, known >= 0, map_k + p * size, clamp_k, scratch, t, o)
+        else:
+            make_features(k, known >= 0, map_k + p * size, clamp_k, scratch, t, o)
+        for g in range(0, o.map_group):
+            h = p * o.map_group + g
+            to = scratch + (1 + g) * o.features
+            make_features(head(q, b, h, q_b, q_h), at >= 0, map_q + h * size, clamp_q, to, t, o)
+        fk = scratch
+        tl.debug_barrier()
+
     for g in range(0, o.map_group):
         h = p * o.map_group + g
         query = tl.load(head(q, b, h, q_b, q_h) + wide, mask=wide < o.width, other=0.0).to(tl.float32)
-        x = head(fq, b, h, fq_b, fq_h)
+        x = scratch + (1 + g) * o.features if t.map_columns > 0 else head(fq, b, h, fq_b, fq_h)
         top = tl.full([1], HIDDEN, tl.float32)
         a_mass = tl.full([1], 0.0, tl.float32)
         b_mass = tl.full([1], 0.0, tl.float32)
@@ -301,38 +350,50 @@ def hybrid_attention_step_gpu(
     key_mask: Tensor | None,
     state: HybridState | StepState,
     *,
+    maps: tuple[SoftmaxMap, SoftmaxMap] | None = None,
     blocks: StepBlocks | None = None,
 ) -> tuple[Tensor, StepState]:
     """(y [B,H,1,D], the state) of q [B,H,1,D], k, v [B,Hkv,1,D], phi_q [B,H,1,F]; key_mask [B,1].
+
+    maps: of queries and keys, by which features are made; of phi_q only the shape is then read.
 
     A HybridState is copied into buffers, which later calls, given the StepState, move on in place: those may be captured
     in a CUDA graph, if `phi_k_fn` may. Sums and products are fp32, whatever the inputs' dtype.
     """
     blocks = blocks or (INTERPRETED if interpreted() else StepBlocks())
     batch, heads, _, width = q.shape
-    features, held = phi_q.shape[-1], held_by(options, blocks.fold)
+    held = held_by(options, blocks.fold)
+    features = phi_q.shape[-1]
     if isinstance(state, StepState) and state.held != held:
         state = standing(state, phi_k_fn, heads)
     if isinstance(state, HybridState):
-        maps = phi_k_fn(k).shape[1]
-        state = stepping(state, k, phi_k_fn, options, held, maps, columns_of(blocks, batch * maps, width))
+        own = maps[1].heads if maps else phi_k_fn(k).shape[1]
+        state = stepping(state, k, phi_k_fn, options, held, own, columns_of(blocks, batch * own, width))
     _check_sizes(state, batch, heads, k.shape[1], width, features)
-    maps, programs = state.counts.shape[1:3]
-    tiles = tiles_of(blocks, state.columns, width, features, options.window)
-    phi_k = phi_k_fn(state.leaving.to(k.dtype) if held.lag else k)
-    if phi_k.untyped_storage().data_ptr() == state.leaving.untyped_storage().data_ptr():
-        phi_k = phi_k.clone()  # the kernel writes there
-    q, k, v, phi_q, phi_k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, phi_q, phi_k))
+    own, programs = state.counts.shape[1:3]
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    phi: list[Tensor | None] = [None, None]
+    made: list[Any] = [None, None, 0.0, 0.0, None]
+    if maps:
+        maps[1].check(own, width, features)
+        scratch = q.new_empty(batch * own * programs, 1 + heads // own, features, dtype=torch.float32)
+        made = [*(x.weight.float().contiguous() for x in maps), *(x.clamp for x in maps), scratch]
+    else:
+        phi_k = phi_k_fn(state.leaving.to(k.dtype) if held.lag else k)
+        if phi_k.untyped_storage().data_ptr() == state.leaving.untyped_storage().data_ptr():
+            phi_k = phi_k.clone()  # the kernel writes there
+        phi = [x if x.stride(-1) == 1 else x.contiguous() for x in (phi_q, phi_k)]
+    tiles = tiles_of(blocks, state.columns, width, features, options.window, maps[0].columns if maps else 0)
     numbers = [None if x is None else x.float().contiguous() for x in (mix, log_scale)]
     real = None if key_mask is None else key_mask.to(torch.uint8).contiguous()
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     form = make_form(
-        options, Blocks(), heads=heads, key_heads=k.shape[1], maps=maps, width=width, features=features, dtype=q.dtype
+        options, Blocks(), heads=heads, key_heads=k.shape[1], maps=own, width=width, features=features, dtype=q.dtype
     )
     Compiled(form, 1, 4).launch(
-        step, (batch * maps, programs),
-        q, k, v, phi_q, phi_k, *numbers, real, *state.tensors.values(), y,
-        *[n for x in (q, k, v, phi_q, phi_k) for n in x.stride()[:2]], maps, options.scale,
+        step, (batch * own, programs),
+        q, k, v, *phi, *numbers, real, *state.tensors.values(), y, *made,
+        *[n for x in (q, k, v, *phi) for n in ((0, 0) if x is None else x.stride()[:2])], own, options.scale,
         MASKED=real is not None, t=tiles, s=held,
     )  # fmt: skip
     return y, state

@@ -125,7 +125,7 @@ def weight_transfer_gpu(
     options = _options(options, target, length)
     bounds = _bounds(options, teacher_window, length)
     call = make_call(
-        options, q, k, phi_q, phi_k, None, rows, rows, None, plain, False,
+        options, q, k, phi_k, None, None, rows, rows, None, plain, False,
         blocks or fitting(kind, exact, width, phi_q.shape[-1]),
     )  # fmt: skip
     o = call.form

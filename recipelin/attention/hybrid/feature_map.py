@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipelin_kernels import resolve_kernel
+from recipelin_kernels import SoftmaxMap, resolve_kernel
 
 from .config import FeatureMap
 
@@ -60,6 +60,10 @@ class HeadFeatureMap(nn.Module):
         standard = config.name == "hedgehog" and config.activation == "softmax" and not config.token_scale
         sizes: dict[str, Any] = {"dtype": x.dtype, "width": self.head_dim, "features": config.size(self.head_dim)}
         return standard and resolve_kernel(self.kernel, x.device, **sizes) == "gpu"
+
+    def softmax_map(self, x: Tensor) -> SoftmaxMap | None:
+        """The map as an argument of the operator, whose Triton kernels then make features of x; None where they do not."""
+        return SoftmaxMap(self, self.weight, self.config.clamp) if self._by_kernel(x) else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self._by_kernel(x):

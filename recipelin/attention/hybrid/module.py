@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from recipelin_kernels import (
     Components,
+    SoftmaxMap,
     hybrid_attention,
     outside_mass,
     resolve_kernel,
@@ -126,13 +127,16 @@ class HybridAttention(SwappedAttention):
         if self.drop is not None:
             options |= {"window_keep": self.drop.keep, "on_drop": self.drop.on_drop}
         previous = None if layer is None else layer.state
+        phi_q: Tensor | SoftmaxMap
         phi_k: Tensor | None
+        map_k: SoftmaxMap | HeadFeatureMap = self.feature_map_k
         if layer is None and self.needs_no_features(options):
             phi_q = phi_k = q.new_zeros(*q.shape[:3], 0)
         else:
-            phi_q = self.feature_map_q(q)
+            phi_q = self.feature_map_q.softmax_map(q) or self.feature_map_q(q)
+            map_k = self.feature_map_k.softmax_map(k) or map_k
             # From a state: only of keys that leave the window.
-            phi_k = self.feature_map_k(k) if previous is None else None
+            phi_k = map_k(k) if previous is None and not isinstance(map_k, SoftmaxMap) else None
         result = hybrid_attention(
             q,
             k,
@@ -143,7 +147,7 @@ class HybridAttention(SwappedAttention):
             key_mask=key_mask,
             segment_ids=segment_ids,
             state=previous,
-            phi_k_fn=self.feature_map_k,
+            phi_k_fn=map_k,
             output_state=layer is not None,
         )
         if layer is None:
