@@ -37,10 +37,11 @@ def logits_at(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
 def unseen(model: Any, position: int) -> int:
     """How many tokens at the begin of a row its logits at `position` do not depend on, or fewer."""
     layers = [layer.self_attn for layer in model.model.layers]
-    seen = [form.sees for form in layers if isinstance(form, SwappedAttention)]
-    if len(seen) < len(layers) or None in seen:
+    seen = [form.sees if isinstance(form, SwappedAttention) else None for form in layers]
+    near = [n for n in seen if n is not None]
+    if len(near) < len(layers):
         return 0
-    reach = 1 + sum(n - 1 for n in seen)
+    reach = 1 + sum(n - 1 for n in near)
     return max(0, position + 1 - reach) // ALIGNED * ALIGNED
 
 
