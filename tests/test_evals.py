@@ -16,7 +16,7 @@ import recipelin.hf as hf
 from recipelin import data, families, lookup
 from recipelin.attention.hybrid.config import Config as Hybrid
 from recipelin.evals.lm_eval.config import Config as LmEval
-from recipelin.evals.logits_at import FEWEST, logits_at
+from recipelin.evals.logits_at import FEWEST, logits_at, unseen
 from recipelin.evals.perplexity.config import Config as Perplexity
 from recipelin.evals.recall.config import Config as Recall
 from recipelin.evals.subject import Subject
@@ -171,6 +171,46 @@ def test_logits_at_some_positions_are_the_same_bits(tiny, family):
             assert torch.equal(found, expected) and found.shape[:2] == (len(given), len(at)), (name, at)
             assert rows == [len(at) if len(given) * len(at) >= FEWEST else 40, 40]
     assert not model.model.layers[-1].self_attn.o_proj._forward_hooks
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_what_no_position_can_know_of_is_left_out(tiny, family):
+    """The window alone and neither branch read the end of a row, and find what the whole row gives; other states read it all."""
+    model = tiny(family=family, layers=3).eval()
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 100, (8, 300)))
+    swap(model, Swap(form="hybrid", config=Hybrid()), seed=0)
+    read: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda *given: read.append(given[2].shape[1]))
+    window = State(branches=("window",), window=6)
+    for state, reach in (
+        (window, 16),
+        (window.model_copy(update={"window": 50}), 148),
+        (State(branches=()), 1),
+        (window.model_copy(update={"sinks": 2}), None),
+        (window.model_copy(update={"shape": "terraced"}), None),
+        (window.model_copy(update={"ablate": "output"}), None),
+        (State(window=6), None),
+        (State(branches=("linear",), window=6), None),
+    ):
+        switch(model, state)
+        for at in ([299], [250, 251, 290]):
+            read.clear()
+            positions = torch.tensor(at)
+            with torch.no_grad():
+                found = logits_at(model, ids, positions)
+                expected = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+            assert torch.equal(found, expected), (state, at)
+            least = 0 if reach is None else (at[0] + 1 - reach) // 64 * 64
+            assert read == [300 - least, 300], (state, at)
+            if least:  # as nothing before them counts
+                changed = ids.clone()
+                changed[:, : at[0] + 1 - reach] = 1
+                same = model(input_ids=changed, use_cache=False, logits_to_keep=positions[:1]).logits
+                assert torch.allclose(same, expected[:, :1], atol=1e-5)
+    kept = model.model.layers[1]
+    kept.self_attn = tiny(family=family, layers=3).model.layers[1].self_attn  # a layer of softmax sees all
+    switch(model, window)
+    assert unseen(model, 299) == 0
 
 
 class Oracle:

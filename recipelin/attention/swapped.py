@@ -58,6 +58,11 @@ class SwappedAttention(nn.Module, ABC):
         return self.state.window == "full" and "window" in self.state.branches and "linear" not in self.state.branches
 
     @property
+    def sees(self) -> int | None:
+        """How many keys y of a query depends on in its state, its own and those right before it; None: on any of a row."""
+        return self.own_window if self.is_softmax else None
+
+    @property
     def no_cache(self) -> str:
         """Why it keeps no cache in its state; empty where it does."""
         return ""

@@ -4,8 +4,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..attention.swapped import SwappedAttention
+
+ALIGNED = 64  # tokens; rows are cut between chunks of the operators, so that a shorter row has the same ones
 FEWEST = 16  # rows of a product of matrices; for one to three, BLAS takes kernels that round otherwise
 
 
@@ -14,15 +18,31 @@ def logits_at(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
 
     Behind the last attention no position looks at another: o_proj and MLP of the last layer and the head are computed at
     `positions` alone. On a GPU only the head is: its products round otherwise with fewer rows, and one layer of many is little.
+    In a state whose layers all see a few keys only (the window alone), tokens that no position can know of are left out.
     """
-    positions = positions.to(ids.device)
+    positions, at = positions.to(ids.device), None
+    if begin := unseen(model, int(positions.min())):
+        at = torch.arange(begin, ids.shape[1], device=ids.device)[None]  # rotated as in the whole row
+        ids, positions = ids[:, begin:], positions - begin
     with ExitStack() as undo:
         if ids.device.type == "cpu" and len(ids) * len(positions) >= FEWEST:
             last = model.model.layers[-1]
             for module in (last.self_attn.o_proj, last.mlp):
                 undo.enter_context(_only_at(module, positions))
-        logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+        where = {} if at is None else {"position_ids": at}
+        logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=positions, **where).logits
     return logits
+
+
+def unseen(model: Any, position: int) -> int:
+    """How many tokens at the begin of a row its logits at `position` do not depend on, or fewer."""
+    layers = [layer.self_attn for layer in model.model.layers]
+    seen = [form.sees if isinstance(form, SwappedAttention) else None for form in layers]
+    near = [n for n in seen if n is not None]
+    if len(near) < len(layers):
+        return 0
+    reach = 1 + sum(n - 1 for n in near)
+    return max(0, position + 1 - reach) // ALIGNED * ALIGNED
 
 
 @contextmanager

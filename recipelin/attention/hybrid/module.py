@@ -81,6 +81,20 @@ class HybridAttention(SwappedAttention):
         )
 
     @property
+    def sees(self) -> int | None:
+        """See SwappedAttention. Without its linear branch the window's keys, unless positions of a row say more than distances:
+        sinks and terraces are counted from its first token.
+        """
+        state = self.state
+        if not state.branches:
+            return 1
+        alone = "linear" not in state.branches and state.ablate == "mass" and state.join != "replace"
+        if self.is_softmax or not alone or state.sinks or state.shape != "sliding":
+            return super().sees
+        nearest = (n for n in (state.most_keys, self.own_window) if n is not None)
+        return min(nearest, default=None)
+
+    @property
     def no_cache(self) -> str:
         """Why it keeps no cache in its state; empty where it does."""
         if self.is_softmax:
