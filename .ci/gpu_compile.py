@@ -225,7 +225,9 @@ def transfer(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=sorted(CASES | TRANSFERS | STEPS), help="one case")
+    parser.add_argument(
+        "--only", action="append", choices=sorted(CASES | TRANSFERS | STEPS), help="a case; may be repeated"
+    )
     parser.add_argument("--forward", action="store_true", help="without gradients")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -233,11 +235,11 @@ def main() -> int:
     gpu_support.why_not = lambda *_: ""
     gpu_call.Compiled.launch = compiled  # type: ignore[method-assign]
     for name, case in (CASES | TRANSFERS).items():
-        if arguments.only in (None, name):
+        if arguments.only is None or name in arguments.only:
             print(f"{name}{', forward' if arguments.forward else ''}", flush=True)
             (transfer if name in TRANSFERS else call)(learns=not arguments.forward, **case)
     for name, case in STEPS.items():
-        if arguments.only in (None, name):
+        if arguments.only is None or name in arguments.only:
             print(name, flush=True)
             decode(**case)
     return 0 if all(fits) else 1

@@ -223,8 +223,8 @@ def step(
     if t.map_columns > 0:
         size = o.width * t.map_columns
         if s.lag > 0:  # the leaving key, in the place that it has until its features are in the sums
-            key = ring_k + place_of(tl.maximum(known, 0), s) * o.width
-            make_features(key, known >= 0, map_k + p * size, clamp_k, scratch, t, o)
+            oldest = ring_k + place_of(tl.maximum(known, 0), s) * o.width
+            make_features(oldest, known >= 0, map_k + p * size, clamp_k, scratch, t, o)
         else:
             make_features(k, known >= 0, map_k + p * size, clamp_k, scratch, t, o)
         for g in range(0, o.map_group):
