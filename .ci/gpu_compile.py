@@ -234,12 +234,13 @@ def main() -> int:
     driver.set_active(NoGpu())
     gpu_support.why_not = lambda *_: ""
     gpu_call.Compiled.launch = compiled  # type: ignore[method-assign]
+    asked = arguments.only or [*CASES, *TRANSFERS, *STEPS]
     for name, case in (CASES | TRANSFERS).items():
-        if arguments.only is None or name in arguments.only:
+        if name in asked:
             print(f"{name}{', forward' if arguments.forward else ''}", flush=True)
             (transfer if name in TRANSFERS else call)(learns=not arguments.forward, **case)
     for name, case in STEPS.items():
-        if arguments.only is None or name in arguments.only:
+        if name in asked:
             print(name, flush=True)
             decode(**case)
     return 0 if all(fits) else 1

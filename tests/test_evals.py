@@ -185,6 +185,7 @@ def test_what_no_position_can_know_of_is_left_out(tiny, family):
     for state, reach in (
         (window, 16),
         (window.model_copy(update={"window": 50}), 148),
+        (window.model_copy(update={"join": "replace"}), 16),
         (State(branches=()), 1),
         (window.model_copy(update={"sinks": 2}), None),
         (window.model_copy(update={"shape": "terraced"}), None),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,14 +64,9 @@ class OnGpu:
     def make(self) -> Callable[[], object]:
         normal = _normal(self.length)
         inputs = [normal(h, self.width) for h in (self.heads, self.key_heads, self.key_heads)]
-        if self.kind == "made":
-            maps = _maps(self.features // self.width, self.heads, self.width)
-            inputs.append(torch.full((self.heads,), 0.1, device="cuda"))
-            map_q, map_k = (_argument(m, x) for m, x in zip(maps, inputs[:2], strict=True))
-            made = partial(self._made, map_q, map_k)
-            return lambda: _without_gradient(made, inputs)
-        if self.kind != "sdpa":
+        if self.kind not in ("sdpa", "made"):
             inputs += [normal(self.heads, self.features).softmax(-1) for _ in range(2)]
+        if self.kind != "sdpa":
             inputs.append(torch.full((self.heads,), 0.1, device="cuda"))
         attend = getattr(self, f"_{self.kind}")
         if not self.backward:
@@ -84,8 +79,12 @@ class OnGpu:
     def _gpu(self, *inputs: torch.Tensor) -> Any:
         return hybrid_attention(*inputs, window=self.window, kernel="gpu")
 
-    def _made(self, map_q: SoftmaxMap, map_k: SoftmaxMap, *inputs: torch.Tensor) -> Any:
-        q, k, v, mix = inputs
+    @cached_property
+    def _maps(self) -> list[HeadFeatureMap]:
+        return _maps(self.features // self.width, self.heads, self.width)
+
+    def _made(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mix: torch.Tensor) -> Any:
+        map_q, map_k = (_argument(m, x) for m, x in zip(self._maps, (q, k), strict=True))
         return hybrid_attention(q, k, v, map_q, None, mix, window=self.window, kernel="gpu", phi_k_fn=map_k)
 
     def _chunked(self, *inputs: torch.Tensor) -> Any:

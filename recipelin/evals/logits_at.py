@@ -20,8 +20,9 @@ def logits_at(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
     `positions` alone. On a GPU only the head is: its products round otherwise with fewer rows, and one layer of many is little.
     In a state whose layers all see a few keys only (the window alone), tokens that no position can know of are left out.
     """
-    positions, at = positions.to(ids.device), None
-    if begin := unseen(model, int(positions.min())):
+    begin, at = unseen(model, int(positions.min())), None
+    positions = positions.to(ids.device)
+    if begin:
         at = torch.arange(begin, ids.shape[1], device=ids.device)[None]  # rotated as in the whole row
         ids, positions = ids[:, begin:], positions - begin
     with ExitStack() as undo:
@@ -29,9 +30,8 @@ def logits_at(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
             last = model.model.layers[-1]
             for module in (last.self_attn.o_proj, last.mlp):
                 undo.enter_context(_only_at(module, positions))
-        where = {} if at is None else {"position_ids": at}
-        logits: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=positions, **where).logits
-    return logits
+        found: Tensor = model(input_ids=ids, position_ids=at, use_cache=False, logits_to_keep=positions).logits
+    return found
 
 
 def unseen(model: Any, position: int) -> int:

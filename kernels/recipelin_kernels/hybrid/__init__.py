@@ -179,21 +179,22 @@ def hybrid_attention(
     if state is not None and phi_k_fn is None:
         raise ValueError("state: needs phi_k_fn, the keys' feature map, for the keys of the ring")
     token = state is not None and length == 1 and output_state and not components and segment_ids is None
-    steps = token and not gpu_support.why_no_step(held, window_keep)
+    takes = resolve_kernel(kernel, q.device, **sizes) if token or isinstance(phi_q, SoftmaxMap) else None
+    steps = token and takes == "gpu" and not gpu_support.why_no_step(held, window_keep)
     maps = None  # by which the kernel makes features
     if isinstance(phi_q, SoftmaxMap):
         phi_q.check(q.shape[1], q.shape[3], shaped.shape[3])
         if phi_k is None and isinstance(phi_k_fn, SoftmaxMap):
             phi_k_fn.check(phi_k_fn.heads, k.shape[3], shaped.shape[3])
             learns = _learning(q, k, v, mix, log_scale, phi_q.weight, phi_k_fn.weight)
-            if not learns and resolve_kernel(kernel, q.device, **sizes) == "gpu":
+            if not learns and takes == "gpu":
                 maps = (phi_q, phi_k_fn) if (steps if token else _makes_queries(phi_q, q, k, v)) else None
         phi_q = shaped if maps else phi_q(q)
     if token:
         assert state is not None and phi_k_fn is not None
         if not _learning(q, k, v, phi_q, phi_k, mix, log_scale):
             own_numbers = mix if join == "shared" else None, log_scale if join == "absolute" else None
-            if steps and resolve_kernel(kernel, q.device, **sizes) == "gpu":
+            if steps:
                 from .gpu_step import hybrid_attention_step_gpu
 
                 return hybrid_attention_step_gpu(

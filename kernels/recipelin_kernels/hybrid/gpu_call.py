@@ -39,9 +39,15 @@ def fitting(dtype: torch.dtype, features: torch.dtype, width: int) -> Blocks:
         return INTERPRETED
     if dtype != torch.bfloat16 or width > 128:
         return SMALL
-    return Blocks(
-        stages=3 if features == torch.bfloat16 else 1
-    )  # features in fp32: a pipeline costs more than it gains
+    # With features in fp32 a pipeline costs more than it gains.
+    return Blocks(stages=3 if features == torch.bfloat16 else 1)
+
+
+def makes_queries(map_q: SoftmaxMap, dtype: torch.dtype, width: int) -> bool:
+    """Whether the forward kernel makes phi_q itself: features that it can hold at once, of a dtype that holds small ones."""
+    columns = map_q.columns
+    fits = columns >= 16 and columns == power(columns) and map_q.features <= fitting(dtype, dtype, width).tile
+    return fits and dtype != torch.float16
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,6 @@ class Launch:
 
     num_warps: int
     num_stages: int
-
-
-def makes_queries(map_q: SoftmaxMap, dtype: torch.dtype, width: int) -> bool:
-    """Whether the forward kernel makes phi_q itself: features that it can hold at once, of a dtype that holds small ones."""
-    columns = map_q.columns
-    fits = columns >= 16 and columns == power(columns) and map_q.features <= fitting(dtype, dtype, width).tile
-    return fits and dtype != torch.float16
 
 
 # Measured on an H200 (kernels/bench/tuning-h200.md): a block of 64 rows is one of 4 warps, 8 take half as long again or twice.

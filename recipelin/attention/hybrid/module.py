@@ -88,7 +88,7 @@ class HybridAttention(SwappedAttention):
         state = self.state
         if not state.branches:
             return 1
-        alone = "linear" not in state.branches and state.ablate == "mass" and state.join != "replace"
+        alone = "linear" not in state.branches and state.ablate == "mass"
         if self.is_softmax or not alone or state.sinks or state.shape != "sliding":
             return super().sees
         nearest = (n for n in (state.most_keys, self.own_window) if n is not None)
