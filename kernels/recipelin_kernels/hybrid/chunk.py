@@ -141,10 +141,12 @@ def absolute_level(top: Tensor, a_mass: Tensor, b_mass: Tensor, log_scale: Tenso
 
 
 def forward(
-    x: Inputs, state: State | None, masks: Masks, o: Options, components: bool
+    w: Weights, x: Inputs, state: State | None, masks: Masks, o: Options, *, components: bool, spend: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | tuple[Tensor]:
-    """y [B,H,C,D], and with `components` the window branch, the linear branch and the linear share [B,H,C]."""
-    w = weigh(x, state, masks, o)
+    """y [B,H,C,D], and with `components` the window branch, the linear branch and the linear share [B,H,C].
+
+    spend: w is not needed any more.
+    """
     key_heads, shape = x.k.shape[1], (*x.q.shape[:3], x.v.shape[-1])
     v = x.v.flatten(0, 1)
     past = None
@@ -161,7 +163,7 @@ def forward(
             b_value = b_value if past is None else b_value + past
         y = w.a_factor * a_value + (b_value if w.b_factor is None else w.b_factor * b_value)
     else:
-        weights = fold(numerator(w, masks, o, spend=True), key_heads)
+        weights = fold(numerator(w, masks, o, spend=spend), key_heads)
         if past is None:
             y = torch.bmm(weights, v).view(shape)
         else:
@@ -211,10 +213,16 @@ class Gradients:
 
 
 def backward(
-    x: Inputs, state: State | None, masks: Masks, o: Options, y: Tensor, dy: Tensor, wants: frozenset[str]
+    w: Weights,
+    x: Inputs,
+    state: State | None,
+    masks: Masks,
+    o: Options,
+    y: Tensor,
+    dy: Tensor,
+    wants: frozenset[str],
 ) -> Gradients:
-    """Gradients of one chunk from its output y and dy [B,H,C,D]; `wants` names inputs, and "state"."""
-    w = weigh(x, state, masks, o)
+    """Gradients of one chunk from its weights, its output y and dy [B,H,C,D]; `wants` names inputs, and "state"."""
     batch, heads, rows, _ = x.q.shape
     key_heads, map_heads = x.k.shape[1], x.fk.shape[1]
     first, stop = masks.first, masks.stop

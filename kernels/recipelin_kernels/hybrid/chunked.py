@@ -4,8 +4,8 @@ A chunk holds queries q0 .. q0 + C - 1. Its span begins `Block.span` keys before
 the window of every query of the chunk, so it is in the state sum phi(k) [v, 1] or, as a sink, in a few extra columns.
 Where `reach` cuts the linear set, the span holds all of it and there is no state: time then grows with T x reach.
 Heads are taken in blocks that stay in the cache. Backward runs over a block's states again, then walks its chunks from
-right to left, computes each one's weights anew and carries the gradient of the state. Nothing of size T x T, and no
-weights, are kept.
+right to left, computes each one's weights anew and carries the gradient of the state. Nothing of size T x T is kept. Of a call
+whose weights and states are smaller than its features, which autograd keeps anyway, they are kept too and not computed anew.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunk import HIDDEN, Gradients, Inputs, Masks, State, backward, forward
+from .chunk import HIDDEN, Gradients, Inputs, Masks, State, Weights, backward, forward, weigh
 from .rows import Options, Rows, softmax_set, visible
 
 CHUNK = 64  # measured best with window 64 (facts/performance.md §2)
@@ -302,6 +302,18 @@ class _Call:
     whole: Block
     components: bool
 
+    def keeps_weights(self, x: Inputs) -> bool:
+        """Whether a chunk's weights and the state before it are no more numbers than its features.
+
+        So with few features a chunk is small beside its state, and with many small beside its features: at head_dim 32,
+        window 32 they are kept from 128 features on.
+        """
+        heads, map_heads, features = x.q.shape[1], x.fk.shape[1], x.fq.shape[3]
+        size = min(self.whole.size, x.q.shape[2])
+        columns = min(size + self.whole.span, x.k.shape[2]) + size
+        state = features * (x.v.shape[3] + 1) if self.whole.options.sums_up else 0
+        return heads * size * columns + map_heads * state <= (heads + map_heads) * size * features
+
     def blocks(self, x: Inputs) -> Iterator[tuple[Block, tuple[slice, slice, slice, slice]]]:
         """Blocks of rows, or of key heads of one row, and (rows, query heads, key heads, heads of phi_k)."""
         batch, heads, rows, _ = x.q.shape
@@ -335,20 +347,34 @@ def _part(x: Inputs, cut: tuple[slice, slice, slice, slice]) -> Inputs:
     )  # fmt: skip
 
 
-def _forward(call: _Call, x: Inputs, kept: list[list[State | None]] | None = None) -> list[Tensor]:
-    """y, and with components their three parts; into `kept` the state before every STRIDE-th chunk of each block."""
+@dataclass(frozen=True)
+class _Kept:
+    """Of a block, for backward: the states before every `stride`-th chunk, and all chunks' weights or none."""
+
+    stride: int
+    states: list[State | None]
+    weights: list[Weights]
+
+
+def _forward(call: _Call, x: Inputs, kept: list[_Kept] | None = None) -> list[Tensor]:
+    """y, and with components their three parts; into `kept` what backward needs of each block."""
     outputs: list[Tensor] = []
+    keeps = kept is not None and call.keeps_weights(x)
     for block, cut in call.blocks(x):
         part = _part(x, cut)
         state = block.first_state(part.fk.shape[1])
-        chunks, own = block.chunks(), list[State | None]()
+        chunks, own = block.chunks(), _Kept(1 if keeps else STRIDE, [], [])
         for number, chunk in enumerate(chunks):
-            fresh = number % STRIDE == 0
+            fresh = number % own.stride == 0
             if fresh:
-                own.append(state)
+                own.states.append(state)
             sinks = block.sinks(chunk)
             masks = block.masks(chunk, sinks)
-            found = forward(block.inputs(part, chunk, sinks, masks), state, masks, block.options, call.components)
+            inputs = block.inputs(part, chunk, sinks, masks)
+            weights = weigh(inputs, state, masks, block.options)
+            if keeps:
+                own.weights.append(weights)
+            found = forward(weights, inputs, state, masks, block.options, components=call.components, spend=not keeps)
             if not outputs:
                 outputs = [t.new_empty(*x.q.shape[:3], *t.shape[3:]) for t in found]
             for out, t in zip(outputs, found, strict=True):
@@ -365,11 +391,11 @@ NAMES = ("q", "k", "v", "fq", "fk", "mix", "log_scale")
 
 
 class _Hybrid(torch.autograd.Function):
-    """Forward keeps the inputs, y and a few states; backward computes the other states and the weights again."""
+    """Forward keeps the inputs, y and `_Kept`; backward computes the states and weights that are not kept again."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Any) -> Any:
-        ctx.kept = []
+        ctx.kept = list[_Kept]()
         outputs = _forward(call, Inputs(*tensors), ctx.kept)
         ctx.call = call
         ctx.save_for_backward(*tensors, outputs[0])
@@ -399,7 +425,7 @@ class _Hybrid(torch.autograd.Function):
 def _block_backward(
     block: Block,
     x: Inputs,
-    kept: list[State | None],
+    kept: _Kept,
     grads: dict[str, Tensor],
     y: Tensor,
     dy: Tensor,
@@ -408,20 +434,22 @@ def _block_backward(
     """Adds the gradients of one block to `grads`, views of the whole ones."""
     chunks = block.chunks()
     d_state: State | None = None
-    for number in range(len(kept) - 1, -1, -1):
-        few = chunks[number * STRIDE : (number + 1) * STRIDE]
-        states = [kept[number]]
+    for number in reversed(range(len(kept.states))):
+        first = number * kept.stride
+        few = chunks[first : first + kept.stride]
+        states = [kept.states[number]]
         for chunk in few[:-1]:
             states.append(block.advance(states[-1], x, chunk))
-        for chunk in reversed(few):
+        for at, chunk in reversed(list(enumerate(few, first))):
             state = states.pop()
             if d_state is not None:
                 d_state = block.retreat(d_state, x, grads, chunk, wants)
             sinks = block.sinks(chunk)
             masks = block.masks(chunk, sinks)
             inputs = block.inputs(x, chunk, sinks, masks)
+            weights = kept.weights[at] if kept.weights else weigh(inputs, state, masks, block.options)
             part = slice(chunk.q0, chunk.q1)
-            found = backward(inputs, state, masks, block.options, y[:, :, part], dy[:, :, part], wants)
+            found = backward(weights, inputs, state, masks, block.options, y[:, :, part], dy[:, :, part], wants)
             _collect(found, grads, chunk, masks, sinks, inputs.k.shape[2])
             d_state = _add(d_state, found.state)
 

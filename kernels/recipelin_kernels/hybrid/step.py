@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .chunk import HIDDEN, Inputs, absolute_level, dot, floored, fold, forward
+from .chunk import HIDDEN, Inputs, absolute_level, dot, floored, fold, forward, weigh
 from .chunked import Block, Chunk, Past, repeat
 from .rows import LOG2E, SEPARATE, Options, Rows, branch_weights
 from .state import HybridState, filled, late_most, settled, state_rows
@@ -137,7 +137,9 @@ def one_token(
         fk = fk.repeat_interleave(q.shape[1] // fk.shape[1], 1)
     numbers = [None if x is None else x.to(dtype) for x in (mix, log_scale)]
     inputs = Inputs(q.to(dtype), all_k, all_v, phi_q.to(dtype), fk.to(dtype), *numbers)
-    y = forward(inputs, block.first_state(fk.shape[1]), masks, options, False)[0].to(q.dtype)
+    before = block.first_state(fk.shape[1])
+    weights = weigh(inputs, before, masks, options)
+    y = forward(weights, inputs, before, masks, options, components=False, spend=True)[0].to(q.dtype)
 
     real = own.segment[:, :1] >= 0
     sums = state.sums
