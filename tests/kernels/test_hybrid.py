@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipelin_kernels import hybrid_attention
+from recipelin_kernels.hybrid import chunked
 from tests.kernels.hybrid_inputs import (
     COVERS,
     EXACT,
@@ -94,6 +95,40 @@ def test_autocast_changes_nothing(join):
         with torch.no_grad():
             alone = attend(x, **options)
     assert torch.equal(alone, expected[1]) and all(map(torch.equal, found, expected[0]))
+
+
+@pytest.mark.parametrize(("join", "cover"), list(itertools.product(JOINS, COVERS)))
+def test_what_training_keeps_changes_no_bit(join, cover, monkeypatch):
+    """With many features a chunk's weights and state are kept, else computed again: the same bits, and the definition."""
+    whole = Inputs((6, 2), 41, features=128, per_key_head=cover == "all")
+    computed = []
+    weigh = chunked.weigh
+    monkeypatch.setattr(chunked, "weigh", lambda *given: computed.append(1) or weigh(*given))
+
+    def run(x, **options):
+        leaves = [t.detach().clone().requires_grad_() for t in x.tensors()]
+        computed.clear()
+        y = hybrid_attention(*leaves[:6], log_scale=leaves[6], **options)
+        grads = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+        return [y.detach(), *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True))]
+
+    kinds = itertools.cycle(["none", "left", "right", "segments"])
+    for shape, sinks, dropped in itertools.product(SHAPES, [0, 3], [False, True]):
+        options = dict(window=6, shape=shape, sinks=sinks, join=join, cover=cover, **padding(next(kinds), 2, 41))
+        if dropped:
+            options["window_keep"] = torch.tensor([[True, False] * 3, [False] * 6])
+        for x in (whole, whole.like(torch.float32)):
+            kept = run(x, kernel="chunked", chunk=8, **options)
+            assert len(computed) == 6, "six chunks, once"
+            with monkeypatch.context() as patch:
+                patch.setattr(chunked._Call, "keeps_weights", lambda *_: False)
+                again = run(x, kernel="chunked", chunk=8, **options)
+            assert len(computed) == 2 * 6
+            assert all(map(torch.equal, kept, again))
+        names = ("y", *("d_" + n for n in Inputs.names))
+        assert_same(
+            run(whole, kernel="chunked", chunk=8, **options), run(whole, kernel="reference", **options), names=names
+        )
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 8, 40, 41, 64])
