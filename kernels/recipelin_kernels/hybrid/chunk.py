@@ -4,6 +4,7 @@ Shapes inside: B rows, H query heads, g key heads, p heads of phi_k (H or g), C 
 query heads that share a key head into one matrix, so keys are never repeated.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -141,9 +142,9 @@ def absolute_level(top: Tensor, a_mass: Tensor, b_mass: Tensor, log_scale: Tenso
 
 
 def forward(
-    w: Weights, x: Inputs, state: State | None, masks: Masks, o: Options, *, components: bool, spend: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor] | tuple[Tensor]:
-    """y [B,H,C,D], and with `components` the window branch, the linear branch and the linear share [B,H,C].
+    w: Weights, x: Inputs, state: State | None, masks: Masks, o: Options, into: Sequence[Tensor], *, spend: bool
+) -> None:
+    """Writes y [B,H,C,D]; where `into` has places for them also the window branch, the linear branch and its share [B,H,C].
 
     spend: w is not needed any more.
     """
@@ -154,14 +155,17 @@ def forward(
         past = torch.bmm(fold(x.fq, x.fk.shape[1]), state.value.flatten(0, 1)).view(shape)
         if masks.sees_state is not None:
             past *= masks.sees_state
-    a = w.a if masks.shown is None else w.a * masks.shown
-    if components:
+    if len(into) > 1:
+        a = w.a if masks.shown is None else w.a * masks.shown
         a_value = torch.bmm(fold(a, key_heads), v).view(shape)
-        b_value = torch.zeros_like(a_value)
+        b_value = None
         if o.shown("linear"):
             b_value = torch.bmm(fold(w.b, key_heads), v[:, masks.first : masks.stop]).view(shape)
-            b_value = b_value if past is None else b_value + past
-        y = w.a_factor * a_value + (b_value if w.b_factor is None else w.b_factor * b_value)
+            b_value = b_value if past is None else b_value.add_(past)
+        y = w.a_factor * a_value
+        if b_value is not None:
+            y += b_value if w.b_factor is None else w.b_factor * b_value
+        _parts(w, a_value, b_value, o, into[1:])
     else:
         weights = fold(numerator(w, masks, o, spend=spend), key_heads)
         if past is None:
@@ -169,23 +173,25 @@ def forward(
         else:
             y = past if w.b_factor is None else past.mul_(w.b_factor)
             y.view(weights.shape[0], -1, shape[-1]).baddbmm_(weights, v)
-    y /= w.den
+    torch.div(y, w.den, out=into[0])
     if masks.real is not None:
-        y *= masks.real
-    if not components:
-        return (y,)
+        into[0].mul_(masks.real)
+
+
+def _parts(w: Weights, a_value: Tensor, b_value: Tensor | None, o: Options, into: Sequence[Tensor]) -> None:
+    """Writes each branch normalised by itself, and the linear share."""
+    window, linear, share = into
+    torch.div(a_value, w.a_mass.masked_fill(w.a_mass == 0, torch.inf), out=window)
+    if b_value is None:
+        linear.zero_()
+    else:
+        linear_den = floored(w.b_mass)[0] if o.signed else w.b_mass
+        torch.div(b_value, linear_den.masked_fill(linear_den == 0, torch.inf), out=linear)
     if o.join in SEPARATE:
         a_weight, b_weight = branch_weights(o.join, w.a_mass, w.b_mass)
-        share = b_weight / (a_weight + b_weight).clamp(min=0.5)
+        torch.div(b_weight, (a_weight + b_weight).clamp_(min=0.5), out=share[..., None])
     else:
-        share = (w.b_mass if w.b_factor is None else w.b_factor * w.b_mass) / w.den
-    linear_den = floored(w.b_mass)[0] if o.signed else w.b_mass
-    return (
-        y,
-        a_value / w.a_mass.masked_fill(w.a_mass == 0, torch.inf),
-        b_value / linear_den.masked_fill(linear_den == 0, torch.inf),
-        share.squeeze(-1),
-    )
+        torch.div(w.b_mass if w.b_factor is None else w.b_factor * w.b_mass, w.den, out=share[..., None])
 
 
 def numerator(w: Weights, masks: Masks, o: Options, *, spend: bool = False) -> Tensor:

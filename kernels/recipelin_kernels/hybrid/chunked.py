@@ -358,7 +358,9 @@ class _Kept:
 
 def _forward(call: _Call, x: Inputs, kept: list[_Kept] | None = None) -> list[Tensor]:
     """y, and with components their three parts; into `kept` what backward needs of each block."""
-    outputs: list[Tensor] = []
+    outputs = [torch.empty_like(x.q) for _ in range(3 if call.components else 1)]
+    if call.components:
+        outputs.append(x.q.new_empty(x.q.shape[:3]))
     keeps = kept is not None and call.keeps_weights(x)
     for block, cut in call.blocks(x):
         part = _part(x, cut)
@@ -374,11 +376,8 @@ def _forward(call: _Call, x: Inputs, kept: list[_Kept] | None = None) -> list[Te
             weights = weigh(inputs, state, masks, block.options)
             if keeps:
                 own.weights.append(weights)
-            found = forward(weights, inputs, state, masks, block.options, components=call.components, spend=not keeps)
-            if not outputs:
-                outputs = [t.new_empty(*x.q.shape[:3], *t.shape[3:]) for t in found]
-            for out, t in zip(outputs, found, strict=True):
-                out[cut[0], cut[1], chunk.q0 : chunk.q1] = t
+            into = [t[cut[0], cut[1], chunk.q0 : chunk.q1] for t in outputs]
+            forward(weights, inputs, state, masks, block.options, into, spend=not keeps)
             if chunk is not chunks[-1]:
                 # What is kept, or the caller's, stays as it is.
                 state = block.advance(state, part, chunk, spend=not fresh)

@@ -139,7 +139,9 @@ def one_token(
     inputs = Inputs(q.to(dtype), all_k, all_v, phi_q.to(dtype), fk.to(dtype), *numbers)
     before = block.first_state(fk.shape[1])
     weights = weigh(inputs, before, masks, options)
-    y = forward(weights, inputs, before, masks, options, components=False, spend=True)[0].to(q.dtype)
+    y = torch.empty_like(inputs.q)
+    forward(weights, inputs, before, masks, options, (y,), spend=True)
+    y = y.to(q.dtype)
 
     real = own.segment[:, :1] >= 0
     sums = state.sums
