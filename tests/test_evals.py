@@ -181,6 +181,9 @@ def test_what_no_position_can_know_of_is_left_out(tiny, family):
     swap(model, Swap(form="hybrid", config=Hybrid()), seed=0)
     read: list[int] = []
     model.model.layers[0].register_forward_hook(lambda *given: read.append(given[2].shape[1]))
+    asked: list[int] = []  # queries of the last layer whose features are computed
+    last = model.model.layers[-1].self_attn.feature_map_q
+    last.register_forward_hook(lambda _, __, phi: asked.append(phi.shape[2]))
     window = State(branches=("window",), window=6)
     for state, reach in (
         (window, 16),
@@ -192,15 +195,20 @@ def test_what_no_position_can_know_of_is_left_out(tiny, family):
         (window.model_copy(update={"ablate": "output"}), None),
         (State(window=6), None),
         (State(branches=("linear",), window=6), None),
+        (State(branches=("linear",), cover="all"), None),
+        (State(window=6, shape="terraced", sinks=2, join="absolute"), None),
     ):
         switch(model, state)
         for at in ([299], [250, 251, 290]):
             read.clear()
+            asked.clear()
             positions = torch.tensor(at)
             with torch.no_grad():
                 found = logits_at(model, ids, positions)
                 expected = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
             assert torch.equal(found, expected), (state, at)
+            if "linear" in state.branches:
+                assert asked == [300 - at[0] // 64 * 64, 300]
             least = 0 if reach is None else (at[0] + 1 - reach) // 64 * 64
             assert read == [300 - least, 300], (state, at)
             if least:  # as nothing before them counts

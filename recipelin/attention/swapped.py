@@ -25,7 +25,7 @@ class SwappedAttention(nn.Module, ABC):
 
     `state` says what takes part in a forward pass. With `recorder` set, the layer computes the teacher's softmax
     attention, shows it to the recorder and passes the teacher's output on: every layer then sees the teacher's stream.
-    With `observer` set, it shows what it did itself.
+    With `observer` set, it shows what it did itself. Before position `asked_from` of a row nothing that it gives is read.
     """
 
     OBJECTIVE_OPERATORS: ClassVar[Mapping[str, str]] = {}
@@ -51,6 +51,7 @@ class SwappedAttention(nn.Module, ABC):
         self.drop: Drop | None = None  # of the forms that have a window
         self.recorder: Recorder | None = None
         self.observer: Recorder | None = None
+        self.asked_from = 0
 
     @property
     def is_softmax(self) -> bool:

@@ -17,7 +17,8 @@ def logits_at(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
     """[B, P, vocabulary] of rows ids [B, T] at positions [P]: what `logits_to_keep` gives, on a CPU bit for bit.
 
     Behind the last attention no position looks at another: o_proj and MLP of the last layer and the head are computed at
-    `positions` alone. On a GPU only the head is: its products round otherwise with fewer rows, and one layer of many is little.
+    `positions` alone, and its queries from the first of them on. On a GPU only the head is: its products round otherwise with
+    fewer rows, and one layer of many is little.
     In a state whose layers all see a few keys only (the window alone), tokens that no position can know of are left out.
     """
     begin, at = unseen(model, int(positions.min())), None
@@ -26,10 +27,14 @@ def logits_at(model: Any, ids: Tensor, positions: Tensor) -> Tensor:
         at = torch.arange(begin, ids.shape[1], device=ids.device)[None]  # rotated as in the whole row
         ids, positions = ids[:, begin:], positions - begin
     with ExitStack() as undo:
-        if ids.device.type == "cpu" and len(ids) * len(positions) >= FEWEST:
+        if ids.device.type == "cpu":
             last = model.model.layers[-1]
-            for module in (last.self_attn.o_proj, last.mlp):
-                undo.enter_context(_only_at(module, positions))
+            first = int(positions.min()) // ALIGNED * ALIGNED
+            if isinstance(last.self_attn, SwappedAttention) and len(ids) * (ids.shape[1] - first) >= FEWEST:
+                undo.enter_context(_asked_from(last.self_attn, first))
+            if len(ids) * len(positions) >= FEWEST:
+                for module in (last.self_attn.o_proj, last.mlp):
+                    undo.enter_context(_only_at(module, positions))
         found: Tensor = model(input_ids=ids, position_ids=at, use_cache=False, logits_to_keep=positions).logits
     return found
 
@@ -43,6 +48,16 @@ def unseen(model: Any, position: int) -> int:
         return 0
     reach = 1 + sum(n - 1 for n in near)
     return max(0, position + 1 - reach) // ALIGNED * ALIGNED
+
+
+@contextmanager
+def _asked_from(form: SwappedAttention, first: int) -> Iterator[None]:
+    """Within: nothing that the form gives before a position is read."""
+    before, form.asked_from = form.asked_from, first
+    try:
+        yield
+    finally:
+        form.asked_from = before
 
 
 @contextmanager

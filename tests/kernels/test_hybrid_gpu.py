@@ -153,6 +153,14 @@ def test_maps_go_on_from_a_state_and_are_called_where_the_kernel_cannot_make_the
         hybrid_attention(x.q[..., :19], x.k[..., :19], x.v[..., :19], noted, None, x.mix, **options)
 
 
+def test_queries_from_a_position_on():
+    x = Inputs((4, 2), 70, dim=16, features=16).like(torch.float32, DEVICE)
+    options = dict(window=8, sinks=2, join="absolute", log_scale=x.log_scale, kernel="gpu")
+    whole = hybrid_attention(x.q, x.k, x.v, x.phi_q, x.phi_k, x.mix, **options)
+    asked = (x.q[:, :, 33:], x.k, x.v, x.phi_q[:, :, 33:], x.phi_k, x.mix)
+    assert torch.equal(hybrid_attention(*asked, first_query=33, **options), whole[:, :, 33:])
+
+
 def test_only_wanted_gradients_are_computed_and_they_repeat():
     x = Inputs((2, 1), 40, batch=1).like(torch.float32, DEVICE)
     options = dict(window=6, sinks=2, kernel="gpu")

@@ -86,6 +86,11 @@ def test_errors_name_what_is_valid():
         attend(x, ablate={"windows": "mass"})
     with pytest.raises(ValueError, match="window"):
         attend(x, window=-1)
+    for first in (-1, True, 2.0):
+        with pytest.raises(ValueError, match=r"first_query=.*expected the position of a query, 41 of them"):
+            attend(x, first_query=first)
+    with pytest.raises(ValueError, match=r"k \(2, 2, 41, 8\): expected \(2, 2, 44, 8\) beside q \(2, 6, 41, 8\)"):
+        attend(x, first_query=3)
     with pytest.raises(ValueError, match="log_scale"):
         attend(x, join="absolute", log_scale=None)
     with pytest.raises(ValueError, match="multiple of"):

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from recipelin_kernels import hybrid_attention
-from tests.kernels.hybrid_inputs import COVERS, EXACT, JOINS, SHAPES, Inputs, assert_same, attend, with_gradients
+from tests.kernels.hybrid_inputs import (
+    COVERS,
+    EXACT,
+    JOINS,
+    SHAPES,
+    Inputs,
+    assert_same,
+    attend,
+    padding,
+    with_gradients,
+)
 
 # ablation, empty rows, padding
 
@@ -107,6 +117,49 @@ def test_segments_are_rows_of_their_own(join, kernel, shape, reach):
     for a, b in itertools.pairwise(edges):
         single = hybrid_attention(*x.cut(a, b), x.mix, **options)
         assert (y[:, :, a:b] - single).abs().max() < EXACT
+
+
+@pytest.mark.parametrize("kernel", ["reference", "chunked", "auto"])
+@pytest.mark.parametrize("join", JOINS)
+def test_queries_from_a_position_on_are_those_of_the_whole(join, kernel):
+    """y, the components and all gradients; chunked from a border of chunks on to the bit."""
+    kinds = itertools.cycle(["none", "left", "right", "segments"])
+    shapes = [("sliding", 6, None), ("terraced", 6, None), ("sliding", 6, 17), ("sliding", 41, None)]
+    for (shape, window, reach), cover, features in itertools.product(shapes, COVERS, [6, 64]):
+        x = Inputs((6, 2), 41, features=features, per_key_head=cover == "all")
+        options = dict(window=window, shape=shape, reach=reach, sinks=3, cover=cover, join=join, kernel=kernel)
+        options |= {"log_scale": x.log_scale, **padding(kind := next(kinds), 2, 41)}
+        if kernel == "chunked":
+            options["chunk"] = 8
+        if kind == "none" and cover == "outside":
+            options["sinks"] = 0  # `auto` is then softmax where the window holds all
+        for first in (16, 19, 40):
+            found = []
+            for skipped in (0, first):
+                leaves = [t.detach().clone().requires_grad_() for t in x.tensors()[:6]]
+                q, k, v, phi_q, phi_k, mix = leaves
+                asked = (q[:, :, skipped:], k, v, phi_q[:, :, skipped:], phi_k, mix)
+                y = hybrid_attention(*asked, first_query=skipped, **options)[:, :, first - skipped :]
+                _, parts = hybrid_attention(*asked, first_query=skipped, components=True, **options)
+                shown = [getattr(parts, n)[:, :, first - skipped :] for n in ("window", "linear", "linear_share")]
+                grads = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+                grads = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)]
+                found.append([y, *shown, *grads])
+            for whole, part in zip(*found, strict=True):
+                assert whole.shape == part.shape and (whole - part).abs().max() < EXACT
+            if kernel == "chunked" and first == 16:
+                assert torch.equal(found[0][0], found[1][0])
+
+
+def test_queries_from_a_position_on_after_a_state():
+    x = Inputs()
+    options = dict(window=5, sinks=2, log_scale=x.log_scale, phi_k_fn=x.features)
+    _, state = hybrid_attention(*x.cut(0, 11), x.mix, output_state=True, **options)
+    q, k, v, phi_q, phi_k = x.cut(11, 41)
+    whole, last = hybrid_attention(q, k, v, phi_q, phi_k, x.mix, state=state, output_state=True, **options)
+    asked = (q[:, :, 13:], k, v, phi_q[:, :, 13:], phi_k, x.mix)
+    y, same = hybrid_attention(*asked, state=state, output_state=True, first_query=13, **options)
+    assert (y - whole[:, :, 13:]).abs().max() < EXACT and torch.equal(same.sums, last.sums)
 
 
 @pytest.mark.parametrize("join", JOINS)

@@ -93,6 +93,7 @@ def hybrid_attention(
     reach: int | None = None,
     compat: str | None = None,
     chunk: int | None = None,
+    first_query: int = 0,
 ) -> Any:
     """y [B,H,T,D]; with `output_state` also the HybridState, with `components` also Components, in this order.
 
@@ -131,6 +132,9 @@ def hybrid_attention(
     (facts/peers.md A.6): for T <= w all keys are in W and in L; blocks end with the call; a state goes on by a sliding
     window of w, one token at a time. It takes no padding, segments, sinks, other cover or join.
 
+    first_query: only the queries from there on are asked for: q, phi_q and y hold T - first_query of them, k, v and phi_k
+    all T. `gpu` and SDPA compute the others too.
+
     Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that cannot run
     here. `gpu` (Triton) computes what `chunked` does, forward and backward; its precision: gpu.py. One token after a state
     has a kernel of its own, see `hybrid_attention_step`.
@@ -146,7 +150,7 @@ def hybrid_attention(
     if phi_k is None and phi_k_fn is None:
         raise ValueError("phi_k=None: needs phi_k_fn, the keys' feature map")
     shaped = phi_q.unmade(q) if isinstance(phi_q, SoftmaxMap) else phi_q
-    check_shapes(q, k, v, shaped, phi_k, window, sinks)
+    check_shapes(q, k, v, shaped, phi_k, window, sinks, first_query)
     if reach is not None and (isinstance(reach, bool) or not isinstance(reach, int) or reach < 1):
         raise ValueError(f"reach={reach!r}: expected an integer of at least 1, or None")
     if join == "shared" and mix is None:
@@ -166,7 +170,7 @@ def hybrid_attention(
         shape=shape,
         reach=reach,
     )
-    batch, _, length, _ = q.shape
+    batch, _, length, _ = k.shape
     held = options  # of the state
     if compat is not None:
         check_compat(compat, options, key_mask, segment_ids)
@@ -211,7 +215,7 @@ def hybrid_attention(
         assert phi_k_fn is not None
         # As the kernel reads them, unless the next state is made of them.
         phi_k = phi_k_fn(k) if maps is None or output_state else maps[1].made(k, q.dtype)
-        check_shapes(q, k, v, shaped, phi_k, window, sinks)
+        check_shapes(q, k, v, shaped, phi_k, window, sinks, first_query)
     # Every earlier key is in the window: mix, row maximum and mass cancel (facts/performance.md §2). What learns keeps
     # its gradients, zeros.
     learns = _learning(phi_q, phi_k, mix, log_scale)
@@ -224,9 +228,10 @@ def hybrid_attention(
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
     if key_mask is not None:
         real = key_mask[:, None, :, None]
-        q, k, v, phi_k = (torch.where(real, x, 0) for x in (q, k, v, phi_k))
+        k, v, phi_k = (torch.where(real, x, 0) for x in (k, v, phi_k))
+        q = torch.where(real[:, :, first_query:], q, 0)
         if maps is None:
-            phi_q = torch.where(real, phi_q, 0)
+            phi_q = torch.where(real[:, :, first_query:], phi_q, 0)
     mix = mix if join == "shared" else None
     log_scale = log_scale if join == "absolute" else None
     k_rows, past = own, None
@@ -242,11 +247,15 @@ def hybrid_attention(
         state = settled(state)
         ring = state if reach is None else filled(state)
         own, k_rows, k, v, phi_k, past = continued(ring, own, k, v, phi_k, phi_k_fn)
+    before = first_query if ran in ("gpu", "sdpa") else 0  # queries that are computed, and left out at the end
+    if before:
+        q = F.pad(q, (0, 0, before, 0))
+        phi_q = phi_q if maps else F.pad(phi_q, (0, 0, before, 0))
     arguments = (q, k, v, phi_q, phi_k, mix, log_scale, window_keep, options)
     if ran == "reference":
         if state is not None:
             raise ValueError("kernel='reference' computes whole rows: it takes no state; use 'chunked'")
-        parts = list(hybrid_attention_reference(*arguments, own))[: 4 if components else 1]
+        parts = list(hybrid_attention_reference(*arguments, own.columns(first_query), own))[: 4 if components else 1]
     elif ran == "sdpa":
         gqa = k.shape[1] < q.shape[1]
         learns = learns or _learning(q, k, v)
@@ -267,8 +276,9 @@ def hybrid_attention(
         )  # fmt: skip
     else:
         parts = hybrid_attention_chunked(
-            *arguments, own, k_rows, past=past, plain=plain, components=components, chunk=chunk
+            *arguments, own, k_rows, past=past, plain=plain, components=components, chunk=chunk, first_query=first_query
         )
+    parts = [x[:, :, before:] for x in parts] if before else parts
     returned: list[Any] = [parts[0]]
     if output_state:
         returned.append(next_state(k, v, phi_k, held, k_rows, past, state, q.shape[1]))

@@ -232,7 +232,7 @@ def backward(
     batch, heads, rows, _ = x.q.shape
     key_heads, map_heads = x.k.shape[1], x.fk.shape[1]
     first, stop = masks.first, masks.stop
-    k, v, fk = x.k.flatten(0, 1), x.v.flatten(0, 1), x.fk.flatten(0, 1)
+    v, fk = x.v.flatten(0, 1), x.fk.flatten(0, 1)
     dn = dy / w.den if masks.real is None else dy * masks.real / w.den
     d_den = (dn * y).sum(-1, keepdim=True).neg_()
     found = Gradients()
@@ -240,9 +240,12 @@ def backward(
         found.v = torch.bmm(fold(numerator(w, masks, o), key_heads).transpose(1, 2), fold(dn, key_heads))
 
     # dx: gradient to each column's weight but for its part in the denominator.
-    dx = torch.bmm(fold(dn, key_heads), v.transpose(1, 2)).view(batch, heads, rows, -1)
-    da = dx if masks.shown is None else dx * masks.shown
     alone = o.join == "replace" or o.join in SEPARATE  # the softmax side has a denominator of its own
+    scores = bool(wants & {"q", "k", "mix"})
+    begin, end = (0, v.shape[1]) if scores or alone else (first, stop)
+    dx = torch.bmm(fold(dn, key_heads), v[:, begin:end].transpose(1, 2)).view(batch, heads, rows, -1)
+    if scores or alone:
+        da = dx if masks.shown is None else dx * masks.shown
     if alone:
         p = w.a / w.a_mass.masked_fill(w.a_mass == 0, torch.inf)
         mean = (p * da).sum(-1, keepdim=True)
@@ -255,30 +258,16 @@ def backward(
             d_den.zero_()
     if w.live is not None:
         d_den *= w.live
-    db = dx[..., first:stop] + d_den if o.shown("linear") else d_den.expand_as(w.b)
+    db = dx[..., first - begin : stop - begin] + d_den if o.shown("linear") else d_den.expand_as(w.b)
     db = db * masks.linear
     if w.b_factor is not None:
         db *= w.b_factor
 
-    if alone:
-        ds = (da - mean).mul_(p).mul_(w.a_factor * w.a_mass)
-        if o.join == "replace":
-            db += (mean + d_den) * masks.soft
-    else:
-        ds = (da + d_den).mul_(w.a)
-        if "mix" in wants:
-            found.mix = ds.sum((0, 2, 3))
-        ds *= w.a_factor
-        if o.join == "shared" and o.max_gradient == "through" and ("q" in wants or "k" in wants):
-            # a = 1 where the score is the row's maximum; amax shares its gradient between equal ones.
-            top = w.a.floor()
-            ds.addcmul_(top, ds.sum(-1, keepdim=True) / top.sum(-1, keepdim=True).clamp_(min=1.0), value=-1.0)
-
-    ds = fold(ds, key_heads)
-    if "q" in wants:
-        found.q = torch.bmm(ds, k).mul_(o.scale).view(x.q.shape)
-    if "k" in wants:
-        found.k = torch.bmm(ds.transpose(1, 2), fold(x.q * o.scale, key_heads))
+    if o.join == "replace":
+        db += (mean + d_den) * masks.soft
+    if scores:
+        ds = (da - mean).mul_(p).mul_(w.a_factor * w.a_mass) if alone else (da + d_den).mul_(w.a)
+        _through_scores(found, ds, w, x, o, wants)
 
     db, fq = fold(db, map_heads), fold(x.fq, map_heads)
     if "log_scale" in wants:
@@ -307,3 +296,25 @@ def backward(
     if found.fq is not None:
         found.fq = found.fq.view(x.fq.shape)
     return found
+
+
+def _through_scores(found: Gradients, ds: Tensor, w: Weights, x: Inputs, o: Options, wants: frozenset[str]) -> None:
+    """Gradients of mix, q and k from ds [B,H,C,n], which is spent: to the scores; where the denominator is shared, to a score
+    of weight a, that is without `a_factor` and the row maximum's part.
+    """
+    if "mix" in wants:
+        found.mix = ds.sum((0, 2, 3))
+    if not wants & {"q", "k"}:
+        return
+    if o.join in ("shared", "absolute"):
+        ds *= w.a_factor
+    if o.join == "shared" and o.max_gradient == "through":
+        # a = 1 where the score is the row's maximum; amax shares its gradient between equal ones.
+        top = w.a.floor()
+        ds.addcmul_(top, ds.sum(-1, keepdim=True) / top.sum(-1, keepdim=True).clamp_(min=1.0), value=-1.0)
+    key_heads = x.k.shape[1]
+    ds = fold(ds, key_heads)
+    if "q" in wants:
+        found.q = torch.bmm(ds, x.k.flatten(0, 1)).mul_(o.scale).view(x.q.shape)
+    if "k" in wants:
+        found.k = torch.bmm(ds.transpose(1, 2), fold(x.q * o.scale, key_heads))

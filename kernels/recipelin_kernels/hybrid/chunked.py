@@ -15,277 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunk import HIDDEN, Gradients, Inputs, Masks, State, Weights, backward, forward, weigh
-from .rows import Options, Rows, softmax_set, visible
+from .block import Block, Chunk, Past, spread
+from .chunk import Gradients, Inputs, Masks, State, Weights, backward, forward, weigh
+from .rows import Options, Rows
 
 CHUNK = 64  # measured best with window 64 (facts/performance.md §2)
 SHORT_CHUNK = 32  # and with windows of at most 32: a query meets fewer keys by their features
 BLOCK = 8 * 64 * 128  # weights of a block's chunk: stays in a core's cache with its inputs (facts/performance.md §1)
 STRIDE = 8  # chunks whose states exist at once in backward
-
-
-@dataclass(frozen=True)
-class Past:
-    """What came before the first query: the state's sums, and keys that stand in front of the call's own.
-
-    sums [B,H,F,D+1]; sink_k, sink_v [B,Hkv,s,D] with sink_phi [B,H or Hkv,s,F]; `lead` keys of the ring
-    are in front of k.
-    """
-
-    sums: Tensor
-    sink_k: Tensor
-    sink_v: Tensor
-    sink_phi: Tensor
-    sink_rows: Rows
-    lead: int
-
-    def cut(self, rows: slice, key_heads: slice, map_heads: slice, heads: slice) -> "Past":
-        """The part of one block."""
-        return Past(
-            self.sums[rows, heads],
-            self.sink_k[rows, key_heads],
-            self.sink_v[rows, key_heads],
-            self.sink_phi[rows, map_heads],
-            self.sink_rows.cut(rows),
-            self.lead,
-        )
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Indices of one chunk: queries [q0, q1), keys [k0, k1) of the span; keys [k0, k2) then go into the state."""
-
-    q0: int
-    q1: int
-    k0: int
-    k1: int
-    k2: int
-
-
-def _chunks(length: int, lead: int, span: int, size: int) -> Iterator[Chunk]:
-    for q0 in range(0, length, size):
-        q1 = min(q0 + size, length)
-        yield Chunk(q0, q1, max(0, q0 + lead - span), q1 + lead, max(0, q1 + lead - span))
-
-
-def _columns(rows: Rows, start: int, stop: int) -> Rows:
-    return Rows(rows.position[:, start:stop], rows.segment[:, start:stop])
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some rows and heads of a call, without what carries gradient: who sees whom, chunk by chunk."""
-
-    options: Options
-    q_rows: Rows
-    k_rows: Rows
-    keep: Tensor | None
-    past: Past | None
-    plain: bool  # no padding, no segments, no state: all rows are alike
-    size: int
-    dtype: torch.dtype
-    known: dict[tuple[int, ...], Masks]  # masks of plain chunks by their shape, shared between blocks
-
-    @property
-    def lead(self) -> int:
-        return 0 if self.past is None else self.past.lead
-
-    @property
-    def covers_all(self) -> bool:
-        return self.keep is not None and self.options.on_drop == "linear_covers_all"
-
-    @property
-    def span(self) -> int:
-        """How many keys before a chunk are looked at one by one: none where the linear side alone counts, and all keys."""
-        o = self.options
-        softmax = o.has("window") or (o.sinks > 0 and o.has("sinks"))
-        return o.span if softmax or o.cover == "outside" or o.reach is not None or self.past is not None else 0
-
-    def chunks(self) -> list[Chunk]:
-        return list(_chunks(self.q_rows.position.shape[1], self.lead, self.span, self.size))
-
-    def first_state(self, p: int) -> State | None:
-        """The sums that the call goes on from, for p heads of phi_k: heads of one group hold the same."""
-        if self.past is None or not self.options.sums_up:
-            return None
-        sums = self.past.sums.to(self.dtype)[:, :: self.past.sums.shape[1] // p]
-        return State(sums[..., :-1], sums[..., -1])
-
-    def sinks(self, chunk: Chunk) -> tuple[Tensor, Rows] | None:
-        """Indices [B,s] into the keys of the sinks before the span, and their rows; None where there are none."""
-        if not self.options.sinks or chunk.k0 == 0:
-            return None
-        at = chunk.q0 + self.lead
-        start = at - self.k_rows.position[:, at]
-        index = start[:, None] + torch.arange(self.options.sinks, device=start.device)
-        inside = (index >= 0) & (index < chunk.k0)
-        index = index.clamp(0, self.k_rows.position.shape[1] - 1)
-        segment = torch.where(inside, self.k_rows.segment.gather(1, index), -1)
-        return index, Rows(self.k_rows.position.gather(1, index), segment)
-
-    def masks(self, chunk: Chunk, sinks: tuple[Tensor, Rows] | None) -> Masks:
-        """Columns are the sinks of the state, those before the span, and the span."""
-        o = self.options
-        phase = chunk.q0 % o.window if o.shape == "terraced" and o.window else 0
-        key = (chunk.q1 - chunk.q0, chunk.k1 - chunk.k0, min(chunk.k0, o.sinks), phase)
-        if self.plain and self.keep is None and key in self.known:
-            return self.known[key]
-        parts = [_columns(self.k_rows, chunk.k0, chunk.k1)]
-        if sinks is not None:
-            parts.insert(0, sinks[1])
-        if self.past is not None and o.sinks:
-            parts.insert(0, self.past.sink_rows)
-        k = Rows(*(torch.cat([getattr(p, n) for p in parts], 1) for n in ("position", "segment")))
-        made = self.masks_of(_columns(self.q_rows, chunk.q0, chunk.q1), k, chunk)
-        if self.plain and self.keep is None:
-            self.known[key] = made
-        return made
-
-    def masks_of(self, q: Rows, k: Rows, chunk: Chunk) -> Masks:
-        o = self.options
-        near, far_sinks = (m[:, None] for m in softmax_set(o, q, k))
-        seen = visible(q, k)[:, None]
-        sink = (k.position < o.sinks)[:, None, None, :]
-        soft = torch.zeros_like(seen)
-        if o.has("window"):
-            soft = soft | near
-        if o.has("sinks"):
-            soft = soft | (seen & sink)
-        # The linear side of sinks before the span is in the state.
-        columns = k.position.shape[1]
-        extra = columns - (chunk.k1 - chunk.k0)
-        reached = seen if o.reach is None else visible(q, k, o.reach)[:, None]
-        own = reached & (torch.arange(columns, device=k.position.device) >= extra)
-        linear = own if o.cover == "all" else own & ~near & ~far_sinks
-        if self.keep is not None:
-            kept = self.keep[:, :, None, None]
-            if self.covers_all:
-                linear = torch.where(kept, linear, own)
-            soft = soft & kept
-        hidden = torch.zeros_like(seen)
-        if not o.shown("window"):
-            hidden = hidden | (near & ~sink)
-        if not o.shown("sinks"):
-            hidden = hidden | far_sinks
-        first, stop = extra, columns
-        if o.join == "replace":
-            first = 0
-        elif not o.has("linear"):
-            stop = first
-        elif o.cover == "outside" and not self.covers_all:
-            stop = extra + max(0, chunk.q1 + self.lead - o.window - chunk.k0)
-        if not o.has("linear"):
-            linear = torch.zeros_like(linear)
-        first_segment = self.q_rows.segment[:, chunk.q0 : chunk.q0 + 1]
-        whole = self.plain
-        return Masks(
-            soft=soft.to(self.dtype),
-            bias=torch.where(soft, 0.0, HIDDEN).to(self.dtype),
-            linear=linear[..., first:stop].to(self.dtype),
-            first=first,
-            stop=stop,
-            shown=None if o.shown("window") and o.shown("sinks") else (~hidden).to(self.dtype),
-            sees_state=None if whole else (q.segment == first_segment)[:, None, :, None].to(self.dtype),
-            real=None if whole else (q.segment >= 0)[:, None, :, None].to(self.dtype),
-        )
-
-    def inputs(self, whole: Inputs, chunk: Chunk, sinks: tuple[Tensor, Rows] | None, masks: Masks) -> Inputs:
-        """The chunk's own part of a block's tensors."""
-        span = slice(chunk.k0, chunk.k1)
-        past = self.past if self.options.sinks else None
-        k, v = ([x[:, :, span]] for x in (whole.k, whole.v))
-        # Features of the sinks before the span are asked for by `replace` alone.
-        extra = masks.soft.shape[-1] - (chunk.k1 - chunk.k0)
-        fk = [whole.fk[:, :, chunk.k0 : chunk.k0 + masks.stop - extra]]
-        if sinks is not None:
-            k, v = ([x.gather(2, _spread(sinks[0], x)), *p] for x, p in ((whole.k, k), (whole.v, v)))
-            if masks.first == 0:
-                fk.insert(0, whole.fk.gather(2, _spread(sinks[0], whole.fk)))
-        if past is not None:
-            k, v = ([x.to(self.dtype), *p] for x, p in ((past.sink_k, k), (past.sink_v, v)))
-            if masks.first == 0:
-                fk.insert(0, past.sink_phi.to(self.dtype))
-        q, fq = (x[:, :, chunk.q0 : chunk.q1] for x in (whole.q, whole.fq))
-        return Inputs(q, _join(k), _join(v), fq, _join(fk), whole.mix, whole.log_scale)
-
-    def leaving(self, chunk: Chunk) -> tuple[Tensor | None, Tensor | None]:
-        """Which keys of [k0, k2) the next chunk's state counts [B,1 or H,n,1], and which rows' states go on [B,1,1].
-
-        None: all.
-        """
-        sinks_stay = self.options.cover == "outside" and self.options.sinks > 0
-        if self.plain and not sinks_stay:
-            return None, None
-        now, then = (self.q_rows.segment[:, at : at + 1] for at in (chunk.q0, chunk.q1))
-        k = _columns(self.k_rows, chunk.k0, chunk.k2)
-        counts = ((k.segment == then) & (then >= 0))[:, None]
-        if sinks_stay:
-            enters = k.position[:, None] >= self.options.sinks
-            if self.covers_all:
-                assert self.keep is not None
-                enters = enters | ~self.keep[:, :, None]
-            counts = counts & enters
-        carried = None if self.plain else ((now == then) & (then >= 0)).to(self.dtype)[..., None]
-        return counts.to(self.dtype)[..., None], carried
-
-    def advance(self, state: State | None, whole: Inputs, chunk: Chunk, *, spend: bool = False) -> State | None:
-        """The state before the next chunk; `spend`: in the place of this one."""
-        if not self.options.sums_up:
-            return None
-        counts, carried = self.leaving(chunk)
-        if state is not None and carried is not None:
-            state = State(state.value * carried[..., None], state.mass * carried)
-        if chunk.k2 == chunk.k0:
-            return state
-        fk, v = whole.fk[:, :, chunk.k0 : chunk.k2], whole.v[:, :, chunk.k0 : chunk.k2]
-        if counts is not None:
-            fk = fk * counts
-        mass = fk.sum(2)
-        flat, values = fk.flatten(0, 1).transpose(1, 2), repeat(v, fk.shape[1])
-        if state is None:
-            return State(torch.bmm(flat, values).view(*mass.shape, -1), mass)
-        if spend:
-            state.value.flatten(0, 1).baddbmm_(flat, values)
-            return State(state.value, mass.add_(state.mass))
-        value = torch.baddbmm(state.value.flatten(0, 1), flat, values)
-        return State(value.view_as(state.value), state.mass + mass)
-
-    def retreat(
-        self, d_state: State, whole: Inputs, grads: dict[str, Tensor], chunk: Chunk, wants: frozenset[str]
-    ) -> State:
-        """`advance` backward: adds to the gradients of the keys that left; the gradient of the state before."""
-        counts, carried = self.leaving(chunk)
-        if chunk.k2 > chunk.k0:
-            part = slice(chunk.k0, chunk.k2)
-            fk, v = whole.fk[:, :, part], whole.v[:, :, part]
-            value = d_state.value.flatten(0, 1)
-            if "fk" in wants:
-                found = torch.baddbmm(
-                    d_state.mass.flatten(0, 1)[:, None], repeat(v, fk.shape[1]), value.transpose(1, 2)
-                ).view_as(fk)
-                grads["fk"][:, :, part] += found if counts is None else found * counts
-            if "v" in wants:
-                found = torch.bmm((fk if counts is None else fk * counts).flatten(0, 1), value)
-                grads["v"][:, :, part] += found.view(*v.shape[:2], -1, *v.shape[2:]).sum(2)
-        if carried is None:
-            return d_state
-        return State(d_state.value * carried[..., None], d_state.mass * carried)
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
-def _spread(index: Tensor, x: Tensor) -> Tensor:
-    return index[:, None, :, None].expand(x.shape[0], x.shape[1], -1, x.shape[3])
-
-
-def repeat(v: Tensor, heads: int) -> Tensor:
-    """[B,g,n,D] -> [B heads,n,D], each key head repeated for its heads."""
-    batch, own, rows, width = v.shape
-    if own == heads:
-        return v.flatten(0, 1)
-    return v[:, :, None].expand(-1, -1, heads // own, -1, -1).reshape(batch * heads, rows, width)
 
 
 def _add(total: State | None, more: State | None) -> State | None:
@@ -309,16 +46,16 @@ class _Call:
         window 32 they are kept from 128 features on.
         """
         heads, map_heads, features = x.q.shape[1], x.fk.shape[1], x.fq.shape[3]
-        size = min(self.whole.size, x.q.shape[2])
+        size = min(self.whole.size, self.whole.q_rows.position.shape[1])
         columns = min(size + self.whole.span, x.k.shape[2]) + size
         state = features * (x.v.shape[3] + 1) if self.whole.options.sums_up else 0
         return heads * size * columns + map_heads * state <= (heads + map_heads) * size * features
 
     def blocks(self, x: Inputs) -> Iterator[tuple[Block, tuple[slice, slice, slice, slice]]]:
         """Blocks of rows, or of key heads of one row, and (rows, query heads, key heads, heads of phi_k)."""
-        batch, heads, rows, _ = x.q.shape
+        batch, heads = x.q.shape[:2]
         key_heads, map_heads = x.k.shape[1], x.fk.shape[1]
-        size = min(self.whole.size, rows)
+        size = min(self.whole.size, self.whole.q_rows.position.shape[1])
         most = max(1, BLOCK // (size * min(size + self.whole.span, x.k.shape[2])))  # query heads
         if heads <= most:
             step = max(1, most // heads)
@@ -353,7 +90,7 @@ class _Kept:
 
     stride: int
     states: list[State | None]
-    weights: list[Weights]
+    weights: list[Weights | None]  # None: of a chunk without queries
 
 
 def _forward(call: _Call, x: Inputs, kept: list[_Kept] | None = None) -> list[Tensor]:
@@ -370,14 +107,16 @@ def _forward(call: _Call, x: Inputs, kept: list[_Kept] | None = None) -> list[Te
             fresh = number % own.stride == 0
             if fresh:
                 own.states.append(state)
-            sinks = block.sinks(chunk)
-            masks = block.masks(chunk, sinks)
-            inputs = block.inputs(part, chunk, sinks, masks)
-            weights = weigh(inputs, state, masks, block.options)
+            weights = None
+            if chunk.q0 < chunk.q1:
+                sinks = block.sinks(chunk)
+                masks = block.masks(chunk, sinks)
+                inputs = block.inputs(part, chunk, sinks, masks)
+                weights = weigh(inputs, state, masks, block.options)
+                into = [t[cut[0], cut[1], block.queries(chunk)] for t in outputs]
+                forward(weights, inputs, state, masks, block.options, into, spend=not keeps)
             if keeps:
                 own.weights.append(weights)
-            into = [t[cut[0], cut[1], chunk.q0 : chunk.q1] for t in outputs]
-            forward(weights, inputs, state, masks, block.options, into, spend=not keeps)
             if chunk is not chunks[-1]:
                 # What is kept, or the caller's, stays as it is.
                 state = block.advance(state, part, chunk, spend=not fresh)
@@ -443,13 +182,15 @@ def _block_backward(
             state = states.pop()
             if d_state is not None:
                 d_state = block.retreat(d_state, x, grads, chunk, wants)
+            if chunk.q0 == chunk.q1:
+                continue
             sinks = block.sinks(chunk)
             masks = block.masks(chunk, sinks)
             inputs = block.inputs(x, chunk, sinks, masks)
-            weights = kept.weights[at] if kept.weights else weigh(inputs, state, masks, block.options)
-            part = slice(chunk.q0, chunk.q1)
-            found = backward(weights, inputs, state, masks, block.options, y[:, :, part], dy[:, :, part], wants)
-            _collect(found, grads, chunk, masks, sinks, inputs.k.shape[2])
+            weights = (kept.weights[at] if kept.weights else None) or weigh(inputs, state, masks, block.options)
+            own = block.queries(chunk)
+            found = backward(weights, inputs, state, masks, block.options, y[:, :, own], dy[:, :, own], wants)
+            _collect(found, grads, chunk, own, masks, sinks, inputs.k.shape[2])
             d_state = _add(d_state, found.state)
 
 
@@ -457,6 +198,7 @@ def _collect(
     found: Gradients,
     grads: dict[str, Tensor],
     chunk: Chunk,
+    queries: slice,
     masks: Masks,
     sinks: tuple[Tensor, Rows] | None,
     columns: int,
@@ -469,13 +211,13 @@ def _collect(
             target += grad
             continue
         if name in ("q", "fq"):
-            target[:, :, chunk.q0 : chunk.q1] = grad  # each query is in one chunk
+            target[:, :, queries] = grad  # each query is in one chunk
             continue
         first, stop = (masks.first, masks.stop) if name == "fk" else (0, columns)
         grad = grad.view(*target.shape[:2], stop - first, target.shape[3])
         target[:, :, chunk.k0 : chunk.k0 + stop - extra] += grad[:, :, extra - first :]
         if sinks is not None and first == 0:
-            index = _spread(sinks[0], target)
+            index = spread(sinks[0], target)
             target.scatter_add_(2, index, grad[:, :, extra - index.shape[2] : extra])
 
 
@@ -496,6 +238,7 @@ def hybrid_attention_chunked(
     plain: bool,
     components: bool,
     chunk: int | None = None,
+    first_query: int = 0,
 ) -> list[Tensor]:
     """y, and with `components` the three parts, as the reference has them; in float32 (float64 for float64)."""
     given, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
@@ -505,7 +248,7 @@ def hybrid_attention_chunked(
         if past is not None:
             past = replace(past, sink_phi=past.sink_phi.repeat_interleave(q.shape[1] // past.sink_phi.shape[1], 1))
     chunk = chunk or (SHORT_CHUNK if options.span <= SHORT_CHUNK else CHUNK)
-    whole = Block(options, q_rows, k_rows, window_keep, past, plain, chunk, dtype, {})
+    whole = Block(options, q_rows, k_rows, window_keep, past, plain, chunk, first_query, dtype, {})
     tensors = [None if x is None else x.to(dtype).contiguous() for x in (q, k, v, phi_q, phi_k, mix, log_scale)]
     call = _Call(whole, components)
     with torch.autocast(q.device.type, enabled=False):  # it would take the products in half precision

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import gpu_backward, gpu_backward_keys, gpu_forward
+from .block import Past
 from .chunk import Inputs
-from .chunked import Past
 from .gpu_call import Blocks, Call, cdiv, check_size, fitting, make_call, strides
 from .rows import Options, Rows
 from .softmax_map import SoftmaxMap

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import gpu_forward
-from .chunked import Past
+from .block import Past
 from .gpu_parts import Form
 from .gpu_support import interpreted
 from .rows import Options, Rows

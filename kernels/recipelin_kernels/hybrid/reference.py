@@ -16,20 +16,21 @@ def hybrid_attention_reference(
     log_scale: Tensor | None,
     window_keep: Tensor | None,
     options: Options,
-    rows: Rows,
+    q_rows: Rows,
+    k_rows: Rows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y [B,H,T,D]; the window branch alone, the linear branch alone (each normalised by itself); the linear
-    share [B,H,T].
+    """y [B,H,Tq,D]; the window branch alone, the linear branch alone (each normalised by itself); the linear
+    share [B,H,Tq].
 
     The formulas are DESIGN §5. Whole T x T matrices: the definition, not the way to compute.
     """
     heads = q.shape[1]
     k, v, phi_k = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v, phi_k))
-    near, far_sinks = (m[:, None] for m in softmax_set(options, rows, rows))
-    seen = visible(rows, rows)[:, None]
-    reached = visible(rows, rows, options.reach)[:, None]
+    near, far_sinks = (m[:, None] for m in softmax_set(options, q_rows, k_rows))
+    seen = visible(q_rows, k_rows)[:, None]
+    reached = visible(q_rows, k_rows, options.reach)[:, None]
     linear = reached if options.cover == "all" else reached & ~near & ~far_sinks
-    sink = (rows.position < options.sinks)[:, None, None, :]
+    sink = (k_rows.position < options.sinks)[:, None, None, :]
     soft = torch.zeros_like(seen)
     if options.has("window"):
         soft = soft | near
@@ -59,7 +60,7 @@ def hybrid_attention_reference(
     a_value = torch.where(hidden, 0.0, a) @ v
     b_value = b @ v if options.shown("linear") else torch.zeros_like(a_value)
 
-    real = (rows.segment >= 0)[:, None, :, None]
+    real = (q_rows.segment >= 0)[:, None, :, None]
     alone = divide(a_value, a_mass, False), divide(b_value, b_mass, options.signed)
     if options.join in SEPARATE:
         a_weight, b_weight = branch_weights(options.join, a_mass, b_mass)

@@ -29,10 +29,27 @@ def one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(valid)}{hint}")
 
 
-def check_shapes(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor | None, window: int, sinks: int) -> None:
-    """Raises ValueError for what does not fit beside q, and for a window or sinks that are none."""
-    batch, heads, length, width = q.shape
+def check_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor | None,
+    window: int,
+    sinks: int,
+    first_query: int = 0,
+) -> None:
+    """Raises ValueError for what does not fit beside q, and for a window, sinks or first query that are none."""
+    batch, heads, queries, width = q.shape
     key_heads = k.shape[1]
+    if (
+        isinstance(first_query, bool)
+        or not isinstance(first_query, int)
+        or first_query < 0
+        or (first_query and not queries)
+    ):
+        raise ValueError(f"first_query={first_query!r}: expected the position of a query, {queries} of them in q")
+    length = first_query + queries
     if isinstance(window, bool) or not isinstance(window, int) or window < 0 or sinks < 0:
         raise ValueError(f"window={window!r}, sinks={sinks!r}: expected integers of at least 0")
     if heads % key_heads:
@@ -40,7 +57,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor |
     for name, x, expected in (
         ("k", k, (batch, key_heads, length, width)),
         ("v", v, (batch, key_heads, length, width)),
-        ("phi_q", phi_q, (batch, heads, length, phi_q.shape[-1])),
+        ("phi_q", phi_q, (batch, heads, queries, phi_q.shape[-1])),
         *([] if phi_k is None else [("phi_k", phi_k, (batch, phi_k.shape[1], length, phi_q.shape[-1]))]),
     ):
         if tuple(x.shape) != expected:
@@ -109,6 +126,10 @@ class Rows:
     def cut(self, rows: slice) -> "Rows":
         """Some rows of a batch."""
         return Rows(self.position[rows], self.segment[rows])
+
+    def columns(self, start: int, stop: int | None = None) -> "Rows":
+        """Some tokens of every row."""
+        return Rows(self.position[:, start:stop], self.segment[:, start:stop])
 
 
 def rows(batch: int, length: int, device: torch.device, key_mask: Tensor | None, segment_ids: Tensor | None) -> Rows:

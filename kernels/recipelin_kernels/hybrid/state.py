@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .chunked import Past, repeat
+from .block import Past, repeat
 from .rows import Options, Rows, span_of
 
 LATE_SHARE = 16

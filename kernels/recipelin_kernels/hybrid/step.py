@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .block import Block, Chunk, Past, repeat
 from .chunk import HIDDEN, Inputs, absolute_level, dot, floored, fold, forward, weigh
-from .chunked import Block, Chunk, Past, repeat
 from .rows import LOG2E, SEPARATE, Options, Rows, branch_weights
 from .state import HybridState, filled, late_most, settled, state_rows
 
@@ -125,8 +125,8 @@ def one_token(
     own, k_rows, sink_rows = state_rows(state, own)
     lead, sinks = state.ring_k.shape[2], options.sinks
     past = Past(state.sums, state.sink_k, state.sink_v, phi_k[:, :, :0], sink_rows, lead)
-    block = Block(options, own, k_rows, keep, past, False, 1, dtype, {})
-    masks = block.masks(Chunk(0, 1, 0, lead + 1, 0), None)
+    block = Block(options, own, k_rows, keep, past, False, 1, 0, dtype, {})
+    masks = block.masks(Chunk(0, 0, 1, 0, lead + 1, 0), None)
 
     all_k, all_v = (torch.cat(parts, 2).to(dtype) for parts in _columns(state, k, v))
     wanted = all_k[:, :, masks.first : min(masks.stop, sinks + lead)]  # all but the new key

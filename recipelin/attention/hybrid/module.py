@@ -137,15 +137,17 @@ class HybridAttention(SwappedAttention):
             if layer is not None:
                 layer.advance(q.shape[2])
             return torch.zeros_like(q)
-        options = self.options(self.state, q.shape[2])
+        options = self.options(self.state, k.shape[2])
         if self.drop is not None:
             options |= {"window_keep": self.drop.keep, "on_drop": self.drop.on_drop}
         previous = None if layer is None else layer.state
+        first = self.asked_from if layer is None and self.kernel == "chunked" else 0
+        q = q[:, :, first:]
         phi_q: Tensor | SoftmaxMap
         phi_k: Tensor | None
         map_k: SoftmaxMap | HeadFeatureMap = self.feature_map_k
         if layer is None and self.needs_no_features(options):
-            phi_q = phi_k = q.new_zeros(*q.shape[:3], 0)
+            phi_q, phi_k = (x.new_zeros(*x.shape[:3], 0) for x in (q, k))
         else:
             phi_q = self.feature_map_q.softmax_map(q) or self.feature_map_q(q)
             map_k = self.feature_map_k.softmax_map(k) or map_k
@@ -163,10 +165,11 @@ class HybridAttention(SwappedAttention):
             state=previous,
             phi_k_fn=map_k,
             output_state=layer is not None,
+            first_query=first,
         )
         if layer is None:
             y: Tensor = result
-            return y
+            return nn.functional.pad(y, (0, 0, first, 0)) if first else y
         y, layer.state = result
         layer.advance(q.shape[2])
         return y
