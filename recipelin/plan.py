@@ -442,7 +442,7 @@ def _refuse_padding(loaded: Loaded, steps: Sequence[Step]) -> None:
 
 
 def _states(loaded: Loaded, arch: Architecture, hybrid: State | None, form: Form | None) -> tuple[NamedState, ...]:
-    """The states to evaluate, resolved; the subsets that Shapley values need are added at the end.
+    """The states to evaluate, resolved; with `shapley` the subsets that its values need are added at the end.
 
     Of the states that nobody asked for, those that the form does not have are left out.
     """
@@ -484,7 +484,7 @@ def _states(loaded: Loaded, arch: Architecture, hybrid: State | None, form: Form
     names = [s.name for s in found]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise refusal(loaded, ("eval", "states"), f"eval.states: {', '.join(twice)} given twice")
-    if hybrid is not None and "hybrid" in names:
+    if hybrid is not None and "hybrid" in names and loaded.recipe.eval.shapley:
         measured = [s.state for s in found]
         missing = [s for s in subsets(hybrid).values() if s.state not in measured]
         if taken := [s.name for s in missing if s.name in names]:

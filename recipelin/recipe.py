@@ -185,6 +185,10 @@ class Evaluation(Config):
         description="DESIGN §6; the subsets that the Shapley values need are added, and of this default those are left out that "
         "the form does not have (gated_delta has no window)",
     )
+    shapley: bool = Field(
+        True,
+        description="whether every subset of the hybrid's branches is evaluated; false: only `states`, and no Shapley values",
+    )
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = Field(
         (0,), description="draws of generated items (recall, next line)"
     )

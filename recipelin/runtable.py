@@ -388,7 +388,7 @@ def _legend(record: Record, found: Sequence[Measure], items: Items) -> tuple[str
             f"gap: {MEANING['gap']}",
             f"retention: {MEANING['retention']} Read gap and retention together.",
             f"Shapley: {' / '.join(record.branches)}: a branch's mean contribution over all orders of adding branches, "
-            "in % of hybrid - none; they add up to 100.",
+            f"in % of hybrid - none; they add up to 100. {DASH}: not every subset was evaluated, or none differs.",
         ]
     return tuple(lines)
 

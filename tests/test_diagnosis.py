@@ -210,6 +210,11 @@ def test_every_subset_is_measured_beside_the_first_eight_positions(tmp_path, sin
     assert len(found) == len(states) and found["sinks"].sinks == 8
     assert all(s.state in found.values() for s in subsets(planned.hybrid).values())
     assert ("sinks-2" in found) == (sinks == 2)
+    path.write_text(text + f"eval: {{suites: [pocket], states: {asked}, shapley: true}}\n")
+    assert plan(load(path)).hash == planned.hash
+    path.write_text(text + f"eval: {{suites: [pocket], states: {asked}, shapley: false}}\n")
+    alone = plan(load(path))
+    assert [s.name for s in alone.steps[-1].step.states] == asked.strip("[]").split(", ") and alone.hash != planned.hash
     path.write_text(text + "eval: {suites: [pocket], states: [hybrid, {name: window+linear, of: linear}]}\n")
     with pytest.raises(
         PlanError, match=r"r.yaml:4:\d+: eval.states: window\+linear: the name of a subset of the branches"
