@@ -102,12 +102,17 @@ def with_gradients(x: Inputs, real: Tensor | None = None, **options) -> list[Ten
     leaves = [t.detach().clone().requires_grad_() for t in x.tensors()]
     y, parts = hybrid_attention(*leaves[:6], **{"log_scale": leaves[6], "components": True, **options})
     weight = torch.cos(torch.arange(y.numel(), dtype=torch.float64, device=y.device)).to(y.dtype).view_as(y)
-    grads = torch.autograd.grad((y * weight).sum(), leaves, allow_unused=True)
     seen = torch.ones(y.shape[0], y.shape[2], dtype=torch.bool, device=y.device) if real is None else real
     shown = [p.detach() * seen[:, None, :, None] for p in (parts.window, parts.linear)] + [
         parts.linear_share.detach() * seen[:, None]
     ]
-    return [y.detach(), *shown, *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True))]
+    return [y.detach(), *shown, *gradients((y * weight).sum(), leaves)]
+
+
+def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """To every leaf; zeros where there is none."""
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
 
 
 OUTCOMES = ("y", "window", "linear", "linear_share", *("d_" + n for n in Inputs.names))

@@ -73,6 +73,11 @@ class Block:
     known: dict[tuple[int, ...], Masks]  # masks of plain chunks by their shape, shared between blocks
 
     @property
+    def length(self) -> int:
+        """Tokens of the call."""
+        return self.q_rows.position.shape[1]
+
+    @property
     def lead(self) -> int:
         return 0 if self.past is None else self.past.lead
 
@@ -88,7 +93,7 @@ class Block:
         return o.span if softmax or o.cover == "outside" or o.reach is not None or self.past is not None else 0
 
     def chunks(self) -> list[Chunk]:
-        return list(_chunks(self.q_rows.position.shape[1], self.lead, self.span, self.size, self.first))
+        return list(_chunks(self.length, self.lead, self.span, self.size, self.first))
 
     def queries(self, chunk: Chunk) -> slice:
         """Where a chunk's queries are in q."""

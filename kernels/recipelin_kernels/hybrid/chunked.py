@@ -39,24 +39,28 @@ class _Call:
     whole: Block
     components: bool
 
+    def chunk_shape(self, x: Inputs) -> tuple[int, int]:
+        """Queries of a whole chunk, and keys that they look at one by one."""
+        size = min(self.whole.size, self.whole.length)
+        return size, min(size + self.whole.span, x.k.shape[2])
+
     def keeps_weights(self, x: Inputs) -> bool:
         """Whether a chunk's weights and the state before it are no more numbers than its features.
 
-        So with few features a chunk is small beside its state, and with many small beside its features: at head_dim 32,
-        window 32 they are kept from 128 features on.
+        At head_dim 32 and window 32 that is so from 128 features on.
         """
         heads, map_heads, features = x.q.shape[1], x.fk.shape[1], x.fq.shape[3]
-        size = min(self.whole.size, self.whole.q_rows.position.shape[1])
-        columns = min(size + self.whole.span, x.k.shape[2]) + size
-        state = features * (x.v.shape[3] + 1) if self.whole.options.sums_up else 0
-        return heads * size * columns + map_heads * state <= (heads + map_heads) * size * features
+        size, columns = self.chunk_shape(x)
+        weights = heads * size * (columns + size)  # of the linear side: of no more columns than there are queries
+        state = map_heads * features * (x.v.shape[3] + 1) if self.whole.options.sums_up else 0
+        return weights + state <= (heads + map_heads) * size * features
 
     def blocks(self, x: Inputs) -> Iterator[tuple[Block, tuple[slice, slice, slice, slice]]]:
         """Blocks of rows, or of key heads of one row, and (rows, query heads, key heads, heads of phi_k)."""
         batch, heads = x.q.shape[:2]
         key_heads, map_heads = x.k.shape[1], x.fk.shape[1]
-        size = min(self.whole.size, self.whole.q_rows.position.shape[1])
-        most = max(1, BLOCK // (size * min(size + self.whole.span, x.k.shape[2])))  # query heads
+        size, columns = self.chunk_shape(x)
+        most = max(1, BLOCK // (size * columns))  # query heads
         if heads <= most:
             step = max(1, most // heads)
             cuts = [(slice(b, b + step), slice(0, key_heads)) for b in range(0, batch, step)]
@@ -86,11 +90,11 @@ def _part(x: Inputs, cut: tuple[slice, slice, slice, slice]) -> Inputs:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Of a block, for backward: the states before every `stride`-th chunk, and all chunks' weights or none."""
+    """Of a block, for backward: the states before every `stride`-th chunk, and each chunk's weights where they are kept."""
 
     stride: int
     states: list[State | None]
-    weights: list[Weights | None]  # None: of a chunk without queries
+    weights: list[Weights | None]
 
 
 def _forward(call: _Call, x: Inputs, kept: list[_Kept] | None = None) -> list[Tensor]:
@@ -115,8 +119,7 @@ def _forward(call: _Call, x: Inputs, kept: list[_Kept] | None = None) -> list[Te
                 weights = weigh(inputs, state, masks, block.options)
                 into = [t[cut[0], cut[1], block.queries(chunk)] for t in outputs]
                 forward(weights, inputs, state, masks, block.options, into, spend=not keeps)
-            if keeps:
-                own.weights.append(weights)
+            own.weights.append(weights if keeps else None)
             if chunk is not chunks[-1]:
                 # What is kept, or the caller's, stays as it is.
                 state = block.advance(state, part, chunk, spend=not fresh)
@@ -187,7 +190,7 @@ def _block_backward(
             sinks = block.sinks(chunk)
             masks = block.masks(chunk, sinks)
             inputs = block.inputs(x, chunk, sinks, masks)
-            weights = (kept.weights[at] if kept.weights else None) or weigh(inputs, state, masks, block.options)
+            weights = kept.weights[at] or weigh(inputs, state, masks, block.options)
             own = block.queries(chunk)
             found = backward(weights, inputs, state, masks, block.options, y[:, :, own], dy[:, :, own], wants)
             _collect(found, grads, chunk, own, masks, sinks, inputs.k.shape[2])
