@@ -197,7 +197,7 @@ def decode(
         return torch.rand(batch, maps, k.shape[2], features)
 
     q, k, v = (normal(h, width) for h in (heads, key_heads, key_heads))
-    state = empty_state(batch, heads, key_heads, width, features, window=window, sinks=sinks, shape=shape, like=q)
+    state = empty_state(batch, maps, key_heads, width, features, window=window, sinks=sinks, shape=shape, like=q)
     if padded:
         options["key_mask"] = torch.ones(batch, 1, dtype=torch.bool)
     with torch.enable_grad():

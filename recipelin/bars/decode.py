@@ -22,6 +22,7 @@ class Decode:
     heads: int = 32
     key_heads: int = 8
     width: int = 128
+    maps: str = "query"  # phi_k for each query head, or for each key head
     window: int = 64
     steps: int = 64
 
@@ -40,7 +41,8 @@ class Decode:
             (normal(self.heads, 1, self.width), *(normal(self.key_heads, 1, self.width) for _ in range(2)))
             for _ in range(self.steps)
         ]
-        maps = [HeadFeatureMap(FeatureMap(), self.heads, self.width, seed) for seed in range(2)]
+        own = {"query": self.heads, "key": self.key_heads}[self.maps]
+        maps = [HeadFeatureMap(FeatureMap(), h, self.width, seed) for seed, h in enumerate((self.heads, own))]
         mix = torch.full((self.heads,), 0.1)
         state: HybridState | StepState = self._state(normal, maps[1])
 
@@ -122,6 +124,11 @@ BARS: list[Bar | Fact] = [
     Bar("decode/64k", "the same at 65,536",
         {"sdpa": Decode("sdpa", 65536, steps=1), "ours": Decode("hybrid", 65536)}, ("sdpa", "ours"), 200, unit="us",
         bound=_BYTES),
+    Bar("decode/4k-shared", "4k with keys' features of key heads, `key_heads: key`: sums of 0.5 MB",
+        {"sdpa": Decode("sdpa", 4096, steps=1), "ours": Decode("hybrid", 4096, maps="key")}, ("sdpa", "ours"), None, unit="us"),
+    Bar("decode/64k-shared", "the same at 65,536",
+        {"sdpa": Decode("sdpa", 65536, steps=1), "ours": Decode("hybrid", 65536, maps="key")}, ("sdpa", "ours"), None,
+        unit="us"),
     Bar("decode/growth", "a token at 65,536 over one at 1,024",
         {"65536": Decode("hybrid", 65536), "1024": Decode("hybrid", 1024)}, ("65536", "1024"), 1.05, at_most=True,
         unit="us"),

@@ -24,6 +24,7 @@ class Attention:
     key_heads: int = 8
     width: int = 64
     features: int = 128
+    maps: str = "query"  # phi_k for each query head, or for each key head
     window: int = 64
     components: bool = False
     steps: int = 1
@@ -39,7 +40,8 @@ class Attention:
         options: dict[str, Any] = {"is_causal": True, "enable_gqa": self.heads != self.key_heads}
         attend: Callable[..., Any] = F.scaled_dot_product_attention
         if self.kind != "sdpa":
-            inputs += [normal(self.heads, self.features).softmax(-1) for _ in range(2)]
+            own = {"query": self.heads, "key": self.key_heads}[self.maps]
+            inputs += [normal(h, self.features).softmax(-1) for h in (self.heads, own)]
             inputs.append(torch.full((self.heads,), 0.1))
             options = {"window": self.window, "kernel": self.kind, "components": self.components}
             attend = hybrid_attention
@@ -108,6 +110,10 @@ BARS: list[Bar | Fact] = [
         _both("sdpa", 4096, False, **_GROUPED), _OVER, 6, slow=True, bound=_BOUND),
     Bar("hybrid/grouped-both", "the same, forward and backward",
         _both("sdpa", 4096, True, **_GROUPED), _OVER, 6, slow=True, bound=_BOUND),
+    Bar("hybrid/shared-forward", "grouped-forward with keys' features of key heads, `key_heads: key`",
+        _both("sdpa", 4096, False, maps="key", **_GROUPED), _OVER, None, slow=True),
+    Bar("hybrid/shared-both", "the same, forward and backward",
+        _both("sdpa", 4096, True, maps="key", **_GROUPED), _OVER, None, slow=True),
     Bar("hybrid/short-64", "T 64, B 32, window 64: speed beside SDPA, forward",
         _both("sdpa", 64, False, "auto", batch=32), _OVER, 0.95,
         bound=_CHECKS),

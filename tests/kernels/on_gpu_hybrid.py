@@ -243,4 +243,4 @@ def test_a_state_after_long_decoding_is_the_chunked_forms():
     exact, options = exactly(x), dict(window=64, sinks=4, join="absolute", log_scale=x.log_scale)
     _, state = hybrid_attention(*x.cut(0, 100), x.mix, output_state=True, kernel="chunked", **options)
     _, state = decode(x, state, 100, 400, **options)
-    same(standing(state, x.features, 4), exact, 400, **options)
+    same(standing(state, x.features), exact, 400, **options)

@@ -117,6 +117,30 @@ def test_a_state_of_other_options_is_refused():
         attend(x, state=state)
 
 
+@pytest.mark.parametrize("kernel", ["auto", "chunked"])
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_a_state_of_other_feature_heads_is_refused(sinks, kernel):
+    x, other = Inputs(length=24), Inputs(length=24, per_key_head=True)
+    options = dict(window=4, sinks=sinks, log_scale=x.log_scale)
+    _, state = hybrid_attention(*x.cut(0, 15), x.mix, output_state=True, **options)
+    for stop in (16, 20):
+        q, k, v, phi_q, _ = x.cut(15, stop)
+        with pytest.raises(ValueError, match="sums the features of 6 heads, phi_k has 2"):
+            hybrid_attention(
+                q,
+                k,
+                v,
+                phi_q,
+                None,
+                x.mix,
+                state=state,
+                phi_k_fn=other.features,
+                output_state=True,
+                kernel=kernel,
+                **options,
+            )
+
+
 def test_without_a_linear_branch_the_state_of_a_reach_is_the_windows():
     x = Inputs(length=29)
     options = dict(window=5, sinks=2, reach=23, ablate={"linear": "mass"}, log_scale=x.log_scale)
@@ -168,6 +192,7 @@ def test_one_token_at_once_equals_the_chunked_form(options):
             )
             assert (y - slow).abs().max() < EXACT
         assert state.positions.tolist() == [7, 22]
+        assert state.sums.shape[1] == x.phi_k.shape[1]  # heads of phi_k: a state G times smaller for those of key heads
         for a, b in zip(vars(settled(state)).values(), vars(other).values(), strict=True):
             assert a.shape == b.shape and torch.allclose(a, b, atol=EXACT, rtol=0)
 

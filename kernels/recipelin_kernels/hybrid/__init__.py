@@ -14,7 +14,17 @@ from .compat import check_compat, decoding, whole_rows
 from .reference import hybrid_attention_reference
 from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, check_shapes, one_of, rows
 from .softmax_map import SoftmaxMap
-from .state import HybridState, check_lead, check_state, continued, empty_state, filled, next_state, settled
+from .state import (
+    HybridState,
+    check_heads,
+    check_lead,
+    check_state,
+    continued,
+    empty_state,
+    filled,
+    next_state,
+    settled,
+)
 from .step import is_plain, one_token, plain_token
 from .step_state import StepState, standing
 
@@ -205,12 +215,12 @@ def hybrid_attention(
                     q, k, v, phi_q, *own_numbers, phi_k_fn, held, key_mask, state, maps=maps
                 )
             if kernel == "auto" and key_mask is None and is_plain(held, window_keep):
-                state = standing(state, phi_k_fn, q.shape[1])
+                state = standing(state, phi_k_fn)
                 check_lead(state, held)
                 return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
     if state is not None:
         assert phi_k_fn is not None
-        state = standing(state, phi_k_fn, q.shape[1])
+        state = standing(state, phi_k_fn)
     if phi_k is None:
         assert phi_k_fn is not None
         # As the kernel reads them, unless the next state is made of them.
@@ -240,6 +250,7 @@ def hybrid_attention(
             raise ValueError("state: a call that goes on from a state cannot hold segments")
         assert phi_k_fn is not None
         check_state(state, own, options)
+        check_heads(state.sums.shape[1], phi_k)
         tensors = (q, k, v, phi_q, phi_k, mix, log_scale)
         learns = learns or _learning(q, k, v)
         if kernel == "auto" and length == 1 and output_state and not components and not learns:
@@ -281,7 +292,7 @@ def hybrid_attention(
     parts = [x[:, :, before:] for x in parts] if before else parts
     returned: list[Any] = [parts[0]]
     if output_state:
-        returned.append(next_state(k, v, phi_k, held, k_rows, past, state, q.shape[1]))
+        returned.append(next_state(k, v, phi_k, held, k_rows, past, state))
     if components:
         returned.append(Components(*parts[1:]))
     return returned[0] if len(returned) == 1 else tuple(returned)

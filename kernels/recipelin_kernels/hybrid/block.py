@@ -1,7 +1,7 @@
 """Some rows and heads of a call of the chunked form: its chunks, who sees whom in them, and the running state between them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from .rows import Options, Rows, softmax_set, visible
 class Past:
     """What came before the first query: the state's sums, and keys that stand in front of the call's own.
 
-    sums [B,H,F,D+1]; sink_k, sink_v [B,Hkv,s,D] with sink_phi [B,H or Hkv,s,F]; `lead` keys of the ring
-    are in front of k.
+    sums [B,p,F,D+1]; sink_k, sink_v [B,Hkv,s,D] with sink_phi [B,p,s,F]; `lead` keys of the ring are in front of k.
     """
 
     sums: Tensor
@@ -25,15 +24,23 @@ class Past:
     sink_rows: Rows
     lead: int
 
-    def cut(self, rows: slice, key_heads: slice, map_heads: slice, heads: slice) -> "Past":
+    def cut(self, rows: slice, key_heads: slice, map_heads: slice) -> "Past":
         """The part of one block."""
         return Past(
-            self.sums[rows, heads],
+            self.sums[rows, map_heads],
             self.sink_k[rows, key_heads],
             self.sink_v[rows, key_heads],
             self.sink_phi[rows, map_heads],
             self.sink_rows.cut(rows),
             self.lead,
+        )
+
+    def repeated(self, times: int) -> "Past":
+        """With a head of phi_k for each of `times` query heads."""
+        return replace(
+            self,
+            sums=self.sums.repeat_interleave(times, 1),
+            sink_phi=self.sink_phi.repeat_interleave(times, 1),
         )
 
 
@@ -99,11 +106,12 @@ class Block:
         """Where a chunk's queries are in q."""
         return slice(chunk.q0 - self.first, chunk.q1 - self.first)
 
-    def first_state(self, p: int) -> State | None:
-        """The sums that the call goes on from, for p heads of phi_k: heads of one group hold the same."""
+    @property
+    def first_state(self) -> State | None:
+        """The sums that the call goes on from."""
         if self.past is None or not self.options.sums_up:
             return None
-        sums = self.past.sums.to(self.dtype)[:, :: self.past.sums.shape[1] // p]
+        sums = self.past.sums.to(self.dtype)
         return State(sums[..., :-1], sums[..., -1])
 
     def sinks(self, chunk: Chunk) -> tuple[Tensor, Rows] | None:

@@ -76,7 +76,7 @@ class _Call:
             if block.keep is not None:
                 block = replace(block, keep=block.keep[own, query])
             if block.past is not None:
-                block = replace(block, past=block.past.cut(own, keys, maps, query))
+                block = replace(block, past=block.past.cut(own, keys, maps))
             yield block, (own, query, keys, maps)
 
 
@@ -105,7 +105,7 @@ def _forward(call: _Call, x: Inputs, kept: list[_Kept] | None = None) -> list[Te
     keeps = kept is not None and call.keeps_weights(x)
     for block, cut in call.blocks(x):
         part = _part(x, cut)
-        state = block.first_state(part.fk.shape[1])
+        state = block.first_state
         chunks, own = block.chunks(), _Kept(1 if keeps else STRIDE, [], [])
         for number, chunk in enumerate(chunks):
             fresh = number % own.stride == 0
@@ -247,9 +247,8 @@ def hybrid_attention_chunked(
     given, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
     if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
         # Whether a sink is in the state depends on the query head here.
-        phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)
-        if past is not None:
-            past = replace(past, sink_phi=past.sink_phi.repeat_interleave(q.shape[1] // past.sink_phi.shape[1], 1))
+        group = q.shape[1] // phi_k.shape[1]
+        phi_k, past = phi_k.repeat_interleave(group, 1), past and past.repeated(group)
     chunk = chunk or (SHORT_CHUNK if options.span <= SHORT_CHUNK else CHUNK)
     whole = Block(options, q_rows, k_rows, window_keep, past, plain, chunk, first_query, dtype, {})
     tensors = [None if x is None else x.to(dtype).contiguous() for x in (q, k, v, phi_q, phi_k, mix, log_scale)]

@@ -47,8 +47,7 @@ def _states(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
     parts = x.q.new_empty(batch, maps, states, features, o.width, dtype=torch.float32)
     masses = x.q.new_empty(batch, maps, states, features, dtype=torch.float32)
     if call.sums is not None:
-        sums = call.sums[:, :: call.sums.shape[1] // maps]
-        parts[:, :, 0], masses[:, :, 0] = sums[..., :-1], sums[..., -1]
+        parts[:, :, 0], masses[:, :, 0] = call.sums[..., :-1], call.sums[..., -1]
     call.launch(
         gpu_forward.sum_keys,
         (states - 1, batch * maps, cdiv(features, o.tile)),
@@ -282,16 +281,16 @@ def hybrid_attention_gpu(
     phi_q, phi_k = q if map_q is not None else phi_q.to(features), phi_k.to(features)
     if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
         # Whether a sink is in the state depends on the query head here.
-        phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)
+        group = q.shape[1] // phi_k.shape[1]
+        phi_k, past = phi_k.repeat_interleave(group, 1), past and past.repeated(group)
     call = make_call(
         options, q, k, phi_k, map_q, window_keep, q_rows, k_rows, past, plain, segmented,
         blocks or fitting(kind, features, q.shape[-1]),
     )  # fmt: skip
     if call.form.ahead:
         assert past is not None
-        sink_phi = past.sink_phi.repeat_interleave(phi_k.shape[1] // past.sink_phi.shape[1], 1)
         k, v = torch.cat((past.sink_k.to(kind), k), 2), torch.cat((past.sink_v.to(kind), v), 2)
-        phi_k = torch.cat((sink_phi.to(features), phi_k), 2)
+        phi_k = torch.cat((past.sink_phi.to(features), phi_k), 2)
     tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, phi_q, phi_k)]
     check_size(tensors)
     numbers = [None if x is None else x.float().contiguous() for x in (mix, log_scale)]

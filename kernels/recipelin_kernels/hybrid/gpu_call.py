@@ -141,7 +141,7 @@ class Call(Compiled):
     keep: Tensor | None
     q_rows: tuple[Tensor, Tensor]  # positions and segments, int32 [B, T] each; of a plain call empty
     k_rows: tuple[Tensor, Tensor]  # of the keys; those in front stand before them in memory
-    sums: Tensor | None  # the state's that the call goes on from [B,H,F,D+1]
+    sums: Tensor | None  # the state's that the call goes on from [B,p,F,D+1]
     lead: int
     ahead: int  # sinks of the state in front of the keys
     segmented: bool

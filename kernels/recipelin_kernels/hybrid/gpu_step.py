@@ -29,7 +29,7 @@ from .gpu_parts import BASE2, HIDDEN, LEAST, factors, head, sets, shown, softmax
 from .gpu_support import interpreted
 from .rows import Options
 from .softmax_map import SoftmaxMap
-from .state import HybridState
+from .state import HybridState, check_heads
 from .step_state import FOLD, StepState, held_by, standing, stepping
 
 
@@ -365,10 +365,10 @@ def hybrid_attention_step_gpu(
     held = held_by(options, blocks.fold)
     features = phi_q.shape[-1]
     if isinstance(state, StepState) and state.held != held:
-        state = standing(state, phi_k_fn, heads)
+        state = standing(state, phi_k_fn)
     if isinstance(state, HybridState):
-        own = maps[1].heads if maps else phi_k_fn(k).shape[1]
-        state = stepping(state, k, phi_k_fn, options, held, own, columns_of(blocks, batch * own, width))
+        columns = columns_of(blocks, batch * state.sums.shape[1], width)
+        state = stepping(state, k, phi_k_fn, options, held, columns)
     _check_sizes(state, batch, heads, k.shape[1], width, features)
     own, programs = state.counts.shape[1:3]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -380,6 +380,7 @@ def hybrid_attention_step_gpu(
         made = [*(x.weight.float().contiguous() for x in maps), *(x.clamp for x in maps), scratch]
     else:
         phi_k = phi_k_fn(state.leaving.to(k.dtype) if held.lag else k)
+        check_heads(own, phi_k)
         if phi_k.untyped_storage().data_ptr() == state.leaving.untyped_storage().data_ptr():
             phi_k = phi_k.clone()  # the kernel writes there
         phi = [x if x.stride(-1) == 1 else x.contiguous() for x in (phi_q, phi_k)]

@@ -21,11 +21,11 @@ def late_most(width: int) -> int:
 class HybridState:
     """What decoding needs of the past; its bytes do not grow but for the few `late` keys.
 
-    sums [B,H,F,D+1]: sum of phi(k) [v, 1] over the keys that have left the ring (fp32; fp64 for fp64 inputs); zeros
-    under `reach`. ring_k, ring_v [B,Hkv,n,D]: the last keys and values after RoPE, the newest last; unused places are
-    zeros. n is window - 1, terraced 2 window - 1, with `reach` and a linear branch reach - 1.
+    p heads of phi_k, H or Hkv. sums [B,p,F,D+1]: sum of phi(k) [v, 1] over the keys that have left the ring (fp32; fp64
+    for fp64 inputs); zeros under `reach`. ring_k, ring_v [B,Hkv,n,D]: the last keys and values after RoPE, the newest last;
+    unused places are zeros. n is window - 1, terraced 2 window - 1, with `reach` and a linear branch reach - 1.
     sink_k, sink_v [B,Hkv,sinks,D]: the first keys of the row. positions [B]: real tokens seen.
-    late_phi [B,H or Hkv,m,F], late_v [B,Hkv,m,D]: features and values of keys that have left the ring and are not yet in
+    late_phi [B,p,m,F], late_v [B,Hkv,m,D]: features and values of keys that have left the ring and are not yet in
     the sums, m < D / 16: the sums are most of the bytes, and so are mostly read; late keys add an eighth of them at most.
     """
 
@@ -54,7 +54,7 @@ class HybridState:
 
 def empty_state(
     batch: int,
-    heads: int,
+    map_heads: int,
     key_heads: int,
     width: int,
     features: int,
@@ -68,18 +68,19 @@ def empty_state(
 ) -> HybridState:
     """The state before the first token, on the device and in the dtype of `like`.
 
-    Of the options of `hybrid_attention`; linear: whether its linear branch has mass, which matters under `reach` alone.
+    map_heads: of phi_k. Of the options of `hybrid_attention`; linear: whether its linear branch has mass, which matters under
+    `reach` alone.
     """
     ring = max(span_of(window, shape, reach, linear=linear) - 1, 0)
     exact = torch.float64 if like.dtype == torch.float64 else torch.float32
     return HybridState(
-        sums=like.new_zeros(batch, heads, features, width + 1, dtype=exact),
+        sums=like.new_zeros(batch, map_heads, features, width + 1, dtype=exact),
         ring_k=like.new_zeros(batch, key_heads, ring, width),
         ring_v=like.new_zeros(batch, key_heads, ring, width),
         sink_k=like.new_zeros(batch, key_heads, sinks, width),
         sink_v=like.new_zeros(batch, key_heads, sinks, width),
         positions=torch.zeros(batch, dtype=torch.long, device=like.device),
-        late_phi=like.new_zeros(batch, heads, 0, features, dtype=exact),
+        late_phi=like.new_zeros(batch, map_heads, 0, features, dtype=exact),
         late_v=like.new_zeros(batch, key_heads, 0, width, dtype=exact),
     )
 
@@ -95,6 +96,14 @@ def check_lead(state: HybridState, options: Options) -> None:
         )
 
 
+def check_heads(held: int, phi_k: Tensor) -> None:
+    """Raises ValueError for features of other heads than the `held` ones that a state sums up."""
+    if phi_k.shape[1] != held:
+        raise ValueError(
+            f"state: sums the features of {held} heads, phi_k has {phi_k.shape[1]}: it was made by other calls"
+        )
+
+
 def check_state(state: HybridState, own: Rows, options: Options) -> None:
     """`check_lead`, and the same for padding on the left of a row that has begun."""
     check_lead(state, options)
@@ -107,13 +116,19 @@ def settled(state: HybridState) -> HybridState:
     """The state with its late keys in the sums."""
     if not state.late_phi.shape[2]:
         return state
-    (batch, heads), values = state.sums.shape[:2], state.late_v
-    values = torch.cat((values, torch.ones_like(values[..., :1])), -1)
-    features = state.late_phi.repeat_interleave(heads // state.late_phi.shape[1], 1).flatten(0, 1)
-    sums = torch.baddbmm(state.sums.flatten(0, 1), features.mT, repeat(values, heads)).view(
-        batch, heads, *state.sums.shape[2:]
+    values = torch.cat((state.late_v, torch.ones_like(state.late_v[..., :1])), -1)
+    return replace(
+        state,
+        sums=added(state.sums, state.late_phi, values),
+        late_phi=state.late_phi[:, :, :0],
+        late_v=state.late_v[:, :, :0],
     )
-    return replace(state, sums=sums, late_phi=state.late_phi[:, :, :0], late_v=state.late_v[:, :, :0])
+
+
+def added(sums: Tensor, features: Tensor, values: Tensor) -> Tensor:
+    """sums [B,p,F,D+1] and keys more: features [B,p,n,F], values and a 1 [B,Hkv,n,D+1]."""
+    product = torch.baddbmm(sums.flatten(0, 1), features.flatten(0, 1).mT, repeat(values, sums.shape[1]))
+    return product.view_as(sums)
 
 
 def filled(state: HybridState) -> HybridState:
@@ -164,7 +179,6 @@ def final_sums(
     options: Options,
     k_rows: Rows,
     past: Past | None,
-    heads: int,
     keep: int,
     alive: Tensor,
     last: Tensor,
@@ -175,7 +189,7 @@ def final_sums(
     Zeros under `reach`: its keys are in the ring.
     """
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    sums = v.new_zeros(v.shape[0], heads, phi_k.shape[-1], v.shape[-1] + 1, dtype=dtype)
+    sums = v.new_zeros(*phi_k.shape[:2], phi_k.shape[-1], v.shape[-1] + 1, dtype=dtype)
     if options.reach is not None:
         return sums
     counted = (k_rows.segment == alive) & (last - k_rows.position >= keep)
@@ -188,8 +202,7 @@ def final_sums(
         cut = slice(start, start + chunk)
         features = (phi_k[:, :, cut] * counted[:, None, cut, None]).to(dtype)
         values = torch.cat((v[:, :, cut], torch.ones_like(v[:, :, cut, :1])), -1).to(dtype)
-        more = torch.bmm(features.flatten(0, 1).transpose(1, 2), repeat(values, features.shape[1]))
-        sums += more.view(*features.shape[:2], *more.shape[1:]).repeat_interleave(heads // features.shape[1], 1)
+        sums += torch.bmm(features.flatten(0, 1).mT, repeat(values, features.shape[1])).view_as(sums)
     return sums
 
 
@@ -201,7 +214,6 @@ def next_state(
     k_rows: Rows,
     past: Past | None,
     state: HybridState | None,
-    heads: int,
 ) -> HybridState:
     batch, key_heads, length, width = k.shape
     k_rows = Rows(k_rows.position.expand(batch, -1), k_rows.segment.expand(batch, -1))
@@ -212,7 +224,7 @@ def next_state(
     alive = torch.where(begun, k_rows.segment.gather(1, end.clamp(min=0)), -2)
     last = torch.where(begun, k_rows.position.gather(1, end.clamp(min=0)), -1)
     keep = max(options.span - 1, 0)
-    sums = final_sums(v, phi_k, options, k_rows, past, heads, keep, alive, last)
+    sums = final_sums(v, phi_k, options, k_rows, past, keep, alive, last)
 
     def take(x: Tensor, index: Tensor, real: Tensor) -> Tensor:
         picked = x.gather(2, index.clamp(0, length - 1)[:, None, :, None].expand(-1, key_heads, -1, width))
@@ -240,6 +252,6 @@ def next_state(
         sink_k=sink_k,
         sink_v=sink_v,
         positions=positions,
-        late_phi=sums.new_zeros(batch, heads, 0, phi_k.shape[-1]),
+        late_phi=sums.new_zeros(*phi_k.shape[:2], 0, phi_k.shape[-1]),
         late_v=sums.new_zeros(batch, key_heads, 0, width),
     )

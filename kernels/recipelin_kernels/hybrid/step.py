@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .block import Block, Chunk, Past, repeat
+from .block import Block, Chunk, Past
 from .chunk import HIDDEN, Inputs, absolute_level, dot, floored, fold, forward, weigh
 from .rows import LOG2E, SEPARATE, Options, Rows, branch_weights
-from .state import HybridState, filled, late_most, settled, state_rows
+from .state import HybridState, added, check_heads, filled, late_most, settled, state_rows
 
 
 def is_plain(options: Options, keep: Tensor | None) -> bool:
@@ -36,7 +36,7 @@ def plain_token(
     state: HybridState,
 ) -> tuple[Tensor, HybridState]:
     """`one_token` where `is_plain`: features are computed for the key that leaves the window alone."""
-    dtype, (batch, heads, _, width) = state.sums.dtype, q.shape
+    dtype, (batch, heads, _, width), map_heads = state.sums.dtype, q.shape, state.sums.shape[1]
     ring_k, ring_v = torch.cat((state.ring_k, k.to(state.ring_k)), 2), torch.cat((state.ring_v, v.to(state.ring_v)), 2)
     places = torch.arange(1 - options.window, 1, device=q.device)
     empty = (places + state.positions[:, None] < 0)[:, None, None]  # of the window, where the row is still short
@@ -47,7 +47,7 @@ def plain_token(
     a_value = torch.bmm(fold(a, k.shape[1]), ring_v.flatten(0, 1).to(dtype)).view(batch, heads, 1, width)
 
     fq = phi_q.to(dtype)
-    both = torch.bmm(fq.flatten(0, 1), state.sums.flatten(0, 1)).view(batch, heads, 1, width + 1)
+    both = torch.bmm(fold(fq, map_heads), state.sums.flatten(0, 1)).view(batch, heads, 1, width + 1)
     b_value, b_mass = both[..., :-1], both[..., -1:]
     if state.late_phi.shape[2]:
         b = dot(fq, state.late_phi)
@@ -56,6 +56,7 @@ def plain_token(
     y = _joined(options, mix, log_scale, top / LOG2E, a_value, a_mass, b_value, b_mass).to(q.dtype)
 
     features = phi_k_fn(ring_k[:, :, :1].to(k.dtype)).to(dtype)
+    check_heads(map_heads, features)
     features = features * (state.positions >= options.window - 1)[:, None, None, None]
     late = features if not state.late_phi.shape[2] else torch.cat((state.late_phi, features), 2)
     late_v = torch.cat((state.late_v, ring_v[:, :, :1].to(dtype)), 2)
@@ -125,6 +126,10 @@ def one_token(
     own, k_rows, sink_rows = state_rows(state, own)
     lead, sinks = state.ring_k.shape[2], options.sinks
     past = Past(state.sums, state.sink_k, state.sink_v, phi_k[:, :, :0], sink_rows, lead)
+    group = (
+        q.shape[1] // phi_k.shape[1] if keep is not None and sinks else 1
+    )  # of query heads that differ in their sinks
+    past = past if group == 1 else past.repeated(group)
     block = Block(options, own, k_rows, keep, past, False, 1, 0, dtype, {})
     masks = block.masks(Chunk(0, 0, 1, 0, lead + 1, 0), None)
 
@@ -133,11 +138,10 @@ def one_token(
     fk = phi_k_fn(wanted.to(k.dtype)) if wanted.shape[2] else phi_k[:, :, :0]
     if masks.stop > sinks + lead:
         fk = torch.cat((fk, phi_k.to(fk.dtype)), 2)
-    if keep is not None and sinks and fk.shape[1] < q.shape[1]:
-        fk = fk.repeat_interleave(q.shape[1] // fk.shape[1], 1)
+    fk = fk if group == 1 else fk.repeat_interleave(group, 1)
     numbers = [None if x is None else x.to(dtype) for x in (mix, log_scale)]
     inputs = Inputs(q.to(dtype), all_k, all_v, phi_q.to(dtype), fk.to(dtype), *numbers)
-    before = block.first_state(fk.shape[1])
+    before = block.first_state
     weights = weigh(inputs, before, masks, options)
     y = torch.empty_like(inputs.q)
     forward(weights, inputs, before, masks, options, (y,), spend=True)
@@ -151,7 +155,9 @@ def one_token(
         counts = (k_rows.segment[:, :1] >= 0) & real
         if options.cover == "outside":
             counts = counts & (k_rows.position[:, :1] >= sinks)
-        sums = _add(sums, features.to(dtype) * counts[:, None, :, None], all_v[:, :, sinks : sinks + 1])
+        values = all_v[:, :, sinks : sinks + 1]
+        values = torch.cat((values, torch.ones_like(values[..., :1])), -1)
+        sums = added(sums, features.to(dtype) * counts[:, None, :, None], values)
     goes_on = real[:, :, None, None]
     ring_k, ring_v = (
         torch.where(goes_on, torch.cat((ring, new.to(ring.dtype)), 2)[:, :, 1:], ring)
@@ -161,16 +167,6 @@ def one_token(
     sink_k, sink_v = (torch.where(here, new.to(old.dtype), old) for old, new in ((state.sink_k, k), (state.sink_v, v)))
     moved = {"sums": sums, "ring_k": ring_k, "ring_v": ring_v, "sink_k": sink_k, "sink_v": sink_v}
     return y, replace(whole, **moved, positions=state.positions + real[:, 0])
-
-
-def _add(sums: Tensor, features: Tensor, v: Tensor) -> Tensor:
-    """sums [B,H,F,D+1] and one key more: features [B,h,1,F], v [B,Hkv,1,D]."""
-    heads, group = sums.shape[1], features.shape[1]
-    values = torch.cat((v, torch.ones_like(v[..., :1])), -1)
-    if group < heads:
-        features = features.repeat_interleave(heads // group, 1)
-    product = torch.baddbmm(sums.flatten(0, 1), features.flatten(0, 1).transpose(1, 2), repeat(values, heads))
-    return product.view_as(sums)
 
 
 def _columns(state: HybridState, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -122,17 +122,16 @@ def stepping(
     phi_k_fn: Callable[[Tensor], Tensor],
     options: Options,
     held: Held,
-    maps: int,
     columns: int,
 ) -> StepState:
-    """A state in buffers of their own, of `maps` heads of phi_k, keys in the dtype of k.
+    """A state in buffers of their own, keys in the dtype of k.
 
     Raises ValueError for a state of other options.
     """
     check_lead(state, options)
     state = settled(state)
     seen = state.positions[:, None]
-    batch, heads = state.sums.shape[:2]
+    batch, maps = state.sums.shape[:2]
     tiles = -(-state.ring_k.shape[3] // columns)
     lead = state.ring_k.shape[2]
     place = torch.arange(held.places, device=seen.device)[None]
@@ -151,7 +150,7 @@ def stepping(
         phi_k_fn(rings[0]).float() if held.paired else state.sums.new_zeros(batch, maps, held.fold, state.sums.shape[2])
     )
     last = seen - held.lag
-    sums = state.sums[:, :: heads // maps].float()
+    sums = state.sums.float()
     folded = (seen - lead).clamp(min=0)
     return StepState(
         ring_k=rings[0],
@@ -167,7 +166,7 @@ def stepping(
 
 
 @torch.no_grad()
-def standing(state: StepState | HybridState, phi_k_fn: Callable[[Tensor], Tensor], heads: int) -> HybridState:
+def standing(state: StepState | HybridState, phi_k_fn: Callable[[Tensor], Tensor]) -> HybridState:
     """The same past as a HybridState, whose tensors no call writes into; one that is a HybridState as it is."""
     if isinstance(state, HybridState):
         return state
@@ -191,7 +190,6 @@ def standing(state: StepState | HybridState, phi_k_fn: Callable[[Tensor], Tensor
     maps = phi.shape[1]
     v = _pick(state.ring_v, _place(late, held), counted).float().repeat_interleave(maps // state.ring_v.shape[1], 1)
     sums = torch.cat((state.value + phi.mT @ v, (state.mass[:, :, 0] + phi.sum(2))[..., None]), -1)
-    sums = sums.repeat_interleave(heads // maps, 1)
     return HybridState(
         sums=sums,
         ring_k=ring_k,
@@ -199,6 +197,6 @@ def standing(state: StepState | HybridState, phi_k_fn: Callable[[Tensor], Tensor
         sink_k=sink_k,
         sink_v=sink_v,
         positions=counts[:, 0],
-        late_phi=sums.new_zeros(sums.shape[0], heads, 0, sums.shape[2]),
+        late_phi=sums.new_zeros(*sums.shape[:2], 0, sums.shape[2]),
         late_v=sums.new_zeros(*ring_v.shape[:2], 0, ring_v.shape[3]),
     )
