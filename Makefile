@@ -1,6 +1,7 @@
 # What CI runs is what you type. Needs Python 3.11 or newer, pip and make; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+CLAIMS ?= pocket-claims
 
 .PHONY: help demo test test-gpu gpu-compile gpu-tune check plans tables claims catalogue wheel bench clean
 
@@ -46,8 +47,8 @@ plans: .venv/.run  ## the plan of every recipe
 tables: .venv/.run  ## makes every table anew from results/records and compares it with the committed one
 	$(BIN)/recipelin table results/tables --check
 
-claims: .venv/.run  ## runs every recipe of results/tables/pocket*-claims.yaml that has no Record yet (JOBS=2: two side by side)
-	$(BIN)/python .ci/claims.py --jobs $(or $(JOBS),1)
+claims: .venv/.run  ## runs every recipe of results/tables/pocket-claims.yaml that has no Record yet; CLAIMS=pocket-taylor-claims, JOBS=1
+	$(BIN)/python .ci/claims.py $(CLAIMS:%=results/tables/%.yaml) $(if $(JOBS),--jobs $(JOBS))
 
 catalogue: .venv/.run  ## makes recipes/README.md anew
 	$(BIN)/recipelin list --format markdown > recipes/README.new

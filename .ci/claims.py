@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Runs every recipe that a claims spec names: what is published or finished is left out, what was interrupted goes on.
 
-`make claims`, `make claims JOBS=2`, or `python .ci/claims.py [SPEC...] [--jobs N] [--device D] [--plan] [--dirty]`. It publishes
-nothing; it ends with the commands that do. With several jobs each runs on one thread, its output in a log under the home of runs:
-on two cores two runs side by side are faster than one on two threads.
+`make claims`, `make claims CLAIMS=pocket-taylor-claims JOBS=1`, or `python .ci/claims.py SPEC... [--jobs N] [--device D] [--plan]
+[--dirty]`. It publishes nothing; it ends with the commands that do. With several jobs each runs on one thread, its output in a log
+under the home of runs: on two cores two runs side by side are faster than one on two threads.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from recipelin.naming import default_folder
 from recipelin.plan import Plan, plan
 from recipelin.points import points
 from recipelin.records import Record, RecordError, provenance, read_record
-from recipelin.reuse import home, lineage
+from recipelin.reuse import home, lineage, threads
 from recipelin.states import NamedState
 from recipelin.steps import Evaluate, Tune
 from recipelin.strict_yaml import RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
-SPECS = [ROOT / "results" / "tables" / f"{name}.yaml" for name in ("pocket-claims", "pocket-taylor-claims")]
+MOST_JOBS = 8  # each holds up to a GiB
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 ENDED = "record, items, table, model, logs: "  # how `recipelin run` names the folder of a run that ended
 
@@ -52,8 +52,9 @@ class Todo:
 def main() -> int:
     """0: all are run. 1: one failed. 2: the spec, a recipe or the checkout is not fit. 130: interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("specs", nargs="*", type=Path, default=SPECS, metavar="SPEC")
-    parser.add_argument("--jobs", type=int, default=1, choices=range(1, 65), metavar="N", help="runs side by side")
+    parser.add_argument("specs", nargs="+", type=Path, metavar="SPEC")
+    told = f"runs side by side; left out: one a core, up to {MOST_JOBS}; on a GPU one"
+    parser.add_argument("--jobs", type=int, choices=range(1, 65), metavar="N", help=told)
     parser.add_argument("--device", default="auto", help="as in recipelin run")
     parser.add_argument("--plan", action="store_true", help="only show what would run, and its cost")
     parser.add_argument("--dirty", action="store_true", help="run though nothing of it could be published")
@@ -75,8 +76,15 @@ def main() -> int:
         )
         return 2
     if left:
+        from recipelin.run import RunError, choose_device  # torch, which --plan does without
+
+        try:
+            jobs = jobs_on(choose_device(arguments.device)) if arguments.jobs is None else arguments.jobs
+        except (PlanError, RunError) as error:
+            print(error, file=sys.stderr)
+            return 2
         program = [sys.executable, "-m", "recipelin", "run", "--device", arguments.device]
-        code = carry_out(program, [each.name for each in left], jobs=arguments.jobs, logs=home() / "claims")
+        code = carry_out(program, [each.name for each in left], jobs=jobs, logs=home() / "claims")
         if code:
             return code
     folders = [
@@ -87,6 +95,11 @@ def main() -> int:
     for spec in arguments.specs:
         print(f"then: recipelin table {spec} > {spec.with_suffix('.md')}")
     return 0
+
+
+def jobs_on(device: str) -> int:
+    """A run of a pocket model gains little from a second thread, and several runs on one GPU wait for one another."""
+    return min(threads(), MOST_JOBS) if device == "cpu" else 1
 
 
 def todo(specs: Sequence[Path], runs: Path) -> Iterator[Todo]:

@@ -1,6 +1,7 @@
 """Several recipes in one command, points of a grid by name, and `make claims`: nothing twice, jobs side by side."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +148,24 @@ def test_jobs_run_side_by_side_and_a_failure_is_told(claims, tmp_path, capfd):
 
 
 def test_the_plan_of_claims_costs_nothing(claims, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["claims.py", "--plan"])
+    specs = [str(ROOT / "results" / "tables" / f"{name}.yaml") for name in ("pocket-claims", "pocket-taylor-claims")]
+    monkeypatch.setattr(sys, "argv", ["claims.py", "--plan", *specs])
     assert claims.main() == 0
     assert "runs are left, " in capsys.readouterr().out
+
+
+def test_jobs_side_by_side_are_one_a_core_on_a_cpu(claims, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for cores, jobs in ((1, 1), (2, 2), (64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert claims.jobs_on("cpu") == jobs and claims.jobs_on("cuda") == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert claims.jobs_on("cpu") == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "few")
+    spec = str(ROOT / "results" / "tables" / "pocket-claims.yaml")
+    monkeypatch.setattr(sys, "argv", ["claims.py", spec])
+    monkeypatch.setattr(claims, "carry_out", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr(claims, "todo", lambda *_: [SimpleNamespace(left=True, published=None)])
+    monkeypatch.setattr(claims, "shown", lambda _: [])
+    monkeypatch.setattr(claims, "provenance", lambda _: SimpleNamespace(dirty=False))
+    assert claims.main() == 2
