@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Runs every recipe that a claims spec names: what is published or finished is left out, what was interrupted goes on.
 
-`make claims`, `make claims CLAIMS=pocket-taylor-claims JOBS=1`, or `python .ci/claims.py SPEC... [--jobs N] [--device D] [--plan]
-[--dirty]`. It publishes nothing; it ends with the commands that do. With several jobs each runs on one thread, its output in a log
-under the home of runs: on two cores two runs side by side are faster than one on two threads.
+`make claims`, `make claims CLAIMS=pocket-taylor-claims JOBS=1`, or
+`python .ci/claims.py SPEC... [--jobs N] [--device D] [--plan] [--dirty]`. It publishes nothing; it ends with the commands that
+do. With several jobs each runs on one thread, its output in a log under the home of runs: on two cores two runs side by side are
+faster than one on two threads.
 """
 
 import argparse
