@@ -44,7 +44,7 @@ class Decode:
         own = {"query": self.heads, "key": self.key_heads}[self.maps]
         maps = [HeadFeatureMap(FeatureMap(), h, self.width, seed) for seed, h in enumerate((self.heads, own))]
         mix = torch.full((self.heads,), 0.1)
-        state: HybridState | StepState = self._state(normal, maps[1])
+        state: HybridState | StepState = self._state(normal, *maps)
 
         @torch.no_grad()
         def call() -> object:
@@ -55,11 +55,11 @@ class Decode:
 
         return call
 
-    def _state(self, normal: Callable[..., torch.Tensor], phi_k: HeadFeatureMap) -> HybridState:
+    def _state(self, normal: Callable[..., torch.Tensor], phi_q: HeadFeatureMap, phi_k: HeadFeatureMap) -> HybridState:
         """Made by a prefill of 128 tokens; only the sums' size depends on how many there were."""
         q, k, v = (normal(h, 128, self.width) for h in (self.heads, self.key_heads, self.key_heads))
         _, state = hybrid_attention(
-            q, k, v, phi_k(q), phi_k(k), torch.full((self.heads,), 0.1), window=self.window, output_state=True
+            q, k, v, phi_q(q), phi_k(k), torch.full((self.heads,), 0.1), window=self.window, output_state=True
         )
         return HybridState(**{**vars(state), "positions": torch.full((1,), self.length)})
 
