@@ -47,8 +47,8 @@ plans: .venv/.run  ## the plan of every recipe
 tables: .venv/.run  ## makes every table anew from results/records and compares it with the committed one
 	$(BIN)/recipelin table results/tables --check
 
-claims: .venv/.run  ## runs every recipe of results/tables/pocket-claims.yaml that has no Record yet; CLAIMS=pocket-taylor-claims, JOBS=1
-	$(BIN)/python .ci/claims.py $(CLAIMS:%=results/tables/%.yaml) $(if $(JOBS),--jobs $(JOBS))
+claims: .venv/.run  ## runs every recipe of results/tables/pocket-claims.yaml that has no Record yet; CLAIMS=pocket-taylor-claims, JOBS=1; AGAIN=1: those that have one too
+	$(BIN)/python .ci/claims.py $(CLAIMS:%=results/tables/%.yaml) $(if $(JOBS),--jobs $(JOBS)) $(if $(AGAIN),--again)
 
 catalogue: .venv/.run  ## makes recipes/README.md anew
 	$(BIN)/recipelin list --format markdown > recipes/README.new

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Runs every recipe that a claims spec names: what is published or finished is left out, what was interrupted goes on.
 
-`make claims`, `make claims CLAIMS=pocket-taylor-claims JOBS=1`, or
-`python .ci/claims.py SPEC... [--jobs N] [--device D] [--plan] [--dirty]`. It publishes nothing; it ends with the commands that
-do. With several jobs each runs on one thread, its output in a log under the home of runs: on two cores two runs side by side are
-faster than one on two threads.
+`make claims`, `make claims CLAIMS=pocket-taylor-claims JOBS=1`, `make claims AGAIN=1`, or
+`python .ci/claims.py SPEC... [--jobs N] [--device D] [--plan] [--again] [--dirty]`. It publishes nothing; it ends with the
+commands that do. With several jobs each runs on one thread, its output in a log under the home of runs: on two cores two runs
+side by side are faster than one on two threads.
 """
 
 import argparse
@@ -58,10 +58,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, choices=range(1, 65), metavar="N", help=told)
     parser.add_argument("--device", default="auto", help="as in recipelin run")
     parser.add_argument("--plan", action="store_true", help="only show what would run, and its cost")
+    parser.add_argument(
+        "--again", action="store_true", help="also what is published; what the home of runs holds stays"
+    )
     parser.add_argument("--dirty", action="store_true", help="run though nothing of it could be published")
     arguments = parser.parse_args()
     try:
-        every = list(todo(arguments.specs, home()))
+        every = list(todo(arguments.specs, home(), again=arguments.again))
     except (RecipeError, PlanError, RecordError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -100,11 +103,12 @@ def main() -> int:
 
 def jobs_on(device: str) -> int:
     """A run of a pocket model gains little from a second thread, and several runs on one GPU wait for one another."""
-    return min(threads(), MOST_JOBS) if device == "cpu" else 1
+    return min(threads(), MOST_JOBS) if device.partition(":")[0] == "cpu" else 1
 
 
-def todo(specs: Sequence[Path], runs: Path) -> Iterator[Todo]:
-    """Every point of every recipe, once, in order. A Record counts if it is finished, clean and of the present plan."""
+def todo(specs: Sequence[Path], runs: Path, *, again: bool = False) -> Iterator[Todo]:
+    """Every point of every recipe, once, in order. A Record counts if it is finished, clean and of the present plan; `again`: a
+    published one does not."""
 
     def fits(record: Record, planned: Plan) -> bool:
         return record.status == "finished" and record.dirty is False and record.plan_hash == planned.hash
@@ -121,7 +125,9 @@ def todo(specs: Sequence[Path], runs: Path) -> Iterator[Todo]:
             known = (p for p in sorted(records.glob(f"{folder}--*.json")) if fits(read_record(p), planned))
             run = runs / folder
             finished = run if (run / "record.json").is_file() and fits(read_record(run), planned) else None
-            yield Todo(planned.name, point.recipe.model.teacher, planned, next(known, None), finished)
+            yield Todo(
+                planned.name, point.recipe.model.teacher, planned, None if again else next(known, None), finished
+            )
 
 
 def shown(every: Sequence[Todo]) -> Iterator[str]:

@@ -36,11 +36,11 @@ def claims():
     del sys.modules["ci_claims"]
 
 
-def runs_of(claims, folder, *recipes):
+def runs_of(claims, folder, *recipes, **options):
     """What `make claims` finds for a spec that names these recipes, with records/ and runs/ in `folder`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(claims, "check_claims", lambda spec: SimpleNamespace(recipes=recipes))
-        return list(claims.todo([folder / "tables" / "mine.yaml"], folder / "runs"))
+        return list(claims.todo([folder / "tables" / "mine.yaml"], folder / "runs", **options))
 
 
 def test_a_point_of_a_grid_has_a_name(tmp_path, monkeypatch):
@@ -96,6 +96,8 @@ def test_what_is_published_or_finished_is_not_run_again(claims, tmp_path, monkey
     assert [t.name for t in found] == [p.name for p in planned]
     assert [bool(t.published) for t in found] == [True, False, False, False]
     assert [bool(t.finished) for t in found] == [False, True, False, False]
+    anew = runs_of(claims, tmp_path, "./mine", again=True)
+    assert [t.left for t in anew] == [True, False, True, True]
     lines = list(claims.shown(found))
     assert (
         lines[0].endswith("abcd.json")
@@ -165,7 +167,7 @@ def test_jobs_side_by_side_are_one_a_core_on_a_cpu(claims, monkeypatch):
     spec = str(ROOT / "results" / "tables" / "pocket-claims.yaml")
     monkeypatch.setattr(sys, "argv", ["claims.py", spec])
     monkeypatch.setattr(claims, "carry_out", lambda *_, **__: pytest.fail("ran"))
-    monkeypatch.setattr(claims, "todo", lambda *_: [SimpleNamespace(left=True, published=None)])
+    monkeypatch.setattr(claims, "todo", lambda *_, **__: [SimpleNamespace(left=True, published=None)])
     monkeypatch.setattr(claims, "shown", lambda _: [])
     monkeypatch.setattr(claims, "provenance", lambda _: SimpleNamespace(dirty=False))
     assert claims.main() == 2

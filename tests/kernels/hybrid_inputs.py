@@ -62,6 +62,11 @@ class Inputs:
         """phi_k_fn: keys [B,Hkv,n,D] -> features [B,H or Hkv,n,F]."""
         return (k.repeat_interleave(self.map.shape[0] // k.shape[1], 1) @ self.map).softmax(-1)
 
+    def each(self, k: Tensor) -> Tensor:
+        """The same for each query head: [B,H,n,F]."""
+        found = self.features(k)
+        return found.repeat_interleave(self.q.shape[1] // found.shape[1], 1)
+
     def like(self, dtype: torch.dtype, device: str = "cpu") -> "Inputs":
         """The same numbers, rounded to dtype."""
         made = object.__new__(Inputs)

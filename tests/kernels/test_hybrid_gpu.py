@@ -95,6 +95,19 @@ def test_goes_on_from_a_state(join):
         assert float((y - whole[:, :, cut:]).abs().max()) < 2e-6
 
 
+def test_goes_on_from_a_state_with_windows_dropped_and_features_of_key_heads():
+    """Whether a sink is linear depends on the query head then: the state's heads are repeated."""
+    x = Inputs((4, 2), 40, 1, per_key_head=True).like(torch.float32, DEVICE)
+    keep = torch.tensor([[True, False, False, True]], device=DEVICE)
+    options = dict(window=6, sinks=3, window_keep=keep, on_drop="linear_outside")
+    whole = attend(x.like(torch.float64, DEVICE), kernel="reference", **options)
+    _, state = hybrid_attention(*x.cut(0, 20), x.mix, kernel="chunked", output_state=True, **options)
+    assert state.sums.shape[1] == 2
+    for kernel in ("gpu", "chunked"):
+        y = hybrid_attention(*x.cut(20, 40), x.mix, state=state, phi_k_fn=x.features, kernel=kernel, **options)
+        assert float((y - whole[:, :, 20:]).abs().max()) < 2e-6
+
+
 MADE = {
     "shared, sinks": dict(sinks=3),
     "replace, phi_k of key heads, left padding": dict(join="replace", kind="left", per_key_head=True, batch=2),

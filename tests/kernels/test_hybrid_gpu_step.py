@@ -107,13 +107,14 @@ def test_equals_the_definition_and_its_state_the_chunked_ones(name):
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_state_of_other_feature_heads_is_refused(moved):
-    x, other = (Inputs((2, 1), 8, 1, per_key_head).like(torch.float32, DEVICE) for per_key_head in (False, True))
+    x, other = (Inputs((4, 2), 8, 1, per_key_head).like(torch.float32, DEVICE) for per_key_head in (False, True))
     _, state = hybrid_attention(*x.cut(0, 5), x.mix, window=3, output_state=True, kernel="chunked")
     if moved:
         state = decode(x, state, 5, 6, window=3)[1]
     q, k, v, phi_q, _ = x.cut(6, 7)
-    with pytest.raises(ValueError, match="sums the features of 2 heads, phi_k has 1"):
-        hybrid_attention_step(q, k, v, phi_q, other.features, x.mix, state, kernel="gpu", window=3)
+    for kernel in ("gpu", "chunked", "auto"):
+        with pytest.raises(ValueError, match="sums the features of 4 heads, phi_k has 2"):
+            hybrid_attention_step(q, k, v, phi_q, other.features, x.mix, state, kernel=kernel, window=3)
 
 
 def same(state: HybridState, exact: Inputs, stop: int, **options):

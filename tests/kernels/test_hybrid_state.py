@@ -164,7 +164,12 @@ def test_a_reach_that_cannot_bind_costs_nothing():
 
 @pytest.mark.parametrize("options", STATE_OPTIONS, **NAMES)
 def test_one_token_at_once_equals_the_chunked_form(options):
-    for per_key_head, ablate in ((False, None), (True, {"window": "output"}), (False, {"linear": "mass"})):
+    for per_key_head, ablate in (
+        (False, None),
+        (True, None),
+        (True, {"window": "output"}),
+        (False, {"linear": "mass"}),
+    ):
         x = Inputs(length=24, per_key_head=per_key_head)
         keep = torch.rand(2, 6, generator=torch.Generator().manual_seed(1)) > 0.5 if ablate is None else None
         mask = torch.ones(2, 24, dtype=torch.bool)
@@ -173,6 +178,9 @@ def test_one_token_at_once_equals_the_chunked_form(options):
         common = dict(options, log_scale=x.log_scale, ablate=ablate, window_keep=keep, on_drop="linear_outside")
         _, state = hybrid_attention(*x.cut(0, 15), x.mix, key_mask=mask[:, :15], output_state=True, **common)
         other = state
+        _, beside = hybrid_attention(
+            *x.cut(0, 15)[:4], x.each(x.k[:, :, :15]), x.mix, key_mask=mask[:, :15], output_state=True, **common
+        )
         for t in range(15, 24):
             q, k, v, phi_q, phi_k = x.cut(t, t + 1)
             now = {**common, "key_mask": mask[:, t : t + 1]}
@@ -191,6 +199,9 @@ def test_one_token_at_once_equals_the_chunked_form(options):
                 **now,
             )
             assert (y - slow).abs().max() < EXACT
+            if per_key_head and keep is not None:  # beside a state of query heads, all of whose features are given
+                expected, beside = hybrid_attention_step(q, k, v, phi_q, x.each, x.mix, beside, **now)
+                assert (y - expected).abs().max() < EXACT
         assert state.positions.tolist() == [7, 22]
         assert state.sums.shape[1] == x.phi_k.shape[1]  # heads of phi_k: a state G times smaller for those of key heads
         for a, b in zip(vars(settled(state)).values(), vars(other).values(), strict=True):
@@ -212,7 +223,7 @@ def test_late_keys_count_before_they_are_in_the_sums(join, per_key_head, monkeyp
         y, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
         assert (y - whole[:, :, t : t + 1]).abs().max() < EXACT
         held.add(state.late_phi.shape[2])
-        assert plain <= state.bytes < plain + DIM * 8 * 2 * (6 * FEATURES + 2 * DIM)
+        assert plain <= state.bytes < plain + DIM * 8 * 2 * (x.phi_k.shape[1] * FEATURES + 2 * DIM)
         if t % 19 == 0:
             rest = dict(options, phi_k_fn=x.features, state=state.select(torch.tensor([1, 0])))
             part = hybrid_attention(*(c.flip(0) for c in x.cut(t + 1, 75)), x.mix, **rest)

@@ -126,9 +126,8 @@ def one_token(
     own, k_rows, sink_rows = state_rows(state, own)
     lead, sinks = state.ring_k.shape[2], options.sinks
     past = Past(state.sums, state.sink_k, state.sink_v, phi_k[:, :, :0], sink_rows, lead)
-    group = (
-        q.shape[1] // phi_k.shape[1] if keep is not None and sinks else 1
-    )  # of query heads that differ in their sinks
+    # Whether a sink is linear depends on the query head where windows are dropped.
+    group = q.shape[1] // phi_k.shape[1] if keep is not None and sinks else 1
     past = past if group == 1 else past.repeated(group)
     block = Block(options, own, k_rows, keep, past, False, 1, 0, dtype, {})
     masks = block.masks(Chunk(0, 0, 1, 0, lead + 1, 0), None)

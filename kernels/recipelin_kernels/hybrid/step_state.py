@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .rows import Options
-from .state import HybridState, check_lead, settled
+from .state import HybridState, check_heads, check_lead, settled
 
 FOLD = 16  # keys that enter the sums at once: sqrt(2 D) for D = 128, see gpu_step.py
 
@@ -186,6 +186,7 @@ def standing(state: StepState | HybridState, phi_k_fn: Callable[[Tensor], Tensor
     phi = _pick(state.ring_phi, _place(late, held) if held.paired else late % held.fold, counted)
     if not held.paired:  # the newest of them has no features yet
         now = phi_k_fn(state.leaving).float()
+        check_heads(state.value.shape[1], now)
         phi = torch.where(((late == seen - held.lag) & counted)[:, None, :, None], now, phi)
     maps = phi.shape[1]
     v = _pick(state.ring_v, _place(late, held), counted).float().repeat_interleave(maps // state.ring_v.shape[1], 1)
