@@ -116,18 +116,22 @@ def settled(state: HybridState) -> HybridState:
     """The state with its late keys in the sums."""
     if not state.late_phi.shape[2]:
         return state
-    values = torch.cat((state.late_v, torch.ones_like(state.late_v[..., :1])), -1)
     return replace(
         state,
-        sums=added(state.sums, state.late_phi, values),
+        sums=added(state.sums, state.late_phi, state.late_v),
         late_phi=state.late_phi[:, :, :0],
         late_v=state.late_v[:, :, :0],
     )
 
 
-def added(sums: Tensor, features: Tensor, values: Tensor) -> Tensor:
-    """sums [B,p,F,D+1] and keys more: features [B,p,n,F], values and a 1 [B,Hkv,n,D+1]."""
-    product = torch.baddbmm(sums.flatten(0, 1), features.flatten(0, 1).mT, repeat(values, sums.shape[1]))
+def _and_one(v: Tensor) -> Tensor:
+    """[v, 1]: what the sums hold of a key."""
+    return torch.cat((v, torch.ones_like(v[..., :1])), -1)
+
+
+def added(sums: Tensor, features: Tensor, v: Tensor) -> Tensor:
+    """sums [B,p,F,D+1] and keys more: features [B,p,n,F], v [B,Hkv,n,D]."""
+    product = torch.baddbmm(sums.flatten(0, 1), features.flatten(0, 1).mT, repeat(_and_one(v), sums.shape[1]))
     return product.view_as(sums)
 
 
@@ -201,7 +205,7 @@ def final_sums(
     for start in range(0, v.shape[2], chunk):
         cut = slice(start, start + chunk)
         features = (phi_k[:, :, cut] * counted[:, None, cut, None]).to(dtype)
-        values = torch.cat((v[:, :, cut], torch.ones_like(v[:, :, cut, :1])), -1).to(dtype)
+        values = _and_one(v[:, :, cut]).to(dtype)
         sums += torch.bmm(features.flatten(0, 1).mT, repeat(values, features.shape[1])).view_as(sums)
     return sums
 

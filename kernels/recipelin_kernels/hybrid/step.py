@@ -154,9 +154,7 @@ def one_token(
         counts = (k_rows.segment[:, :1] >= 0) & real
         if options.cover == "outside":
             counts = counts & (k_rows.position[:, :1] >= sinks)
-        values = all_v[:, :, sinks : sinks + 1]
-        values = torch.cat((values, torch.ones_like(values[..., :1])), -1)
-        sums = added(sums, features.to(dtype) * counts[:, None, :, None], values)
+        sums = added(sums, features.to(dtype) * counts[:, None, :, None], all_v[:, :, sinks : sinks + 1])
     goes_on = real[:, :, None, None]
     ring_k, ring_v = (
         torch.where(goes_on, torch.cat((ring, new.to(ring.dtype)), 2)[:, :, 1:], ring)
