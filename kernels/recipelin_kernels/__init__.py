@@ -1,5 +1,6 @@
 """Operators of recipelin: each a plain reference beside its fast form. Knows nothing of recipelin itself."""
 
+from .autocast import without_autocast
 from .gated_delta import gated_delta_rule, resolve_gated_delta_kernel
 from .hybrid import (
     Components,
@@ -29,4 +30,5 @@ __all__ = [
     "resolve_kernel",
     "teacher_attention",
     "weight_transfer_loss",
+    "without_autocast",
 ]

@@ -1,7 +1,7 @@
 """One more token of hybrid attention against softmax attention over a cache of all keys."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ class Decode:
         _, state = hybrid_attention(
             q, k, v, phi_q(q), phi_k(k), torch.full((self.heads,), 0.1), window=self.window, output_state=True
         )
-        return HybridState(**{**vars(state), "positions": torch.full((1,), self.length)})
+        return replace(state, positions=torch.full((1,), self.length))
 
 
 def long_rows(quick: bool) -> Mapping[str, float]:

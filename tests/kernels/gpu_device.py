@@ -1,8 +1,5 @@
 """Where the Triton kernels' tests run: in Triton's interpreter on a CPU, or, by `make test-gpu`, on a CUDA device."""
 
-import warnings
-from contextlib import contextmanager
-
 import pytest
 import torch
 
@@ -26,17 +23,3 @@ CANCELLED = 100.0 if GPU else 1e-2
 
 def on_device(options):
     return {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
-
-
-@contextmanager
-def empty_is_nan():
-    """What torch.empty returns is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is not deterministic on a GPU
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            assert torch.empty(3, device=DEVICE).isnan().all()
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])

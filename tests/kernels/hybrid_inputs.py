@@ -1,5 +1,8 @@
 """Random inputs, padding and comparisons for the tests of hybrid attention, in float64 where exactness is the point."""
 
+import warnings
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -146,3 +149,17 @@ def padding(kind: str, batch: int, length: int) -> dict[str, Tensor]:
     elif gap:
         mask[0, -gap:] = False
     return {"key_mask": mask}
+
+
+@contextmanager
+def empty_is_nan(device="cpu"):
+    """What torch.empty returns is full of NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is not deterministic on a GPU
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            assert torch.empty(3, device=device).isnan().all()
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -11,8 +11,8 @@ from recipelin_kernels import hybrid_attention, hybrid_attention_step
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 from recipelin_kernels.hybrid.gpu_step import StepBlocks
 from recipelin_kernels.hybrid.step_state import standing
-from tests.kernels.gpu_device import COARSE, DEVICE, empty_is_nan, on_device
-from tests.kernels.hybrid_inputs import Inputs, assert_same, attend, padding, with_gradients
+from tests.kernels.gpu_device import COARSE, DEVICE, on_device
+from tests.kernels.hybrid_inputs import Inputs, assert_same, attend, empty_is_nan, padding, with_gradients
 from tests.kernels.test_hybrid_gpu import compare
 from tests.kernels.test_hybrid_gpu_step import close, decode, same
 
@@ -100,7 +100,7 @@ def test_features_of_queries_are_made_where_they_are_used(dim, columns, length, 
     expected = attend(exact, kernel="reference", **options)
     asked = dict(options, phi_k_fn=x.maps[1], kernel="gpu")
     unmade = replace(x.maps[0], make=None)
-    with empty_is_nan():
+    with empty_is_nan(DEVICE):
         found = [hybrid_attention(x.q, x.k, x.v, unmade, None, x.mix, **asked) for _ in range(3)]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     close(found[0], expected, COARSE[torch.bfloat16])

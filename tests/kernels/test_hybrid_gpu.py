@@ -12,8 +12,8 @@ import torch
 from recipelin_kernels import hybrid_attention, resolve_kernel
 from recipelin_kernels.hybrid import gpu_support
 from tests.conftest import GPU
-from tests.kernels.gpu_device import CANCELLED, DEVICE, FP32, empty_is_nan, on_device
-from tests.kernels.hybrid_inputs import Inputs, assert_same, attend, padding, with_gradients
+from tests.kernels.gpu_device import CANCELLED, DEVICE, FP32, on_device
+from tests.kernels.hybrid_inputs import Inputs, assert_same, attend, empty_is_nan, padding, with_gradients
 
 pytestmark = pytest.mark.usefixtures("language_patched_once")
 
@@ -28,7 +28,7 @@ def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32):
     if real is not None:
         for name in ("q", "k", "v", "phi_q", "phi_k"):
             getattr(coarse, name).masked_fill_(~real[:, None, :, None], torch.nan)
-    with empty_is_nan():
+    with empty_is_nan(DEVICE):
         found = with_gradients(coarse, real, kernel="gpu", **options)
     assert all(bool(t.isfinite().all()) for t in found)
     assert_same(found, expected, tolerance, cancelled=CANCELLED)
@@ -128,7 +128,7 @@ def test_features_of_queries_are_made_where_they_are_used(name):
         for z in (x.q, x.k, x.v):
             z.masked_fill_(~options["key_mask"][:, None, :, None], torch.nan)
     unmade = replace(x.maps[0], make=None)  # not by its maker
-    with empty_is_nan():
+    with empty_is_nan(DEVICE):
         found = hybrid_attention(x.q, x.k, x.v, unmade, None, x.mix, phi_k_fn=x.maps[1], kernel="gpu", **options)
     if options.get("components"):
         (found, parts), (expected, others) = found, expected

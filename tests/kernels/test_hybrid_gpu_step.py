@@ -14,8 +14,8 @@ from recipelin.swap import forms, swap, switch
 from recipelin_kernels import HybridState, hybrid_attention, hybrid_attention_step
 from recipelin_kernels.hybrid.state import settled
 from recipelin_kernels.hybrid.step_state import StepState, standing
-from tests.kernels.gpu_device import DEVICE, FP32, empty_is_nan, on_device
-from tests.kernels.hybrid_inputs import Inputs
+from tests.kernels.gpu_device import DEVICE, FP32, on_device
+from tests.kernels.hybrid_inputs import Inputs, empty_is_nan
 
 pytestmark = pytest.mark.usefixtures("language_patched_once")
 
@@ -92,8 +92,8 @@ def test_equals_the_definition_and_its_state_the_chunked_ones(name):
     expected = hybrid_attention(*exact.cut(0, stop), exact.mix, kernel="reference", **options)
     _, state = hybrid_attention(*x.cut(0, start or 1), x.mix, output_state=True, kernel="chunked", **options)
     if not start:
-        state = HybridState(**{n: torch.zeros_like(t) for n, t in vars(state).items()})
-    begun = {n: t.clone() for n, t in vars(state).items()}
+        state = HybridState(**{n: torch.zeros_like(t) for n, t in state.tensors.items()})
+    begun = {n: t.clone() for n, t in state.tensors.items()}
     y, moved = decode(x, state, start, start + 1, **options)
     assert poison(moved)
     if x.maps:  # by the kernel, and by nothing else
@@ -101,7 +101,9 @@ def test_equals_the_definition_and_its_state_the_chunked_ones(name):
         x.features = x.maps[1]
     more, moved = decode(x, moved, start + 1, stop, **options)
     close(torch.cat((y, more), 2), expected[:, :, start:])
-    assert all(torch.equal(t, begun[n]) for n, t in vars(state).items()), "the state that was given is not written into"
+    assert all(torch.equal(t, begun[n]) for n, t in state.tensors.items()), (
+        "the state that was given is not written into"
+    )
     same(standing(moved, x.like(torch.float32, DEVICE).features), exact, stop, **options)
 
 
@@ -120,7 +122,7 @@ def test_a_state_of_other_feature_heads_is_refused(moved):
 def same(state: HybridState, exact: Inputs, stop: int, **options):
     """A state against the one that a call over all of the row leaves."""
     whole = settled(hybrid_attention(*exact.cut(0, stop), exact.mix, output_state=True, kernel="chunked", **options)[1])
-    for name, other in vars(whole).items():
+    for name, other in whole.tensors.items():
         one = getattr(state, name)
         assert one.shape == other.shape
         if one.numel():
@@ -204,7 +206,7 @@ def test_the_standard_map_is_the_forms(dim, width, heads, length, clamp):
         each.weight.data.mul_(9.0)  # so that some features are clamped
     found = []
     for each, one in ((made, x.clone()), (plain.double(), x.double())):
-        with empty_is_nan(), torch.autocast(DEVICE, torch.bfloat16, enabled=each is made):
+        with empty_is_nan(DEVICE), torch.autocast(DEVICE, torch.bfloat16, enabled=each is made):
             phi = each(one.requires_grad_())
             towards = (
                 torch.cos(torch.arange(phi.numel(), dtype=torch.float64, device=DEVICE)).view_as(phi).to(phi.dtype)

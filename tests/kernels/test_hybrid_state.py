@@ -1,15 +1,14 @@
 """Hybrid attention that goes on from a state: prefill in parts, one token at once, padding, the teacher's reach."""
 
-import dataclasses
 import itertools
 
 import pytest
 import torch
 
-from recipelin_kernels import HybridState, empty_state, hybrid_attention, hybrid_attention_step
+from recipelin_kernels import empty_state, hybrid_attention, hybrid_attention_step
 from recipelin_kernels.hybrid import state as states
 from recipelin_kernels.hybrid.state import settled
-from tests.kernels.hybrid_inputs import COVERS, DIM, EXACT, FEATURES, JOINS, Inputs, attend
+from tests.kernels.hybrid_inputs import COVERS, DIM, EXACT, FEATURES, JOINS, Inputs, attend, empty_is_nan
 
 # states
 
@@ -60,9 +59,9 @@ def test_prefill_in_parts_and_steps_equal_the_parallel_form(options):
         assert (torch.cat(parts, 2) - expected).abs().max() < EXACT
         _, whole = hybrid_attention(*x.cut(0, 29), x.mix, output_state=True, **options)
         state = settled(state)
-        for field in dataclasses.fields(HybridState):
-            one, other = getattr(state, field.name), getattr(whole, field.name)
-            assert one.shape == other.shape and (one - other).abs().max() < EXACT if one.numel() else True, field.name
+        for name, one in state.tensors.items():
+            other = whole.tensors[name]
+            assert one.shape == other.shape and (one - other).abs().max() < EXACT if one.numel() else True, name
 
 
 @pytest.mark.parametrize("options", [o for o in STATE_OPTIONS if o["window"] >= 4], **NAMES)
@@ -95,9 +94,9 @@ def test_decoding_from_nothing_and_a_state_that_does_not_grow(shape, reach, ring
     found, sizes = [], set()
     for t in range(29):
         q, k, v, phi_q, _ = x.cut(t, t + 1)
-        before = [t.clone() for t in vars(state).values()]
+        before = {n: t.clone() for n, t in state.tensors.items()}
         y, following = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
-        assert all(torch.equal(a, b) for a, b in zip(before, vars(state).values(), strict=True))
+        assert all(torch.equal(t, state.tensors[n]) for n, t in before.items())
         state = following
         found.append(y)
         sizes.add(state.bytes)
@@ -204,7 +203,7 @@ def test_one_token_at_once_equals_the_chunked_form(options):
                 assert (y - expected).abs().max() < EXACT
         assert state.positions.tolist() == [7, 22]
         assert state.sums.shape[1] == x.phi_k.shape[1]  # heads of phi_k: a state G times smaller for those of key heads
-        for a, b in zip(vars(settled(state)).values(), vars(other).values(), strict=True):
+        for a, b in zip(settled(state).tensors.values(), other.tensors.values(), strict=True):
             assert a.shape == b.shape and torch.allclose(a, b, atol=EXACT, rtol=0)
 
 
@@ -223,9 +222,41 @@ def test_late_keys_count_before_they_are_in_the_sums(join, per_key_head, monkeyp
         y, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
         assert (y - whole[:, :, t : t + 1]).abs().max() < EXACT
         held.add(state.late_phi.shape[2])
-        assert plain <= state.bytes < plain + DIM * 8 * 2 * (x.phi_k.shape[1] * FEATURES + 2 * DIM)
+        # a place in the room for each token until then: features of each head, key and value of each of two
+        assert plain <= state.bytes <= plain + DIM * 8 * 2 * (x.phi_k.shape[1] * FEATURES + 2 * 2 * DIM)
         if t % 19 == 0:
             rest = dict(options, phi_k_fn=x.features, state=state.select(torch.tensor([1, 0])))
             part = hybrid_attention(*(c.flip(0) for c in x.cut(t + 1, 75)), x.mix, **rest)
             assert (part.flip(0) - whole[:, :, t + 1 :]).abs().max() < EXACT
     assert held == (set(range(DIM)) if join != "replace" else {0})
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_a_state_from_which_decoding_goes_on_twice_stays_as_it_was(window, monkeypatch):
+    """States share the buffers that their keys are put into: each branch is what it is alone, in any order, with no place read
+    before it is written.
+    """
+    monkeypatch.setattr(states, "LATE_SHARE", 2)
+    x = Inputs(length=40)
+    options = dict(window=window, join="absolute", log_scale=x.log_scale)
+    order = {branch: [*range(12), *(t + branch for t in range(12, 24))] for branch in (0, 7, 14)}
+    with empty_is_nan():
+        state = hybrid_attention(*x.cut(0, 3), x.mix, output_state=True, **options)[1]
+        held = {}
+        for t in range(3, 12):
+            q, k, v, phi_q, _ = x.cut(t, t + 1)
+            _, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
+            held[t] = {n: tensor.clone() for n, tensor in state.tensors.items()}, state
+        found = {branch: (state, []) for branch in order}
+        for at in range(12, 24):  # the branches take turns
+            for branch, tokens in order.items():
+                q, k, v, phi_q, _ = x.cut(tokens[at], tokens[at] + 1)
+                was, parts = found[branch]
+                y, now = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, was, **options)
+                found[branch] = now, [*parts, y]
+    for branch, tokens in order.items():
+        q, k, v, phi_q, phi_k = (tensor[:, :, tokens] for tensor in x.cut(0, 40))
+        expected = hybrid_attention(q, k, v, phi_q, phi_k, x.mix, **options)[:, :, 12:]
+        assert (torch.cat(found[branch][1], 2) - expected).abs().max() < EXACT, branch
+    for before, was in held.values():
+        assert all(torch.equal(tensor, was.tensors[n]) for n, tensor in before.items())

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from recipelin_kernels import teacher_attention, weight_transfer_loss
 from recipelin_kernels.hybrid import gpu_support
-from tests.kernels.gpu_device import CANCELLED, DEVICE, FP32, empty_is_nan, on_device
-from tests.kernels.hybrid_inputs import Inputs, assert_same, padding
+from tests.kernels.gpu_device import CANCELLED, DEVICE, FP32, on_device
+from tests.kernels.hybrid_inputs import Inputs, assert_same, empty_is_nan, padding
 
 pytestmark = pytest.mark.usefixtures("language_patched_once")
 
@@ -45,7 +45,7 @@ def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32):
         for name in ("q", "k", "phi_q", "phi_k"):
             getattr(coarse, name).masked_fill_(padded[..., None], torch.nan)
     coarse.q, coarse.phi_k = coarse.q.transpose(1, 2).contiguous().transpose(1, 2), coarse.phi_k.mT.contiguous().mT
-    with empty_is_nan():
+    with empty_is_nan(DEVICE):
         found = loss_and_gradients(coarse, lse, kernel="gpu", **options)
     assert_close(found, expected, tolerance)
 

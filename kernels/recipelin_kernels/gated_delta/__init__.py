@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from ..hybrid.rows import one_of
 from .chunked import gated_delta_chunked
 from .reference import gated_delta_reference
@@ -82,7 +83,7 @@ def gated_delta_rule(
         o, last = _fla(q, k, v, g, beta, scale, begins, state)
     else:
         q, k, v, g, beta, state = (x.to(exact) for x in (q, k, v, g, beta, state))
-        with torch.autocast(v.device.type, enabled=False):  # it would take the products in half precision
+        with without_autocast(v.device):
             if ran == "reference":
                 none = torch.zeros(batch, length, dtype=torch.bool, device=v.device)
                 o, last = gated_delta_reference(q, k, v, g, beta, scale, none if begins is None else begins, state)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..autocast import without_autocast
+
 EXP_FLOOR = -85.0  # exp of less is below 1.2e-37, and subnormal inputs make exp six times slower on a CPU
 # Tokens of a chunk: on a CPU 16 and 64 were slower for heads of 64 and 128; on a GPU fla's, not measured here.
 CHUNK = {"cpu": 32, "cuda": 64}
@@ -152,7 +154,7 @@ class _Chunked(torch.autograd.Function):
         q, k, v, g, beta, before, begins = ctx.saved_tensors
         grads = tuple(torch.empty_like(x) for x in (q, k, v, g, beta))
         for at, state in reversed(list(zip(_spans(q), before, strict=True))):
-            with torch.autocast(q.device.type, enabled=False):  # as in the forward pass
+            with without_autocast(q.device):  # as in the forward pass
                 scaled, cut = q[:, at] * ctx.scale, _cut(begins, at)
                 d_q, *found, d_state = _backward(
                     scaled, k[:, at], v[:, at], g[:, at], beta[:, at], state, cut, d_o[:, at], d_state

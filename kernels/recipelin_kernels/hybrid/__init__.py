@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..autocast import ignores_autocast
 from . import gpu_support
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
@@ -73,6 +74,7 @@ def resolve_kernel(
     return kernel
 
 
+@ignores_autocast
 def hybrid_attention(
     q: Tensor,
     k: Tensor,
@@ -123,7 +125,7 @@ def hybrid_attention(
     q [B,H,T,D]; k, v [B,Hkv,T,D], query head h reads key head h // (H / Hkv); phi_q [B,H,T,F]; phi_k [B,H or Hkv,T,F];
     mix, log_scale [H]; key_mask [B,T] bool, True for real tokens, which must be one run (padding left or right);
     segment_ids [B,T]: window, sinks and linear set begin anew where it changes. Positions count from the first real
-    token. Any float dtype; `chunked` computes in fp32 (fp64 for fp64). window 0 is an empty window.
+    token. Any float dtype; `chunked` computes in fp32 (fp64 for fp64); autocast changes nothing. window 0 is an empty window.
 
     ablate {branch: "mass" | "output"}: the branch leaves numerator and denominator, or the numerator alone (in `average`
     its weight stays). `window` means its keys that are no sinks, `sinks` those that are not in the window; keys that are

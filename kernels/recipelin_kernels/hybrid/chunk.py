@@ -92,14 +92,29 @@ def weigh(x: Inputs, state: State | None, masks: Masks, o: Options) -> Weights:
     a_mass = a.sum(-1, keepdim=True)
 
     b = dot(x.fq, x.fk)
-    if o.join == "replace":
-        window_mass = (b * masks.soft).sum(-1, keepdim=True)
+    window_mass = (b * masks.soft).sum(-1, keepdim=True) if o.join == "replace" else None
     b *= masks.linear
     b_mass = b.sum(-1, keepdim=True)
     if state is not None:
         held = (fold(x.fq, x.fk.shape[1]) * state.mass.flatten(0, 1)[:, None]).sum(-1).view(batch, heads, rows, 1)
         b_mass += held if masks.sees_state is None else held * masks.sees_state
 
+    a_factor, b_factor, den, live = factors(o, x.mix, x.log_scale, top, a_mass, b_mass, window_mass)
+    return Weights(a, b, a_mass, b_mass, a_factor, b_factor, den.masked_fill(den == 0, torch.inf), live)
+
+
+def factors(
+    o: Options,
+    mix: Tensor | None,
+    log_scale: Tensor | None,
+    top: Tensor,
+    a_mass: Tensor,
+    b_mass: Tensor,
+    window_mass: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """a_factor, b_factor, den and live of `Weights`, den 0 where the row is empty; top: the row maximum in base 2; window_mass:
+    of `replace`, M.
+    """
     b_factor = None
     if o.join in SEPARATE:
         a_weight, b_weight = branch_weights(o.join, a_mass, b_mass)
@@ -107,15 +122,16 @@ def weigh(x: Inputs, state: State | None, masks: Masks, o: Options) -> Weights:
         a_factor, b_factor = (
             w / x.masked_fill(w == 0, torch.inf) for w, x in ((a_weight, a_mass), (b_weight, linear_den))
         )
-        return Weights(a, b, a_mass, b_mass, a_factor, b_factor, torch.ones_like(a_mass), live)
+        return a_factor, b_factor, torch.ones_like(a_mass), live
     if o.join == "shared":
-        assert x.mix is not None
-        a_factor = x.mix[:, None, None]
+        assert mix is not None
+        a_factor = mix[:, None, None]
     elif o.join == "replace":
+        assert window_mass is not None
         a_factor = window_mass / a_mass.masked_fill(a_mass == 0, torch.inf)
     else:
-        assert x.log_scale is not None
-        c = x.log_scale[:, None, None]
+        assert log_scale is not None
+        c = log_scale[:, None, None]
         top = top / LOG2E
         level = absolute_level(top, a_mass, b_mass, c)
         a_factor, b_factor = (top - level).clamp(max=0.0).exp(), (c - level).clamp(max=-LOG_TINY).exp()
@@ -123,7 +139,7 @@ def weigh(x: Inputs, state: State | None, masks: Masks, o: Options) -> Weights:
     live = None
     if o.signed:
         den, live = floored(den)
-    return Weights(a, b, a_mass, b_mass, a_factor, b_factor, den.masked_fill(den == 0, torch.inf), live)
+    return a_factor, b_factor, den, live
 
 
 def floored(den: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import without_autocast
 from .block import Block, Chunk, Past, spread
 from .chunk import Gradients, Inputs, Masks, State, Weights, backward, forward, weigh
 from .rows import Options, Rows
@@ -158,7 +159,7 @@ class _Hybrid(torch.autograd.Function):
             own, query, keys, maps = cut
             pick = {"q": query, "fq": query, "k": keys, "v": keys, "fk": maps}
             mine = {n: grad[own, pick[n]] if n in pick else grad[query] for n, grad in grads.items()}
-            with torch.autocast(dy.device.type, enabled=False):  # as in the forward pass
+            with without_autocast(dy.device):  # as in the forward pass
                 _block_backward(block, _part(x, cut), kept, mine, y[own, query], dy[own, query], wants)
         return None, *(grads.get(n) for n in NAMES)
 
@@ -253,10 +254,9 @@ def hybrid_attention_chunked(
     whole = Block(options, q_rows, k_rows, window_keep, past, plain, chunk, first_query, dtype, {})
     tensors = [None if x is None else x.to(dtype).contiguous() for x in (q, k, v, phi_q, phi_k, mix, log_scale)]
     call = _Call(whole, components)
-    with torch.autocast(q.device.type, enabled=False):  # it would take the products in half precision
-        # Inside a Function `needs_input_grad` is true under no_grad too: ask here.
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-            found = list(_Hybrid.apply(call, *tensors))
-        else:
-            found = _forward(call, Inputs(*tensors))  # type: ignore[arg-type]
+    # Inside a Function `needs_input_grad` is true under no_grad too: ask here.
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        found = list(_Hybrid.apply(call, *tensors))
+    else:
+        found = _forward(call, Inputs(*tensors))  # type: ignore[arg-type]
     return [x.to(given) for x in found]

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..autocast import without_autocast
 from .gpu_call import Compiled, cdiv, power
 from .gpu_parts import head, softmax_of
 
@@ -95,7 +96,7 @@ class _Features(torch.autograd.Function):
         )  # fmt: skip
         by_head = weight.float().unflatten(0, (-1, shape.group))
         d_x = d_weight = None
-        with torch.autocast(x.device.type, enabled=False):  # as in the forward pass
+        with without_autocast(x.device):  # as in the forward pass
             if ctx.needs_input_grad[0]:
                 d_x = torch.einsum("bhgtf,hgdf->bhtd", du, by_head).to(x.dtype)
             if ctx.needs_input_grad[1]:

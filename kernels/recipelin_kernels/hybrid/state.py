@@ -1,15 +1,16 @@
 """The state of hybrid attention between calls: made, gone on from, and moved on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from .block import Past, repeat
+from .room import Room
 from .rows import Options, Rows, span_of
 
-LATE_SHARE = 16
+LATE_SHARE = 8
 
 
 def late_most(width: int) -> int:
@@ -25,8 +26,9 @@ class HybridState:
     for fp64 inputs); zeros under `reach`. ring_k, ring_v [B,Hkv,n,D]: the last keys and values after RoPE, the newest last;
     unused places are zeros. n is window - 1, terraced 2 window - 1, with `reach` and a linear branch reach - 1.
     sink_k, sink_v [B,Hkv,sinks,D]: the first keys of the row. positions [B]: real tokens seen.
-    late_phi [B,p,m,F], late_v [B,Hkv,m,D]: features and values of keys that have left the ring and are not yet in
-    the sums, m < D / 16: the sums are most of the bytes, and so are mostly read; late keys add an eighth of them at most.
+    late_phi [B,p,m,F], late_v [B,Hkv,m,D]: features (as the sums) and values (as the ring) of keys that have left the ring and
+    are not yet in the sums, m < D / 8: the sums are most of the bytes, and so are mostly read; late keys add an eighth of
+    them at most. room: the buffers in which ring and late keys lie while tokens come one by one.
     """
 
     sums: Tensor
@@ -37,19 +39,26 @@ class HybridState:
     positions: Tensor
     late_phi: Tensor
     late_v: Tensor
+    room: Room | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
 
     @property
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in vars(self).values())
+        in_room = () if self.room is None else ("ring_k", "ring_v", "late_phi", "late_v")
+        own = sum(x.numel() * x.element_size() for n, x in self.tensors.items() if n not in in_room)
+        return own if self.room is None else own + self.room.bytes
 
     @property
     def batch(self) -> int:
         return self.sums.shape[0]
 
     def select(self, index: Tensor) -> "HybridState":
-        """The rows of a batch that `index` names (beam search)."""
+        """The rows of a batch that `index` names (beam search), in tensors of their own."""
         index = index.to(self.sums.device)
-        return HybridState(**{n: x.index_select(0, index) for n, x in vars(self).items()})
+        return replace(self, room=None, **{n: x.index_select(0, index) for n, x in self.tensors.items()})
 
 
 def empty_state(
@@ -81,7 +90,7 @@ def empty_state(
         sink_v=like.new_zeros(batch, key_heads, sinks, width),
         positions=torch.zeros(batch, dtype=torch.long, device=like.device),
         late_phi=like.new_zeros(batch, map_heads, 0, features, dtype=exact),
-        late_v=like.new_zeros(batch, key_heads, 0, width, dtype=exact),
+        late_v=like.new_zeros(batch, key_heads, 0, width),
     )
 
 
@@ -118,9 +127,10 @@ def settled(state: HybridState) -> HybridState:
         return state
     return replace(
         state,
-        sums=added(state.sums, state.late_phi, state.late_v),
+        sums=added(state.sums, state.late_phi, state.late_v.to(state.sums)),
         late_phi=state.late_phi[:, :, :0],
         late_v=state.late_v[:, :, :0],
+        room=None,
     )
 
 
@@ -257,5 +267,5 @@ def next_state(
         sink_v=sink_v,
         positions=positions,
         late_phi=sums.new_zeros(*phi_k.shape[:2], 0, phi_k.shape[-1]),
-        late_v=sums.new_zeros(batch, key_heads, 0, width),
+        late_v=v.new_zeros(batch, key_heads, 0, width),
     )

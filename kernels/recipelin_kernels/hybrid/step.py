@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .block import Block, Chunk, Past
-from .chunk import HIDDEN, Inputs, absolute_level, dot, floored, fold, forward, weigh
-from .rows import LOG2E, SEPARATE, Options, Rows, branch_weights
+from .chunk import HIDDEN, Inputs, dot, factors, fold, forward, weigh
+from .room import room_for
+from .rows import LOG2E, Options, Rows
 from .state import HybridState, added, check_heads, filled, late_most, settled, state_rows
 
 
@@ -37,66 +38,55 @@ def plain_token(
 ) -> tuple[Tensor, HybridState]:
     """`one_token` where `is_plain`: features are computed for the key that leaves the window alone."""
     dtype, (batch, heads, _, width), map_heads = state.sums.dtype, q.shape, state.sums.shape[1]
-    ring_k, ring_v = torch.cat((state.ring_k, k.to(state.ring_k)), 2), torch.cat((state.ring_v, v.to(state.ring_v)), 2)
-    places = torch.arange(1 - options.window, 1, device=q.device)
-    empty = (places + state.positions[:, None] < 0)[:, None, None]  # of the window, where the row is still short
-    a = dot(q.to(dtype) * (options.scale * LOG2E), ring_k.to(dtype)).masked_fill_(empty, HIDDEN)
+    if state.room is None or state.room.used != state.late_phi.shape[2]:
+        state = settled(state)
+        state = replace(state, room=room_for(state.ring_k, state.ring_v, state.sums, state.positions, late_most(width)))
+    room = state.room
+    assert room is not None
+    late, ring = room.used, options.window - 1
+    newest = late + ring
+    room.k.narrow(2, newest, 1).copy_(k)
+    room.v.narrow(2, newest, 1).copy_(v)
+    window_k = room.k.narrow(2, late, ring + 1)
+
+    a = dot(q.to(dtype) * (options.scale * LOG2E), window_k.to(dtype))
+    if not room.full:  # of some row the window is still short
+        places = torch.arange(-ring, 1, device=q.device)
+        a.masked_fill_((places + state.positions[:, None] < 0)[:, None, None], HIDDEN)
     top = a.amax(-1, keepdim=True)
     a.sub_(top).exp2_()
     a_mass = a.sum(-1, keepdim=True)
-    a_value = torch.bmm(fold(a, k.shape[1]), ring_v.flatten(0, 1).to(dtype)).view(batch, heads, 1, width)
-
     fq = phi_q.to(dtype)
-    both = torch.bmm(fold(fq, map_heads), state.sums.flatten(0, 1)).view(batch, heads, 1, width + 1)
-    b_value, b_mass = both[..., :-1], both[..., -1:]
-    if state.late_phi.shape[2]:
+    held = torch.bmm(fold(fq, map_heads), state.sums.flatten(0, 1)).view(batch, heads, 1, width + 1)
+    b_mass = held[..., -1:]
+    if late:
         b = dot(fq, state.late_phi)
         b_mass = b_mass + b.sum(-1, keepdim=True)
-        b_value = b_value + torch.bmm(fold(b, k.shape[1]), state.late_v.flatten(0, 1)).view_as(b_value)
-    y = _joined(options, mix, log_scale, top / LOG2E, a_value, a_mass, b_value, b_mass).to(q.dtype)
+    mix, log_scale = (None if x is None else x.to(dtype) for x in (mix, log_scale))
+    a_factor, b_factor, den, _ = factors(options, mix, log_scale, top, a_mass, b_mass)
+    weights = a.mul_(a_factor)
+    if late:
+        weights = torch.cat((b if b_factor is None else b.mul_(b_factor), weights), -1)
+    values = room.v.narrow(2, 0, newest + 1)
+    y = torch.bmm(fold(weights, k.shape[1]), values.flatten(0, 1).to(dtype)).view(batch, heads, 1, width)
+    past = held[..., :-1]
+    y.add_(past if b_factor is None else past * b_factor).div_(den)
 
-    features = phi_k_fn(ring_k[:, :, :1].to(k.dtype)).to(dtype)
+    features = phi_k_fn(window_k.narrow(2, 0, 1).to(k.dtype))
     check_heads(map_heads, features)
-    features = features * (state.positions >= options.window - 1)[:, None, None, None]
-    late = features if not state.late_phi.shape[2] else torch.cat((state.late_phi, features), 2)
-    late_v = torch.cat((state.late_v, ring_v[:, :, :1].to(dtype)), 2)
+    room.phi.narrow(2, late, 1).copy_(features)
+    if not room.full:
+        room.phi.narrow(2, late, 1).mul_((state.positions >= ring)[:, None, None, None])
+    room.used += 1
     moved = replace(
         state,
-        ring_k=ring_k[:, :, 1:],
-        ring_v=ring_v[:, :, 1:],
+        ring_k=room.k.narrow(2, late + 1, ring),
+        ring_v=room.v.narrow(2, late + 1, ring),
         positions=state.positions + 1,
-        late_phi=late,
-        late_v=late_v,
+        late_phi=room.phi.narrow(2, 0, late + 1),
+        late_v=room.v.narrow(2, 0, late + 1),
     )
-    return y, settled(moved) if late.shape[2] >= late_most(width) else moved
-
-
-def _joined(
-    o: Options,
-    mix: Tensor | None,
-    log_scale: Tensor | None,
-    top: Tensor,
-    a_value: Tensor,
-    a_mass: Tensor,
-    b_value: Tensor,
-    b_mass: Tensor,
-) -> Tensor:
-    """y from both branches' unnormalised values [B,H,1,D] and masses [B,H,1,1]; every row has its own key in its window."""
-    if o.join in SEPARATE:
-        a_weight, b_weight = branch_weights(o.join, a_mass, b_mass)
-        size = floored(b_mass)[0] if o.signed else b_mass
-        return a_weight / a_mass * a_value + b_weight / size.masked_fill(b_weight == 0, torch.inf) * b_value
-    if o.join == "absolute":
-        assert log_scale is not None
-        c = log_scale.to(a_mass.dtype)[:, None, None]
-        level = absolute_level(top, a_mass, b_mass, c)
-        a_factor, b_factor = (top - level).clamp(max=0.0).exp(), (c - level).clamp(max=69.0).exp()
-        numerator, den = a_factor * a_value + b_factor * b_value, a_factor * a_mass + b_factor * b_mass
-    else:
-        assert mix is not None
-        g = mix.to(a_mass.dtype)[:, None, None]
-        numerator, den = g * a_value + b_value, g * a_mass + b_mass
-    return numerator / (floored(den)[0] if o.signed else den)
+    return y.to(q.dtype), settled(moved) if late + 1 == room.left else moved
 
 
 @torch.no_grad()
@@ -162,8 +152,8 @@ def one_token(
     )
     here = (torch.arange(sinks, device=k.device) == state.positions[:, None])[:, None, :, None] & goes_on
     sink_k, sink_v = (torch.where(here, new.to(old.dtype), old) for old, new in ((state.sink_k, k), (state.sink_v, v)))
-    moved = {"sums": sums, "ring_k": ring_k, "ring_v": ring_v, "sink_k": sink_k, "sink_v": sink_v}
-    return y, replace(whole, **moved, positions=state.positions + real[:, 0])
+    moved = replace(whole, sums=sums, ring_k=ring_k, ring_v=ring_v, sink_k=sink_k, sink_v=sink_v)
+    return y, replace(moved, positions=state.positions + real[:, 0])
 
 
 def _columns(state: HybridState, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -199,5 +199,5 @@ def standing(state: StepState | HybridState, phi_k_fn: Callable[[Tensor], Tensor
         sink_v=sink_v,
         positions=counts[:, 0],
         late_phi=sums.new_zeros(*sums.shape[:2], 0, sums.shape[2]),
-        late_v=sums.new_zeros(*ring_v.shape[:2], 0, ring_v.shape[3]),
+        late_v=ring_v.new_zeros(*ring_v.shape[:2], 0, ring_v.shape[3]),
     )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recipelin_kernels import SoftmaxMap, resolve_kernel
+from recipelin_kernels import SoftmaxMap, resolve_kernel, without_autocast
 
 from .config import FeatureMap
 
@@ -74,14 +74,18 @@ class HeadFeatureMap(nn.Module):
         x = x.to(exact)
         batch, h, length, width = x.shape
         group = self.heads // h
-        with torch.autocast(x.device.type, enabled=False):  # autocast would take the product in bf16
+        with without_autocast(x.device):
             if self.config.name == "fixed":
                 u = x[:, :, None].expand(-1, -1, group, -1, -1).reshape(batch, self.heads, length, width)
             else:
-                weight = self.weight.to(exact).view(h, group, width, -1)
-                # einsum copies the weights, which for one token is most of the time
-                u = x[:, :, None] @ weight if batch * length == 1 else torch.einsum("bhtd,hgdf->bhgtf", x, weight)
-                u = u.reshape(batch, self.heads, length, -1)
+                weight = self.weight.to(exact)
+                if length == 1:  # einsum copies the weights, which for one token is most of the time
+                    each = x.squeeze(2).transpose(0, 1)
+                    each = each if group == 1 else each.repeat_interleave(group, 0)
+                    u = torch.bmm(each, weight).transpose(0, 1).unsqueeze(2)
+                else:
+                    u = torch.einsum("bhtd,hgdf->bhgtf", x, weight.view(h, group, width, -1))
+                    u = u.reshape(batch, self.heads, length, -1)
                 if self.config.bias != "none":
                     u = u + self.bias.to(exact)[:, None]
             phi = self._activate(u)
@@ -94,7 +98,8 @@ class HeadFeatureMap(nn.Module):
     def _activate(self, u: Tensor) -> Tensor:
         one_sign = self.config.name == "t2r" or self.config.features == "as_lolcats"
         if self.config.activation == "softmax":
-            return _BothSoftmax.apply(u, self.config.clamp)
+            learns = torch.is_grad_enabled() and u.requires_grad
+            return _BothSoftmax.apply(u, self.config.clamp) if learns else _both(u, self.config.clamp).flatten(-2)
         both = u if one_sign else torch.cat((u, -u), -1)
         match self.config.activation:
             case "exp":
@@ -117,9 +122,7 @@ class _BothSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, least: float) -> Tensor:
-        both = u.new_empty(*u.shape[:-1], 2, u.shape[-1])
-        for part, out in zip(_few(u), _few(both), strict=True):
-            torch.softmax(torch.stack((part, -part), -2), -1, out=out).clamp_(min=least)
+        both = _both(u, least)
         ctx.save_for_backward(both)
         ctx.least = least
         return both.flatten(-2)
@@ -133,6 +136,16 @@ class _BothSoftmax(torch.autograd.Function):
             inner = torch.ops.aten._softmax_backward_data(passed, b, -1, b.dtype)
             torch.sub(inner[..., 0, :], inner[..., 1, :], out=out)
         return found, None
+
+
+def _both(u: Tensor, least: float) -> Tensor:
+    """u [B,H,T,C] -> softmax of u and of -u [B,H,T,2,C], clamped below."""
+    if u.shape[2] == 1:
+        return torch.softmax(torch.stack((u, -u), -2), -1).clamp_(min=least)
+    both = u.new_empty(*u.shape[:-1], 2, u.shape[-1])
+    for part, out in zip(_few(u), _few(both), strict=True):
+        torch.softmax(torch.stack((part, -part), -2), -1, out=out).clamp_(min=least)
+    return both
 
 
 def _few(x: Tensor) -> tuple[Tensor, ...]:
