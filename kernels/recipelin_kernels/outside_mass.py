@@ -39,7 +39,7 @@ def outside_mass(
         cover="outside",
         join="shared",
         max_gradient="through",
-        ablate={},
+        ablate=frozenset(),
         scale=width**-0.5 if scale is None else scale,
         on_drop="linear_outside",
         signed=False,

@@ -85,12 +85,13 @@ def tensors(call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return x, masks
 
 
-def compare(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype) -> None:
+def compare(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype, cancelled: float = 1e-2) -> None:
+    """cancelled: the size of terms that may leave nothing but their rounding."""
     largest = max(float(e.norm()) for e in expected[1:])
     for one, other in zip(found, expected, strict=True):
         assert torch.isfinite(one).all()
         # A gradient that is nothing but rounding is measured by the largest one.
-        assert float((one.double() - other).norm()) <= TOLERANCE[dtype] * max(float(other.norm()), 0.05 * largest, 1e-2)
+        assert float((one.double() - other).norm()) <= TOLERANCE[dtype] * max(float(other.norm()), 0.05 * largest, cancelled)
 
 
 def attended(x: dict[str, Tensor], options, kernel: str, dtype: torch.dtype) -> list[Tensor]:
@@ -111,7 +112,9 @@ def test_hybrid_attention_is_its_definition(call):
     exact = {n: t.double() for n, t in x.items()}
     dtype = call["dtype"]
     found = attended(x, options, "auto", dtype)
-    compare(found, attended(exact, options, "reference", dtype), dtype)
+    # Of a row of one key mix has no gradient: a head's difference of two products over the width.
+    cancelled = max(1e-2, 2e-3 * call["width"] * call["heads"] ** 0.5)
+    compare(found, attended(exact, options, "reference", dtype), dtype, cancelled)
     assert all(
         torch.equal(a, b) for a, b in zip(found, attended(x, options, "auto", dtype), strict=True)
     )  # repeats to the bit

@@ -175,7 +175,7 @@ def hybrid_attention(
         cover=cover,
         join=join,
         max_gradient=max_gradient,
-        ablate=dict(ablate or {}),
+        ablate=frozenset((ablate or {}).items()),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         on_drop=on_drop,
         signed=signed,

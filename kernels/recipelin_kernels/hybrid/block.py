@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .chunk import HIDDEN, Inputs, Masks, State
-from .rows import Options, Rows, softmax_set, visible
+from .rows import Options, Rows, rows, softmax_set, visible
+
+MOST_KEPT = 64 * 512  # numbers of a mask that is kept from call to call
 
 
 @dataclass(frozen=True)
@@ -128,21 +131,27 @@ class Block:
 
     def masks(self, chunk: Chunk, sinks: tuple[Tensor, Rows] | None) -> Masks:
         """Columns are the sinks of the state, those before the span, and the span."""
+        if not self.plain or self.keep is not None:
+            return self._masks(chunk, sinks)
         o = self.options
         phase = chunk.q0 % o.window if o.shape == "terraced" and o.window else 0
         key = (chunk.q1 - chunk.q0, chunk.k1 - chunk.k0, min(chunk.k0, o.sinks), phase)
-        if self.plain and self.keep is None and key in self.known:
-            return self.known[key]
+        if key not in self.known:
+            few = key[0] * key[1] <= MOST_KEPT
+            self.known[key] = (
+                _plain_masks(o, self.dtype, self.q_rows.position.device, *key) if few else self._masks(chunk, sinks)
+            )
+        return self.known[key]
+
+    def _masks(self, chunk: Chunk, sinks: tuple[Tensor, Rows] | None) -> Masks:
+        o = self.options
         parts = [self.k_rows.columns(chunk.k0, chunk.k1)]
         if sinks is not None:
             parts.insert(0, sinks[1])
         if self.past is not None and o.sinks:
             parts.insert(0, self.past.sink_rows)
         k = Rows(*(torch.cat([getattr(p, n) for p in parts], 1) for n in ("position", "segment")))
-        made = self.masks_of(self.q_rows.columns(chunk.q0, chunk.q1), k, chunk)
-        if self.plain and self.keep is None:
-            self.known[key] = made
-        return made
+        return self.masks_of(self.q_rows.columns(chunk.q0, chunk.q1), k, chunk)
 
     def masks_of(self, q: Rows, k: Rows, chunk: Chunk) -> Masks:
         o = self.options
@@ -266,13 +275,29 @@ class Block:
                 found = torch.baddbmm(
                     d_state.mass.flatten(0, 1)[:, None], repeat(v, fk.shape[1]), value.transpose(1, 2)
                 ).view_as(fk)
-                grads["fk"][:, :, part] += found if counts is None else found * counts
+                grads["fk"][:, :, part].add_(found if counts is None else found * counts)
             if "v" in wants:
                 found = torch.bmm((fk if counts is None else fk * counts).flatten(0, 1), value)
-                grads["v"][:, :, part] += found.view(*v.shape[:2], -1, *v.shape[2:]).sum(2)
+                grads["v"][:, :, part].add_(found.view(*v.shape[:2], -1, *v.shape[2:]).sum(2))
         if carried is None:
             return d_state
         return State(d_state.value * carried[..., None], d_state.mass * carried)
+
+
+@lru_cache(maxsize=64)
+def _plain_masks(
+    options: Options, dtype: torch.dtype, device: torch.device, queries: int, keys: int, sinks: int, phase: int
+) -> Masks:
+    """`Block.masks` of a plain chunk, made at the earliest place where they are the same; nobody writes into them.
+
+    sinks: how many lie before its keys; phase: of its first query in the terraced window.
+    """
+    first = sinks + keys - queries
+    later = (phase - first) % options.window if options.shape == "terraced" and options.window else 0
+    chunk = Chunk(first + later, first + later, sinks + later + keys, sinks + later, sinks + later + keys, 0)
+    own = rows(1, chunk.q1, device, None, None)
+    block = Block(options, own, own, None, None, True, queries, 0, dtype, {})
+    return block._masks(chunk, block.sinks(chunk))
 
 
 def _join(parts: list[Tensor]) -> Tensor:

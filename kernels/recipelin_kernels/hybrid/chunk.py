@@ -216,7 +216,7 @@ def numerator(w: Weights, masks: Masks, o: Options, *, spend: bool = False) -> T
     if masks.shown is not None:
         weights *= masks.shown
     if o.shown("linear") and masks.stop > masks.first:
-        weights[..., masks.first : masks.stop] += w.b if w.b_factor is None else w.b * w.b_factor
+        weights[..., masks.first : masks.stop].add_(w.b if w.b_factor is None else w.b * w.b_factor)
     return weights
 
 

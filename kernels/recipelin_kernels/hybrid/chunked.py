@@ -219,7 +219,7 @@ def _collect(
             continue
         first, stop = (masks.first, masks.stop) if name == "fk" else (0, columns)
         grad = grad.view(*target.shape[:2], stop - first, target.shape[3])
-        target[:, :, chunk.k0 : chunk.k0 + stop - extra] += grad[:, :, extra - first :]
+        target[:, :, chunk.k0 : chunk.k0 + stop - extra].add_(grad[:, :, extra - first :])
         if sinks is not None and first == 0:
             index = spread(sinks[0], target)
             target.scatter_add_(2, index, grad[:, :, extra - index.shape[2] : extra])

@@ -1,7 +1,6 @@
 """What both implementations of hybrid attention share: checked options, positions, and who may see whom."""
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +85,7 @@ class Options:
     cover: str
     join: str
     max_gradient: str
-    ablate: Mapping[str, str]
+    ablate: frozenset[tuple[str, str]]  # (branch, how)
     scale: float
     on_drop: str
     signed: bool
@@ -106,11 +105,11 @@ class Options:
 
     def has(self, branch: str) -> bool:
         """Whether a branch is part of the row's mass."""
-        return self.ablate.get(branch) != "mass"
+        return (branch, "mass") not in self.ablate
 
     def shown(self, branch: str) -> bool:
         """Whether a branch is part of the numerator."""
-        return branch not in self.ablate
+        return self.has(branch) and (branch, "output") not in self.ablate
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def _options(
         cover=cover,
         join=join,
         max_gradient="through",
-        ablate={},
+        ablate=frozenset(),
         scale=width**-0.5 if scale is None else scale,
         on_drop="linear_outside",
         signed=signed,

@@ -131,7 +131,7 @@ def student(
         scale = torch.where(mass > 0, (unit - most).exp(), 0.0)
         x.mul_(scale)
     for (s, _), e in zip(soft.parts, soft.e, strict=True):
-        x[..., s] += weight * e
+        x[..., s].add_(weight * e)
     if options.join not in SEPARATE:
         mass = x.sum(-1, keepdim=True)
         total = divisor(mass, options.signed)
@@ -221,7 +221,7 @@ def weight_transfer_chunked(
             clamped = a < LEAST if bool(a.amin() < LEAST) else None
             if clamped is not None:
                 a.clamp_(min=LEAST)
-            total[tile] -= _products(p, a.log2()) / LOG2E
+            total[tile].sub_(_products(p, a.log2()) / LOG2E)
             if not grads:
                 continue
             if clamped is not None:
@@ -245,7 +245,7 @@ def weight_transfer_chunked(
                     g[..., s].masked_fill_(m, 0.0)
                 if options.join == "replace":
                     for s, m in parts:
-                        g[..., s] += torch.where(m, shared, 0.0)
+                        g[..., s].add_(torch.where(m, shared, 0.0))
             g[..., shut].masked_fill_(closed, 0.0)
             g = g.view(here * each, -1, stop)
             factor = (inverse if scale is None else inverse * scale).reshape(here * each, -1, 1)

@@ -54,7 +54,7 @@ def _options(options: Options, target: str, length: int) -> Options:
     elif options.join in SEPARATE:
         options = replace(options, join="average")  # of both, 1/2 (softmax + linear weights)
     reach = None if options.reach is not None and options.reach >= length else options.reach
-    return replace(options, reach=reach, ablate={"linear": "output"})
+    return replace(options, reach=reach, ablate=frozenset({("linear", "output")}))
 
 
 def _bounds(options: Options, teacher_window: int | None, length: int) -> Bounds:
