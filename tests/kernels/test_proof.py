@@ -91,7 +91,9 @@ def compare(found: list[Tensor], expected: list[Tensor], dtype: torch.dtype, can
     for one, other in zip(found, expected, strict=True):
         assert torch.isfinite(one).all()
         # A gradient that is nothing but rounding is measured by the largest one.
-        assert float((one.double() - other).norm()) <= TOLERANCE[dtype] * max(float(other.norm()), 0.05 * largest, cancelled)
+        assert float((one.double() - other).norm()) <= TOLERANCE[dtype] * max(
+            float(other.norm()), 0.05 * largest, cancelled
+        )
 
 
 def attended(x: dict[str, Tensor], options, kernel: str, dtype: torch.dtype) -> list[Tensor]:

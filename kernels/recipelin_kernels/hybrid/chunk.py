@@ -67,55 +67,57 @@ def dot(x: Tensor, keys: Tensor) -> Tensor:
     return folded.view(*x.shape[:3], keys.shape[2])
 
 
+class Sums(NamedTuple):
+    """Of each query [B,H,C,1]: the largest score in base 2, and the masses of both sides."""
+
+    top: Tensor
+    a_mass: Tensor
+    b_mass: Tensor
+
+
 @dataclass
 class Weights:
     """Unnormalised weights of a chunk: a on the softmax set, b on the linear set; y = (A a v + B b v) / den."""
 
     a: Tensor
     b: Tensor
-    a_mass: Tensor
-    b_mass: Tensor
+    sums: Sums
     a_factor: Tensor
     b_factor: Tensor | None  # None: 1
     den: Tensor  # inf where the row is empty, so that everything divided by it is 0
     live: Tensor | None  # 0 where a signed denominator is held at its floor; None: all live
 
 
-def weigh(x: Inputs, state: State | None, masks: Masks, o: Options) -> Weights:
-    """The weights of one chunk and the masses of both sides, [B,H,C,1] each."""
-    batch, heads, rows, _ = x.q.shape
+def weigh(x: Inputs, state: State | None, masks: Masks, o: Options, sums: Sums | None = None) -> Weights:
+    """The weights of one chunk; `sums`: those of the same chunk, found before."""
     # Base 2: on a CPU exp2 takes a third of the time of exp, also of large negative numbers, whose power is exactly 0.
     a = dot(x.q * (o.scale * LOG2E), x.k)
     a += masks.bias
-    top = a.amax(-1, keepdim=True).clamp_(min=0.1 * HIDDEN)
+    top = a.amax(-1, keepdim=True).clamp_(min=0.1 * HIDDEN) if sums is None else sums.top
     a.sub_(top).exp2_()
-    a_mass = a.sum(-1, keepdim=True)
-
     b = dot(x.fq, x.fk)
     window_mass = (b * masks.soft).sum(-1, keepdim=True) if o.join == "replace" else None
     b *= masks.linear
-    b_mass = b.sum(-1, keepdim=True)
-    if state is not None:
-        held = (fold(x.fq, x.fk.shape[1]) * state.mass.flatten(0, 1)[:, None]).sum(-1).view(batch, heads, rows, 1)
-        b_mass += held if masks.sees_state is None else held * masks.sees_state
+    if sums is None:
+        b_mass = b.sum(-1, keepdim=True)
+        if state is not None:
+            held = (fold(x.fq, x.fk.shape[1]) * state.mass.flatten(0, 1)[:, None]).sum(-1).view(b_mass.shape)
+            b_mass += held if masks.sees_state is None else held * masks.sees_state
+        sums = Sums(top, a.sum(-1, keepdim=True), b_mass)
 
-    a_factor, b_factor, den, live = factors(o, x.mix, x.log_scale, top, a_mass, b_mass, window_mass)
-    return Weights(a, b, a_mass, b_mass, a_factor, b_factor, den.masked_fill(den == 0, torch.inf), live)
+    a_factor, b_factor, den, live = factors(o, x.mix, x.log_scale, sums, window_mass)
+    return Weights(a, b, sums, a_factor, b_factor, den.masked_fill(den == 0, torch.inf), live)
 
 
 def factors(
     o: Options,
     mix: Tensor | None,
     log_scale: Tensor | None,
-    top: Tensor,
-    a_mass: Tensor,
-    b_mass: Tensor,
+    sums: Sums,
     window_mass: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """a_factor, b_factor, den and live of `Weights`, den 0 where the row is empty; top: the row maximum in base 2; window_mass:
-    of `replace`, M.
-    """
-    b_factor = None
+    """a_factor, b_factor, den and live of `Weights`, den 0 where the row is empty; window_mass: of `replace`, M."""
+    (top, a_mass, b_mass), b_factor = sums, None
     if o.join in SEPARATE:
         a_weight, b_weight = branch_weights(o.join, a_mass, b_mass)
         linear_den, live = floored(b_mass) if o.signed else (b_mass, None)
@@ -197,17 +199,17 @@ def forward(
 def _parts(w: Weights, a_value: Tensor, b_value: Tensor | None, o: Options, into: Sequence[Tensor]) -> None:
     """Writes each branch normalised by itself, and the linear share."""
     window, linear, share = into
-    torch.div(a_value, w.a_mass.masked_fill(w.a_mass == 0, torch.inf), out=window)
+    torch.div(a_value, w.sums.a_mass.masked_fill(w.sums.a_mass == 0, torch.inf), out=window)
     if b_value is None:
         linear.zero_()
     else:
-        linear_den = floored(w.b_mass)[0] if o.signed else w.b_mass
+        linear_den = floored(w.sums.b_mass)[0] if o.signed else w.sums.b_mass
         torch.div(b_value, linear_den.masked_fill(linear_den == 0, torch.inf), out=linear)
     if o.join in SEPARATE:
-        a_weight, b_weight = branch_weights(o.join, w.a_mass, w.b_mass)
+        a_weight, b_weight = branch_weights(o.join, w.sums.a_mass, w.sums.b_mass)
         torch.div(b_weight, (a_weight + b_weight).clamp_(min=0.5), out=share[..., None])
     else:
-        torch.div(w.b_mass if w.b_factor is None else w.b_factor * w.b_mass, w.den, out=share[..., None])
+        torch.div(w.sums.b_mass if w.b_factor is None else w.b_factor * w.sums.b_mass, w.den, out=share[..., None])
 
 
 def numerator(w: Weights, masks: Masks, o: Options, *, spend: bool = False) -> Tensor:
@@ -242,9 +244,12 @@ def backward(
     o: Options,
     y: Tensor,
     dy: Tensor,
+    d_state: State | None,
     wants: frozenset[str],
 ) -> Gradients:
-    """Gradients of one chunk from its weights, its output y and dy [B,H,C,D]; `wants` names inputs, and "state"."""
+    """Gradients of one chunk from its weights, its output y and dy [B,H,C,D]; `wants` names inputs, and "state": that of later
+    chunks is `d_state`, which is spent.
+    """
     batch, heads, rows, _ = x.q.shape
     key_heads, map_heads = x.k.shape[1], x.fk.shape[1]
     first, stop = masks.first, masks.stop
@@ -263,18 +268,18 @@ def backward(
     if scores or alone:
         da = dx if masks.shown is None else dx * masks.shown
     if alone:
-        p = w.a / w.a_mass.masked_fill(w.a_mass == 0, torch.inf)
+        p = w.a / w.sums.a_mass.masked_fill(w.sums.a_mass == 0, torch.inf)
         mean = (p * da).sum(-1, keepdim=True)
     if o.join in SEPARATE:
         # Of the linear side's own denominator: what of dn y is not the softmax side's.
-        b_weight = branch_weights(o.join, w.a_mass, w.b_mass)[1]
-        d_den += w.a_factor * w.a_mass * mean
+        b_weight = branch_weights(o.join, w.sums.a_mass, w.sums.b_mass)[1]
+        d_den += w.a_factor * w.sums.a_mass * mean
         d_den /= b_weight.masked_fill(b_weight == 0, torch.inf)
         if not o.shown("linear"):
             d_den.zero_()
     if w.live is not None:
         d_den *= w.live
-    db = dx[..., first - begin : stop - begin] + d_den if o.shown("linear") else d_den.expand_as(w.b)
+    db = (dx[..., first - begin : stop - begin] + d_den) if o.shown("linear") else d_den
     db = db * masks.linear
     if w.b_factor is not None:
         db *= w.b_factor
@@ -282,33 +287,35 @@ def backward(
     if o.join == "replace":
         db += (mean + d_den) * masks.soft
     if scores:
-        ds = (da - mean).mul_(p).mul_(w.a_factor * w.a_mass) if alone else (da + d_den).mul_(w.a)
+        ds = (da - mean).mul_(p).mul_(w.a_factor * w.sums.a_mass) if alone else (da + d_den).mul_(w.a)
         _through_scores(found, ds, w, x, o, wants)
 
     db, fq = fold(db, map_heads), fold(x.fq, map_heads)
-    if "log_scale" in wants:
-        found.log_scale = (db.view_as(w.b) * w.b).sum((0, 2, 3))
-    if "fq" in wants or "log_scale" in wants:
-        found.fq = torch.bmm(db, fk)
+    features = bool(wants & {"fq", "log_scale"})
     if "fk" in wants:
         found.fk = torch.bmm(db.transpose(1, 2), fq)
-    if state is not None and wants & {"fq", "state", "log_scale"}:
+    if state is not None and (features or "state" in wants):
         factor = w.b_factor
         if masks.sees_state is not None:
             factor = masks.sees_state if factor is None else factor * masks.sees_state
         dn, d_den = (dn, d_den) if factor is None else (dn * factor, d_den * factor)
         dn, d_den = fold(dn, map_heads), fold(d_den.contiguous(), map_heads)
-        if found.fq is not None:
-            through = d_den * state.mass.flatten(0, 1)[:, None]
+        if features:
+            found.fq = d_den * state.mass.flatten(0, 1)[:, None]
             if o.shown("linear"):
-                through.baddbmm_(dn, state.value.flatten(0, 1).transpose(1, 2))
-            if "log_scale" in wants:
-                assert found.log_scale is not None
-                found.log_scale += (through * fq).view(batch, heads, -1).sum((0, 2))
-            found.fq += through
+                found.fq.baddbmm_(dn, state.value.flatten(0, 1).transpose(1, 2))
+            found.fq.baddbmm_(db, fk)
         if "state" in wants:
-            value = torch.bmm(fq.transpose(1, 2), dn) if o.shown("linear") else torch.zeros_like(state.value)
-            found.state = State(value.view_as(state.value), (fq * d_den).sum(1).view_as(state.mass))
+            d_state = d_state or State(torch.zeros_like(state.value), torch.zeros_like(state.mass))
+            if o.shown("linear"):
+                d_state.value.flatten(0, 1).baddbmm_(fq.transpose(1, 2), dn)
+            d_state.mass.flatten(0, 1).add_((fq * d_den).sum(1))
+    elif features:
+        found.fq = torch.bmm(db, fk)
+    found.state = d_state
+    if "log_scale" in wants:
+        assert found.fq is not None
+        found.log_scale = (found.fq * fq).view(batch, heads, -1).sum((0, 2))
     if found.fq is not None:
         found.fq = found.fq.view(x.fq.shape)
     return found
@@ -318,19 +325,21 @@ def _through_scores(found: Gradients, ds: Tensor, w: Weights, x: Inputs, o: Opti
     """Gradients of mix, q and k from ds [B,H,C,n], which is spent: to the scores; where the denominator is shared, to a score
     of weight a, that is without `a_factor` and the row maximum's part.
     """
+    through = o.join == "shared" and o.max_gradient == "through" and bool(wants & {"q", "k"})
+    if through or "mix" in wants:
+        row = ds.sum(-1, keepdim=True)
     if "mix" in wants:
-        found.mix = ds.sum((0, 2, 3))
+        found.mix = row.sum((0, 2, 3))
     if not wants & {"q", "k"}:
         return
-    if o.join in ("shared", "absolute"):
-        ds *= w.a_factor
-    if o.join == "shared" and o.max_gradient == "through":
+    if through:
         # a = 1 where the score is the row's maximum; amax shares its gradient between equal ones.
         top = w.a.floor()
-        ds.addcmul_(top, ds.sum(-1, keepdim=True) / top.sum(-1, keepdim=True).clamp_(min=1.0), value=-1.0)
+        ds.addcmul_(top, row / top.sum(-1, keepdim=True).clamp_(min=1.0), value=-1.0)
+    factor = o.scale * w.a_factor if o.join in ("shared", "absolute") else o.scale
     key_heads = x.k.shape[1]
     ds = fold(ds, key_heads)
     if "q" in wants:
-        found.q = torch.bmm(ds, x.k.flatten(0, 1)).mul_(o.scale).view(x.q.shape)
+        found.q = torch.bmm(ds, x.k.flatten(0, 1)).view(x.q.shape).mul_(factor)
     if "k" in wants:
-        found.k = torch.bmm(ds.transpose(1, 2), fold(x.q * o.scale, key_heads))
+        found.k = torch.bmm(ds.transpose(1, 2), fold(x.q * factor, key_heads))

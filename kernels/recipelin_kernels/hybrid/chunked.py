@@ -17,20 +17,13 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from .block import Block, Chunk, Past, spread
-from .chunk import Gradients, Inputs, Masks, State, Weights, backward, forward, weigh
+from .chunk import Gradients, Inputs, Masks, State, Sums, Weights, backward, forward, weigh
 from .rows import Options, Rows
 
 CHUNK = 64  # measured best with window 64 (facts/performance.md §2)
 SHORT_CHUNK = 32  # and with windows of at most 32: a query meets fewer keys by their features
 BLOCK = 8 * 64 * 128  # weights of a block's chunk: stays in a core's cache with its inputs (facts/performance.md §1)
 STRIDE = 8  # chunks whose states exist at once in backward
-
-
-def _add(total: State | None, more: State | None) -> State | None:
-    """Their sum, in the place of `more`."""
-    if total is None or more is None:
-        return total or more
-    return State(more.value.add_(total.value), more.mass.add_(total.mass))
 
 
 @dataclass(frozen=True)
@@ -91,10 +84,13 @@ def _part(x: Inputs, cut: tuple[slice, slice, slice, slice]) -> Inputs:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Of a block, for backward: the states before every `stride`-th chunk, and each chunk's weights where they are kept."""
+    """Of a block, for backward: the states before every `stride`-th chunk; each chunk's sums, and its weights where they are
+    kept.
+    """
 
     stride: int
     states: list[State | None]
+    sums: list[Sums | None]
     weights: list[Weights | None]
 
 
@@ -107,7 +103,7 @@ def _forward(call: _Call, x: Inputs, kept: list[_Kept] | None = None) -> list[Te
     for block, cut in call.blocks(x):
         part = _part(x, cut)
         state = block.first_state
-        chunks, own = block.chunks(), _Kept(1 if keeps else STRIDE, [], [])
+        chunks, own = block.chunks(), _Kept(1 if keeps else STRIDE, [], [], [])
         for number, chunk in enumerate(chunks):
             fresh = number % own.stride == 0
             if fresh:
@@ -120,6 +116,7 @@ def _forward(call: _Call, x: Inputs, kept: list[_Kept] | None = None) -> list[Te
                 weights = weigh(inputs, state, masks, block.options)
                 into = [t[cut[0], cut[1], block.queries(chunk)] for t in outputs]
                 forward(weights, inputs, state, masks, block.options, into, spend=not keeps)
+            own.sums.append(None if weights is None else weights.sums)
             own.weights.append(weights if keeps else None)
             if chunk is not chunks[-1]:
                 # What is kept, or the caller's, stays as it is.
@@ -191,11 +188,11 @@ def _block_backward(
             sinks = block.sinks(chunk)
             masks = block.masks(chunk, sinks)
             inputs = block.inputs(x, chunk, sinks, masks)
-            weights = kept.weights[at] or weigh(inputs, state, masks, block.options)
+            weights = kept.weights[at] or weigh(inputs, state, masks, block.options, kept.sums[at])
             own = block.queries(chunk)
-            found = backward(weights, inputs, state, masks, block.options, y[:, :, own], dy[:, :, own], wants)
+            found = backward(weights, inputs, state, masks, block.options, y[:, :, own], dy[:, :, own], d_state, wants)
             _collect(found, grads, chunk, own, masks, sinks, inputs.k.shape[2])
-            d_state = _add(d_state, found.state)
+            d_state = found.state
 
 
 def _collect(

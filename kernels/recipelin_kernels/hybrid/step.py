@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .block import Block, Chunk, Past
-from .chunk import HIDDEN, Inputs, dot, factors, fold, forward, weigh
+from .chunk import HIDDEN, Inputs, Sums, dot, factors, fold, forward, weigh
 from .room import room_for
 from .rows import LOG2E, Options, Rows
 from .state import HybridState, added, check_heads, filled, late_most, settled, state_rows
@@ -63,7 +63,7 @@ def plain_token(
         b = dot(fq, state.late_phi)
         b_mass = b_mass + b.sum(-1, keepdim=True)
     mix, log_scale = (None if x is None else x.to(dtype) for x in (mix, log_scale))
-    a_factor, b_factor, den, _ = factors(options, mix, log_scale, top, a_mass, b_mass)
+    a_factor, b_factor, den, _ = factors(options, mix, log_scale, Sums(top, a_mass, b_mass))
     weights = a.mul_(a_factor)
     if late:
         weights = torch.cat((b if b_factor is None else b.mul_(b_factor), weights), -1)
