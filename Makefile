@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CLAIMS ?= pocket-claims
 
-.PHONY: help demo test test-gpu gpu-compile gpu-tune check plans tables claims catalogue wheel bench clean
+.PHONY: help demo test test-gpu gpu-compile gpu-tune gpu-pack check plans tables claims catalogue wheel bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -32,6 +32,9 @@ gpu-compile: .venv/.dev  ## compiles the Triton kernels for an H100, without one
 
 gpu-tune: .venv/.dev  ## times every Triton kernel by blocks, warps and stages on a CUDA device (JOBS=16 processes compile)
 	PYTHONPATH=.:kernels $(BIN)/python .ci/gpu_tune.py --jobs $(or $(JOBS),8)
+
+gpu-pack: .venv/.dev  ## packs what a lent GPU's machine lacks for .ci/gpu_session.sh, which runs all that waits for a GPU
+	$(BIN)/python .ci/gpu_pack.py
 
 check: .venv/.dev  ## style, types, every recipe, suite, table and claims spec, and the catalogue
 	$(BIN)/ruff format --check .

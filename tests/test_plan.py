@@ -272,9 +272,14 @@ def test_a_tune_is_described_with_its_share():
 def run_front(code: str) -> tuple[str, float]:
     """(stdout, CPU seconds) of a fresh process in which torch cannot be imported."""
     guard = "import sys\nfor name in ('torch', 'transformers', 'peft', 'lm_eval'):\n    sys.modules[name] = None\n"
+    return run_fresh(guard + code)
+
+
+def run_fresh(code: str) -> tuple[str, float]:
+    """(stdout, CPU seconds) of a fresh process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-c", guard + code],
+        [sys.executable, "-c", code],
         capture_output=True,
         text=True,
         timeout=240,
@@ -310,9 +315,10 @@ def test_the_front_half_never_imports_torch():
     ids=lambda a: a[0],
 )
 def test_a_front_command_is_quick(arguments):
-    """Far under the 2 s that torch alone takes to import; the best of three, since these machines are shared."""
+    """Far under what torch alone takes to import beside it; one of three tries, since these machines are shared."""
     code = f"import sys\nfrom recipelin.cli import main\nsys.exit(main({arguments!r}))"
-    assert min(run_front(code)[1] for _ in range(3)) < 0.9
+    shares = (run_front(code)[1] / run_fresh("import torch")[1] for _ in range(3))
+    assert any(share < 0.6 for share in shares)
 
 
 def test_imports_go_one_way():

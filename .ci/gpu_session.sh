@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Everything that waits for a GPU, on a lent machine, in under ten minutes: the Triton kernels' tests, every bar, a training run,
+# and, as far as the time reaches, the kernels' sizes. From the root of a copy of the tree that carries .gpu (make gpu-pack):
+#   bash .ci/gpu_session.sh COMMIT [SECONDS]
+# Results lie in $OUT: what each part printed, record-cuda.*, and files.tar.gz with the run and the tuning.
+set -uo pipefail
+commit=${1:?the commit that the tree is of} stop=$((SECONDS + ${2:-560})) out=${OUT:?}
+tar xJf .gpu/site.tar.xz -C .gpu
+export PYTHONPATH=$PWD:$PWD/kernels:$PWD/.gpu/site RECIPELIN_HOME=$PWD/.gpu/home
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+
+part() { # NAME, SECONDS at most, command
+  local name=$1 most=$2 begun=$SECONDS
+  shift 2
+  ((stop - SECONDS < most)) && most=$((stop - SECONDS))
+  ((most < 10)) && { echo "== $name: no time left"; return; }
+  timeout -k 5 "$most" "$@" > "$out/$name.txt" 2>&1
+  echo "== $name: exit $? after $((SECONDS - begun)) of $most s"
+  tail -n "${LINES_SHOWN:-6}" "$out/$name.txt" | cut -c1-300
+}
+
+# -W default: warnings of this machine's versions are no errors here.
+LINES_SHOWN=40 part tests 270 env RECIPELIN_TEST_GPU=1 python3 -m pytest -q -W default -p no:cacheprovider -n "$(nproc)" \
+  tests/kernels/test_*_gpu*.py tests/kernels/on_gpu_*.py
+LINES_SHOWN=40 part bench 170 python3 -m recipelin bench --device cuda --write
+printf 'extends: ../recipes/pocket/lolcats.yaml\nname: lolcats-gpu\nmethod: {form: {kernel: gpu}}\n' > .gpu/lolcats-gpu.yaml
+part run 100 python3 -m recipelin run .gpu/lolcats-gpu.yaml --device cuda --out .gpu/run
+part tune 600 python3 .ci/gpu_tune.py --jobs "$(nproc)"
+
+# The machine has no repository to ask for its commit.
+for file in kernels/bench/record-cuda.{md,json}; do
+  [ -f "$file" ] && sed -e "s/commit unknown/commit $commit/" -e "s/\"commit\": null/\"commit\": \"$commit\"/" "$file" > "$out/${file##*/}"
+done
+tar czf "$out/files.tar.gz" .gpu/run kernels/bench/tuning-* 2> /dev/null
+ls -la "$out"
