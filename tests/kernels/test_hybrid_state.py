@@ -231,14 +231,14 @@ def test_late_keys_count_before_they_are_in_the_sums(join, per_key_head, monkeyp
     assert held == (set(range(DIM)) if join != "replace" else {0})
 
 
-@pytest.mark.parametrize("window", [1, 5])
-def test_a_state_from_which_decoding_goes_on_twice_stays_as_it_was(window, monkeypatch):
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (5, 0), (4, 3)])
+def test_a_state_from_which_decoding_goes_on_twice_stays_as_it_was(window, sinks, monkeypatch):
     """States share the buffers that their keys are put into: each branch is what it is alone, in any order, with no place read
     before it is written.
     """
     monkeypatch.setattr(states, "LATE_SHARE", 2)
     x = Inputs(length=40)
-    options = dict(window=window, join="absolute", log_scale=x.log_scale)
+    options = dict(window=window, sinks=sinks, join="absolute", log_scale=x.log_scale)
     order = {branch: [*range(12), *(t + branch for t in range(12, 24))] for branch in (0, 7, 14)}
     with empty_is_nan():
         state = hybrid_attention(*x.cut(0, 3), x.mix, output_state=True, **options)[1]

@@ -216,7 +216,7 @@ def hybrid_attention(
                 return hybrid_attention_step_gpu(
                     q, k, v, phi_q, *own_numbers, phi_k_fn, held, key_mask, state, maps=maps
                 )
-            if kernel == "auto" and key_mask is None and is_plain(held, window_keep):
+            if kernel == "auto" and key_mask is None and is_plain(held, window_keep, state):
                 state = standing(state, phi_k_fn)
                 check_lead(state, held)
                 return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)

@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(eq=False)
 class Room:
-    """Places for the keys of a ring and for `left` more, which states that follow one another share.
+    """Places for the sinks, for the keys of a ring and for `left` more, which states that follow one another share.
 
-    k, v [B,Hkv,n + left,D], the ring's n keys first; phi [B,p,left,F]: features of the keys that have left the ring.
+    k, v [B,Hkv,sinks + n + left,D], in this order; phi [B,p,left,F]: features of the keys that have left the ring.
     used: tokens that have come. A place is written once, and a state looks at no later one: a state from which decoding goes
     on twice finds `used` ahead of it the second time, and needs a room of its own. full: no place of the ring is empty.
     """
@@ -29,10 +30,12 @@ class Room:
         return sum(x.numel() * x.element_size() for x in (self.k, self.v, self.phi))
 
 
-def room_for(ring_k: Tensor, ring_v: Tensor, sums: Tensor, positions: Tensor, left: int) -> Room:
-    """A room for `left` tokens behind a ring; sums [B,p,F,D+1] say of which features."""
-    keys = ring_k.shape[2]
-    k, v = (x.new_empty(*x.shape[:2], keys + left, x.shape[3]) for x in (ring_k, ring_v))
-    k[:, :, :keys], v[:, :, :keys] = ring_k, ring_v
-    phi = sums.new_empty(*sums.shape[:2], left, sums.shape[2])
-    return Room(k, v, phi, bool((positions >= keys).all()))
+def room_for(k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], full: bool, phi: Tensor) -> Room:
+    """A room that begins with k and v (sinks, ring), for as many tokens as `phi` [B,p,left,F], which is not filled."""
+    parts = []
+    for sinks, ring in (k, v):
+        there = sinks.shape[2] + ring.shape[2]
+        whole = ring.new_empty(*ring.shape[:2], there + phi.shape[2], ring.shape[3])
+        torch.cat((sinks, ring), 2, out=whole.narrow(2, 0, there))
+        parts.append(whole)
+    return Room(parts[0], parts[1], phi, full)

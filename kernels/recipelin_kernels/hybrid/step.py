@@ -1,7 +1,7 @@
 """One more token of every row, without gradient.
 
 In general the sinks, the ring and the new key are the columns of one small chunk; rows without padding and a sliding
-window without sinks take a path of few operations.
+window take a path of few operations.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,16 @@ from .chunk import HIDDEN, Inputs, Sums, dot, factors, fold, forward, weigh
 from .room import room_for
 from .rows import LOG2E, Options, Rows
 from .state import HybridState, added, check_heads, filled, late_most, settled, state_rows
+from .step_state import StepState
 
 
-def is_plain(options: Options, keep: Tensor | None) -> bool:
-    """Whether `plain_token` computes this; of rows without padding."""
+def is_plain(options: Options, keep: Tensor | None, state: HybridState | StepState) -> bool:
+    """Whether `plain_token` computes this, of rows without padding: with sinks, once they are behind every row's window."""
     o = options
     simple = o.shape == "sliding" and o.cover == "outside" and o.join != "replace" and not o.ablate
-    return simple and o.window > 0 and o.sinks == 0 and o.reach is None and keep is None
+    if not simple or o.window == 0 or o.reach is not None or keep is not None:
+        return False
+    return not o.sinks or int(state.positions.min()) >= o.sinks + o.window - 1
 
 
 @torch.no_grad()
@@ -40,16 +43,22 @@ def plain_token(
     dtype, (batch, heads, _, width), map_heads = state.sums.dtype, q.shape, state.sums.shape[1]
     if state.room is None or state.room.used != state.late_phi.shape[2]:
         state = settled(state)
-        state = replace(state, room=room_for(state.ring_k, state.ring_v, state.sums, state.positions, late_most(width)))
+        full = bool((state.positions >= options.window - 1).all())
+        phi = state.sums.new_empty(batch, map_heads, late_most(width), phi_q.shape[3])
+        made = room_for((state.sink_k, state.ring_k), (state.sink_v, state.ring_v), full, phi)
+        state = replace(state, room=made)
     room = state.room
     assert room is not None
-    late, ring = room.used, options.window - 1
-    newest = late + ring
+    sinks, late, ring = options.sinks, room.used, options.window - 1
+    oldest = sinks + late  # of the window
+    newest = oldest + ring
     room.k.narrow(2, newest, 1).copy_(k)
     room.v.narrow(2, newest, 1).copy_(v)
-    window_k = room.k.narrow(2, late, ring + 1)
 
-    a = dot(q.to(dtype) * (options.scale * LOG2E), window_k.to(dtype))
+    begin = 0 if sinks else oldest  # late keys between sinks and window are looked at for nothing
+    a = dot(q.to(dtype) * (options.scale * LOG2E), room.k.narrow(2, begin, newest + 1 - begin).to(dtype))
+    if sinks and late:
+        a = torch.cat((a[..., :sinks], a[..., oldest:]), -1)
     if not room.full:  # of some row the window is still short
         places = torch.arange(-ring, 1, device=q.device)
         a.masked_fill_((places + state.positions[:, None] < 0)[:, None, None], HIDDEN)
@@ -66,13 +75,14 @@ def plain_token(
     a_factor, b_factor, den, _ = factors(options, mix, log_scale, Sums(top, a_mass, b_mass))
     weights = a.mul_(a_factor)
     if late:
-        weights = torch.cat((b if b_factor is None else b.mul_(b_factor), weights), -1)
+        b = b if b_factor is None else b.mul_(b_factor)
+        weights = torch.cat((weights[..., :sinks], b, weights[..., sinks:]) if sinks else (b, weights), -1)
     values = room.v.narrow(2, 0, newest + 1)
     y = torch.bmm(fold(weights, k.shape[1]), values.flatten(0, 1).to(dtype)).view(batch, heads, 1, width)
     past = held[..., :-1]
     y.add_(past if b_factor is None else past * b_factor).div_(den)
 
-    features = phi_k_fn(window_k.narrow(2, 0, 1).to(k.dtype))
+    features = phi_k_fn(room.k.narrow(2, oldest, 1).to(k.dtype))
     check_heads(map_heads, features)
     room.phi.narrow(2, late, 1).copy_(features)
     if not room.full:
@@ -80,11 +90,11 @@ def plain_token(
     room.used += 1
     moved = replace(
         state,
-        ring_k=room.k.narrow(2, late + 1, ring),
-        ring_v=room.v.narrow(2, late + 1, ring),
+        ring_k=room.k.narrow(2, oldest + 1, ring),
+        ring_v=room.v.narrow(2, oldest + 1, ring),
         positions=state.positions + 1,
         late_phi=room.phi.narrow(2, 0, late + 1),
-        late_v=room.v.narrow(2, 0, late + 1),
+        late_v=room.v.narrow(2, sinks, late + 1),
     )
     return y.to(q.dtype), settled(moved) if late + 1 == room.left else moved
 
