@@ -57,7 +57,11 @@ def _say(error: Any, model: type[BaseModel]) -> str:
     kind, given, context = error["type"], error.get("input"), error.get("ctx") or {}
     name = str(error["loc"][-1]) if error["loc"] else ""
     if kind == "extra_forbidden":
-        known = _fieldsat(model, error["loc"][:-1])
+        here = _modelsat(model, error["loc"][:-1])
+        known = sorted({field for each in here for field in each.model_fields})
+        inside = _inside(here, name)
+        if inside:
+            return f"unknown key; {inside}: has a field of that name. Fields here: {listed(known)}"
         return f"unknown key{among(name, known, 'fields here:')}" if known else "unknown key"
     if kind == "missing":
         return "is missing"
@@ -104,8 +108,31 @@ _EXPECTED = {
 }
 
 
+def _inside(models: Sequence[type[BaseModel]], name: str) -> str:
+    """The nearest fields of the models whose maps have a field of that name, `a.b`; empty where there are none or several."""
+    at: list[tuple[str, type[BaseModel]]] = [("", model) for model in models]
+    known = set(models)
+    while at:
+        below = [
+            (f"{path}.{field}".lstrip("."), each)
+            for path, model in at
+            for field, info in model.model_fields.items()
+            for each in _models(info.annotation)
+        ]
+        found = {path for path, model in below if name in model.model_fields}
+        if found:
+            return found.pop() if len(found) == 1 else ""
+        at = [(path, model) for path, model in below if model not in known]
+        known |= {model for _, model in at}
+    return ""
+
+
 def _fieldsat(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
     """Names of the fields of the model that `loc` leads to from `model`; of all models of a union without a tag."""
+    return sorted({name for each in _modelsat(model, loc) for name in each.model_fields})
+
+
+def _modelsat(model: type[BaseModel], loc: Sequence[str | int]) -> list[type[BaseModel]]:
     here: list[type[BaseModel]] = [model]
     for part in loc:
         following: list[type[BaseModel]] = []
@@ -113,7 +140,7 @@ def _fieldsat(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
             if isinstance(part, str) and part in each.model_fields:
                 following += _models(each.model_fields[part].annotation)
         here = following or [m for m in here if part in _tags(m)] or here
-    return sorted({name for each in here for name in each.model_fields})
+    return here
 
 
 def _tags(model: type[BaseModel]) -> list[str]:

@@ -77,6 +77,7 @@ eval:"""
 # ruff: noqa: E501 (a case a line reads best)
 CASES = {
     "unknown key": ("window: 16", "windw: 16", "5:3: method.windw: unknown key; did you mean 'window'?"),
+    "key of a map below": ("window: 16", "window: 16\n  feature_map: {width: 8}", "6:3: method.feature_map: unknown key; form: has a field of that name. Fields here: block_loss,"),
     "unknown top key": ("eval:", "evall: {}\neval:", "9:1: evall: unknown key; did you mean 'eval'?"),
     "duplicate key": ("  window: 16", "  window: 16\n  window: 8", "6:3: the key 'window' is given twice, first in line 5"),
     "text for a number": ("window: 16", "window: sixteen", "5:11: method.window: found the text 'sixteen'; expected a whole number"),
