@@ -260,3 +260,19 @@ def test_a_state_from_which_decoding_goes_on_twice_stays_as_it_was(window, sinks
         assert (torch.cat(found[branch][1], 2) - expected).abs().max() < EXACT, branch
     for before, was in held.values():
         assert all(torch.equal(tensor, was.tensors[n]) for n, tensor in before.items())
+
+
+def test_decoding_goes_on_outside_inference_mode_and_after_a_failure(monkeypatch):
+    monkeypatch.setattr(states, "LATE_SHARE", 1)
+    x = Inputs(length=24)
+    options = dict(window=5, join="absolute", log_scale=x.log_scale)
+    expected = hybrid_attention(*x.cut(0, 24), x.mix, **options)
+    state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)[1]
+    for t in range(10, 24):
+        q, k, v, phi_q, _ = x.cut(t, t + 1)
+        if t % 4 == 1:
+            with pytest.raises(ZeroDivisionError):
+                hybrid_attention_step(q, k, v, phi_q, lambda _: 1 / 0, x.mix, state, **options)
+        with torch.inference_mode(t % 3 > 0):
+            y, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
+        assert (y - expected[:, :, t : t + 1]).abs().max() < EXACT

@@ -25,6 +25,10 @@ class Room:
     def left(self) -> int:
         return self.phi.shape[2]
 
+    def next_is(self, number: int) -> bool:
+        """Whether the next token may be put into place `number`: it is free, and tensors of inference mode are written in it."""
+        return self.used == number and (torch.is_inference_mode_enabled() or not self.k.is_inference())
+
     @property
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (self.k, self.v, self.phi))

@@ -41,7 +41,7 @@ def plain_token(
 ) -> tuple[Tensor, HybridState]:
     """`one_token` where `is_plain`: features are computed for the key that leaves the window alone."""
     dtype, (batch, heads, _, width), map_heads = state.sums.dtype, q.shape, state.sums.shape[1]
-    if state.room is None or state.room.used != state.late_phi.shape[2]:
+    if state.room is None or not state.room.next_is(state.late_phi.shape[2]):
         state = settled(state)
         full = bool((state.positions >= options.window - 1).all())
         phi = state.sums.new_empty(batch, map_heads, late_most(width), phi_q.shape[3])
@@ -52,6 +52,7 @@ def plain_token(
     sinks, late, ring = options.sinks, room.used, options.window - 1
     oldest = sinks + late  # of the window
     newest = oldest + ring
+    room.used += 1  # first: whatever fails below, nobody else takes the place
     room.k.narrow(2, newest, 1).copy_(k)
     room.v.narrow(2, newest, 1).copy_(v)
 
@@ -87,7 +88,6 @@ def plain_token(
     room.phi.narrow(2, late, 1).copy_(features)
     if not room.full:
         room.phi.narrow(2, late, 1).mul_((state.positions >= ring)[:, None, None, None])
-    room.used += 1
     moved = replace(
         state,
         ring_k=room.k.narrow(2, oldest + 1, ring),
