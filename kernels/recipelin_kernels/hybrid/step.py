@@ -88,13 +88,16 @@ def plain_token(
     room.phi.narrow(2, late, 1).copy_(features)
     if not room.full:
         room.phi.narrow(2, late, 1).mul_((state.positions >= ring)[:, None, None, None])
-    moved = replace(
-        state,
+    moved = HybridState(
+        sums=state.sums,
+        sink_k=state.sink_k,
+        sink_v=state.sink_v,
         ring_k=room.k.narrow(2, oldest + 1, ring),
         ring_v=room.v.narrow(2, oldest + 1, ring),
         positions=state.positions + 1,
         late_phi=room.phi.narrow(2, 0, late + 1),
         late_v=room.v.narrow(2, sinks, late + 1),
+        room=room,
     )
     return y.to(q.dtype), settled(moved) if late + 1 == room.left else moved
 
