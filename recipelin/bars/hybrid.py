@@ -73,22 +73,24 @@ _FROM = ("reference", "ours")
 _OVER = ("sdpa", "ours")
 
 _BOUND = (
-    "a chunk of 64 queries and 8 heads is 5 batched products of 8.4 MFLOP, 42 MFLOP in 0.48 to 0.54 ms at the 78 to 87 GFLOP/s "
-    "that one core gives such products: 31 to 35 ms of a forward at T 4096, and 18 / 5 of it, 112 to 124 ms, with backward. "
-    "The rest is some 45 small operations a chunk, whose calls alone take 0.2 ms, and their passes over 64 Ki weights. "
+    "a chunk of 64 queries and 8 heads is 5 batched products of 8.4 MFLOP: 0.48 to 0.54 ms on one core of an EPYC (78 to 87 "
+    "GFLOP/s), 0.42 ms of a Xeon (100, where SDPA's own run at 107): 27 to 35 ms of a forward at T 4096, and 18 / 5 of it, 97 to "
+    "124 ms, with backward. The rest is some 20 passes over 32 to 64 Ki numbers (0.15 ms from the cache), 55 calls, views "
+    "included (0.2 ms), and 0.9 MB of inputs a chunk from beyond a core's cache, features most of all; SDPA is one kernel. "
     "Chunks of 32 (a fifth fewer products) and several chunks side by side (half the calls) were built and measured: not "
-    "faster under load, as copies of spans and a working set beyond the 1 MiB cache take back what they save."
+    "faster, as copies of spans and a working set beyond the cache take back what they save."
 )
 _SHORT = (
-    "at T 128 and 512 the products are too small to hide some 45 calls a chunk (3 to 4 us each): 0.2 ms a chunk of 8 heads "
-    "against 0.5 ms of products; SDPA is one fused kernel."
+    "the batched products alone take 17 of 29 ms at T 128 on a Xeon where SDPA, one fused kernel, takes 15 in all: so small, and "
+    "of inputs beyond the cache, they run at 62 GFLOP/s, and each chunk makes some 55 calls. To give the first window to SDPA, "
+    "which is exact, was measured: 29.2 and 29.4 ms at T 128, 6.5 and 6.3 at T 512."
 )
 
 _CHECKS = "the call is SDPA itself; what is left is the check of shapes and options, 0.1 ms."
 _ZEROS = (
     "the call is SDPA itself and returns zeros that take no memory; what is left is the check of shapes and options."
 )
-_PARTS = "each branch's own product with v adds half a product to five, 1.10 before any small operation."
+_PARTS = "each branch's own product with v adds half a product to five, 1.10, and three more outputs to write for the first time."
 _RESULTS = (
     "output (4 MiB) and gradients (28 MiB) are results and count: 32 of at most 39 MiB; states of eight chunks and a chunk's "
     "temporaries take the rest."
