@@ -114,9 +114,9 @@ _STEP = "32 heads over 8, d 128, F 128, window 64"
 
 _BYTES = (
     "a token reads the sums (2.1 MB), both maps (2.1 MB) and the ring (0.5 MB), 4.7 MB where SDPA reads 33.5 MB at 4,096 and "
-    "537 MB at 65,536: beyond a core's cache of 1 or 2 MiB that is 0.24 ms at 20 GB/s. The rest are some 75 calls, whose code and "
-    "data that reading drives out of the cache. The same step in one function, in place and with nothing checked, took 0.47 ms "
-    "on a Xeon where this one took 0.76 and SDPA, one query at 10 GB/s, 3.2: 7 times."
+    "537 MB at 65,536: beyond a core's cache of 1 or 2 MiB that is 0.24 ms at 20 GB/s. The rest are some 75 calls, whose code "
+    "and data that reading drives out of the cache. The same step in one function, in place and with nothing checked, took "
+    "0.47 ms on a Xeon where this one took 0.76 and SDPA, one query at 10 GB/s, 3.2: 7 times."
 )
 
 BARS: list[Bar | Fact] = [
