@@ -98,6 +98,25 @@ def test_autocast_changes_nothing(join):
     assert torch.equal(alone, expected[1]) and all(map(torch.equal, found, expected[0]))
 
 
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_autocast_changes_no_bit_of_a_state(sinks):
+    """Read in two parts, then token by token: sums, late keys and outputs."""
+    x = Inputs((6, 2), 25, dtype=torch.float32)
+    options = dict(window=6, sinks=sinks, join="shared", phi_k_fn=x.features, output_state=True)
+
+    def run():
+        parts, state = [], None
+        for a, b in ((0, 9), (9, 15), *((t, t + 1) for t in range(15, 25))):
+            y, state = hybrid_attention(*x.cut(a, b), x.mix, state=state, **options)
+            parts.append(y)
+        return [*parts, *state.tensors.values()]
+
+    expected = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run()
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize(("join", "cover"), list(itertools.product(JOINS, COVERS)))
 def test_what_training_keeps_changes_no_bit(join, cover, monkeypatch):
     """With many features a chunk's weights and state are kept, else computed again: the same bits, and the definition."""
