@@ -5,7 +5,7 @@
 # Results lie in $OUT: what each part printed, record-cuda.*, and files.tar.gz with the run and the tuning.
 set -uo pipefail
 commit=${1:?the commit that the tree is of} stop=$((SECONDS + ${2:-560})) out=${OUT:?}
-tar xJf .gpu/site.tar.xz -C .gpu
+tar xJf .gpu/site.tar.xz -C .gpu || exit 1
 export PYTHONPATH=$PWD:$PWD/kernels:$PWD/.gpu/site RECIPELIN_HOME=$PWD/.gpu/home
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 

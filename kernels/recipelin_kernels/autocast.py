@@ -3,26 +3,26 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context without autocast. Where there is none it costs nothing; to leave autocast takes 4 us on a CPU."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
-def ignores_autocast(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """The function, called without autocast on its first argument's device."""
+def ignores_autocast(function: F) -> F:
+    """The function of q and more, called without autocast on q's device; whatever it calls has none either."""
 
     @wraps(function)
-    def called(x: Tensor, *others: P.args, **named: P.kwargs) -> R:
-        with without_autocast(x.device):
-            return function(x, *others, **named)
+    def called(*given: Any, **named: Any) -> Any:
+        q = given[0] if given else named.get("q")
+        with without_autocast(q.device) if isinstance(q, torch.Tensor) else nullcontext():
+            return function(*given, **named)
 
-    return called
+    return called  # type: ignore[return-value]

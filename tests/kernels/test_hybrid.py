@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from recipelin_kernels import hybrid_attention
 from recipelin_kernels.hybrid import chunked
@@ -96,6 +97,36 @@ def test_autocast_changes_nothing(join):
         with torch.no_grad():
             alone = attend(x, **options)
     assert torch.equal(alone, expected[1]) and all(map(torch.equal, found, expected[0]))
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    x = Inputs((6, 2), 20)
+    leaves = [t.detach().requires_grad_() for t in x.tensors()]
+    y = hybrid_attention(*leaves[:6], log_scale=leaves[6], window=4, kernel="chunked")
+    first = torch.autograd.grad(y.square().sum(), leaves[:3], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        sum(g.square().sum() for g in first).backward()
+
+
+def test_masks_that_are_kept_are_real_numbers(monkeypatch):
+    """Made by a call without numbers, or in inference mode, they would be of no use to the next one."""
+    x = Inputs((6, 2), 41)
+    for window, order in ((5, (True, False)), (7, (False, True))):
+        for fake in order:
+            if not fake:
+                expected = with_gradients(x, window=window, kernel="reference")
+                assert_same(with_gradients(x, window=window, kernel="chunked"), expected)
+                continue
+            real = (*x.cut(0, 41), x.mix)
+            with FakeTensorMode() as mode:
+                given = [mode.from_tensor(t) for t in real]
+                assert hybrid_attention(*given, window=window, kernel="chunked").shape == x.q.shape
+    seen, weigh = [], chunked.weigh
+    monkeypatch.setattr(chunked, "weigh", lambda *given: seen.append(given[2].soft) or weigh(*given))
+    with torch.inference_mode():
+        hybrid_attention(*x.cut(0, 41), x.mix, window=9, kernel="chunked")
+    hybrid_attention(*x.cut(0, 41), x.mix, window=9, kernel="chunked")
+    assert len(seen) == 4 and seen[0] is seen[2] and not any(soft.is_inference() for soft in seen)
 
 
 @pytest.mark.parametrize("sinks", [0, 2])

@@ -137,7 +137,7 @@ class Block:
         phase = chunk.q0 % o.window if o.shape == "terraced" and o.window else 0
         key = (chunk.q1 - chunk.q0, chunk.k1 - chunk.k0, min(chunk.k0, o.sinks), phase)
         if key not in self.known:
-            few = key[0] * key[1] <= MOST_KEPT
+            few = key[0] * (key[1] + key[2]) <= MOST_KEPT and _stays(self.q_rows.position)
             self.known[key] = (
                 _plain_masks(o, self.dtype, self.q_rows.position.device, *key) if few else self._masks(chunk, sinks)
             )
@@ -284,7 +284,13 @@ class Block:
         return State(d_state.value * carried[..., None], d_state.mass * carried)
 
 
+def _stays(x: Tensor) -> bool:
+    """Whether what is made beside x may be kept from call to call: real numbers, not of a graph that is being captured."""
+    return type(x) is Tensor and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _plain_masks(
     options: Options, dtype: torch.dtype, device: torch.device, queries: int, keys: int, sinks: int, phase: int
 ) -> Masks:

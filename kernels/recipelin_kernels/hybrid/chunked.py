@@ -4,7 +4,8 @@ A chunk holds queries q0 .. q0 + C - 1. Its span begins `Block.span` keys before
 the window of every query of the chunk, so it is in the state sum phi(k) [v, 1] or, as a sink, in a few extra columns.
 Where `reach` cuts the linear set, the span holds all of it and there is no state: time then grows with T x reach.
 Heads are taken in blocks that stay in the cache. Backward runs over a block's states again, then walks its chunks from
-right to left, computes each one's weights anew and carries the gradient of the state. Nothing of size T x T is kept. Of a call
+right to left, computes each one's weights anew and carries the gradient of the state. Nothing of size T x T is kept: three
+numbers of a query, its largest score and both masses. Of a call
 whose weights and states are smaller than its features, which autograd keeps anyway, they are kept too and not computed anew.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..autocast import without_autocast
 from .block import Block, Chunk, Past, spread
@@ -142,6 +144,7 @@ class _Hybrid(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
         *tensors, y = ctx.saved_tensors
         x = Inputs(*tensors)

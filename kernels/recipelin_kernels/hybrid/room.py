@@ -8,30 +8,37 @@ from torch import Tensor
 
 @dataclass(eq=False)
 class Room:
-    """Places for the sinks, for the keys of a ring and for `left` more, which states that follow one another share.
+    """Places for the sinks, for the keys of a ring and for a few tokens more, which states that follow one another share.
 
     k, v [B,Hkv,sinks + n + left,D], in this order; phi [B,p,left,F]: features of the keys that have left the ring.
-    used: tokens that have come. A place is written once, and a state looks at no later one: a state from which decoding goes
-    on twice finds `used` ahead of it the second time, and needs a room of its own. full: no place of the ring is empty.
+    free: which of the `left` places nobody has taken. A place is written once, by whoever took it, and a state looks at no
+    later one: a state from which decoding goes on twice finds its place taken the second time, and needs a room of its own.
+    full: no place of the ring is empty.
     """
 
     k: Tensor
     v: Tensor
     phi: Tensor
     full: bool
-    used: int = 0
+    free: set[int]
 
     @property
     def left(self) -> int:
         return self.phi.shape[2]
 
-    def next_is(self, number: int) -> bool:
-        """Whether the next token may be put into place `number`: it is free, and tensors of inference mode are written in it."""
-        return self.used == number and (torch.is_inference_mode_enabled() or not self.k.is_inference())
-
     @property
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (self.k, self.v, self.phi))
+
+    def take(self, place: int) -> bool:
+        """Whether the place is the caller's from now on. Outside inference mode nobody may write what was made in it."""
+        if self.k.is_inference() and not torch.is_inference_mode_enabled():
+            return False
+        try:
+            self.free.remove(place)  # one operation: of two threads one gets it
+        except KeyError:
+            return False
+        return True
 
 
 def room_for(k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], full: bool, phi: Tensor) -> Room:
@@ -42,4 +49,4 @@ def room_for(k: tuple[Tensor, Tensor], v: tuple[Tensor, Tensor], full: bool, phi
         whole = ring.new_empty(*ring.shape[:2], there + phi.shape[2], ring.shape[3])
         torch.cat((sinks, ring), 2, out=whole.narrow(2, 0, there))
         parts.append(whole)
-    return Room(parts[0], parts[1], phi, full)
+    return Room(parts[0], parts[1], phi, full, set(range(phi.shape[2])))

@@ -28,7 +28,7 @@ class HybridState:
     sink_k, sink_v [B,Hkv,sinks,D]: the first keys of the row. positions [B]: real tokens seen.
     late_phi [B,p,m,F], late_v [B,Hkv,m,D]: features (as the sums) and values (as the ring) of keys that have left the ring and
     are not yet in the sums, m < D / 8: the sums are most of the bytes, and so are mostly read; late keys add an eighth of
-    them at most. room: the buffers in which ring and late keys lie while tokens come one by one.
+    them at most. room: the buffers in which ring and late keys lie while tokens come one by one; only there are late keys.
     """
 
     sums: Tensor
@@ -58,7 +58,8 @@ class HybridState:
     def select(self, index: Tensor) -> "HybridState":
         """The rows of a batch that `index` names (beam search), in tensors of their own."""
         index = index.to(self.sums.device)
-        return replace(self, room=None, **{n: x.index_select(0, index) for n, x in self.tensors.items()})
+        own = settled(self)
+        return HybridState(**{n: x.index_select(0, index) for n, x in own.tensors.items()}, room=None)
 
 
 def empty_state(
@@ -122,14 +123,17 @@ def check_state(state: HybridState, own: Rows, options: Options) -> None:
 
 
 def settled(state: HybridState) -> HybridState:
-    """The state with its late keys in the sums."""
-    if not state.late_phi.shape[2]:
+    """The state with its late keys in the sums, in tensors of its own."""
+    if state.room is None:
         return state
+    late = bool(state.late_phi.shape[2])
     return replace(
         state,
-        sums=added(state.sums, state.late_phi, state.late_v.to(state.sums)),
-        late_phi=state.late_phi[:, :, :0],
-        late_v=state.late_v[:, :, :0],
+        sums=added(state.sums, state.late_phi, state.late_v.to(state.sums)) if late else state.sums,
+        ring_k=state.ring_k.clone(),
+        ring_v=state.ring_v.clone(),
+        late_phi=state.late_phi.new_empty(*state.late_phi.shape[:2], 0, state.late_phi.shape[3]),
+        late_v=state.late_v.new_empty(*state.late_v.shape[:2], 0, state.late_v.shape[3]),
         room=None,
     )
 

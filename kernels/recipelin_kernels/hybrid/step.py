@@ -41,18 +41,14 @@ def plain_token(
 ) -> tuple[Tensor, HybridState]:
     """`one_token` where `is_plain`: features are computed for the key that leaves the window alone."""
     dtype, (batch, heads, _, width), map_heads = state.sums.dtype, q.shape, state.sums.shape[1]
-    if state.room is None or not state.room.next_is(state.late_phi.shape[2]):
-        state = settled(state)
-        full = bool((state.positions >= options.window - 1).all())
-        phi = state.sums.new_empty(batch, map_heads, late_most(width), phi_q.shape[3])
-        made = room_for((state.sink_k, state.ring_k), (state.sink_v, state.ring_v), full, phi)
-        state = replace(state, room=made)
+    if state.room is None or not state.room.take(state.late_phi.shape[2]):
+        state = _with_room(settled(state), options)
+        assert state.room is not None
+        state.room.take(0)
     room = state.room
-    assert room is not None
-    sinks, late, ring = options.sinks, room.used, options.window - 1
+    sinks, late, ring = options.sinks, state.late_phi.shape[2], options.window - 1
     oldest = sinks + late  # of the window
     newest = oldest + ring
-    room.used += 1  # first: whatever fails below, nobody else takes the place
     room.k.narrow(2, newest, 1).copy_(k)
     room.v.narrow(2, newest, 1).copy_(v)
 
@@ -99,7 +95,27 @@ def plain_token(
         late_v=room.v.narrow(2, sinks, late + 1),
         room=room,
     )
-    return y.to(q.dtype), settled(moved) if late + 1 == room.left else moved
+    if late + 1 == room.left:
+        moved = replace(moved, sums=added(moved.sums, moved.late_phi, moved.late_v.to(dtype)))
+        moved = _with_room(moved, options)
+    return y.to(q.dtype), moved
+
+
+def _with_room(state: HybridState, options: Options) -> HybridState:
+    """The state in a room of its own, without its late keys."""
+    batch, map_heads, features, width = state.sums.shape
+    sinks, ring = options.sinks, options.window - 1
+    full = bool((state.positions >= ring).all())
+    phi = state.sums.new_empty(batch, map_heads, late_most(width - 1), features)
+    room = room_for((state.sink_k, state.ring_k), (state.sink_v, state.ring_v), full, phi)
+    return replace(
+        state,
+        ring_k=room.k.narrow(2, sinks, ring),
+        ring_v=room.v.narrow(2, sinks, ring),
+        late_phi=phi.narrow(2, 0, 0),
+        late_v=room.v.narrow(2, sinks, 0),
+        room=room,
+    )
 
 
 @torch.no_grad()

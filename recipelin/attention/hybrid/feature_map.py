@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from recipelin_kernels import SoftmaxMap, resolve_kernel, without_autocast
 
@@ -130,6 +131,7 @@ class _BothSoftmax(torch.autograd.Function):
         return both.flatten(-2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (both,) = ctx.saved_tensors
         found = both.new_empty(both[..., 0, :].shape)
