@@ -113,6 +113,13 @@ def state_bytes(cache: DynamicCache) -> int:
     return sum(x.state.bytes for x in cache.layers if isinstance(x, StateLayer) and x.state is not None)
 
 
+def decoding_bytes(prompt: DynamicCache, used: DynamicCache) -> int:
+    """Bytes that a prompt's cache holds once tokens are decoded: as `used` shows, a copy of it from which some were, a state
+    then has room for the next ones.
+    """
+    return cache_bytes(prompt) - state_bytes(prompt) + state_bytes(used)
+
+
 def cache_bytes(cache: DynamicCache) -> int:
     """Bytes that a cache holds for the past: the states of swapped layers, keys and values of stock ones.
 

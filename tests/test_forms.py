@@ -119,7 +119,8 @@ def test_prefill_and_decoding_are_the_parallel_form(tiny, case, layers):
         found.append(logits(model, ids[:, start:stop], past_key_values=cache, use_cache=True))
         sizes.append((state_bytes(cache), cache_bytes(cache)))
     assert (torch.cat(found, 1) - whole).abs().max() < 1e-10
-    assert len({s for s, _ in sizes}) == 1, "the states' bytes must not grow"
+    for some in (sizes[:3], sizes[3:]):  # in parts, and token by token with room for the next ones
+        assert len({s for s, _ in some}) == 1, "the states' bytes must not grow"
     kept = {b - a for (_, a), (_, b) in pairwise(sizes[3:])}
     assert kept == ({0} if layers == "all" else {2 * 2 * 2 * 8 * 8})  # k, v of the retained layer, float64
     assert [isinstance(x, StateLayer) for x in cache.layers] == [layers == "all", True]

@@ -201,11 +201,14 @@ def test_beams_carry_their_states(student):
 
 
 def test_a_cache_does_not_grow(student):
-    model, cache, sizes = student(SINKS), DynamicCache(), set()
+    model, cache, sizes = student(SINKS), DynamicCache(), []
     for step in range(30):
         logits(model, tokens(1, 1, seed=step), past_key_values=cache, use_cache=True)
-        sizes.add(state_bytes(cache))
-    assert len(sizes) == 1 and cache.get_seq_length() == 30
+        sizes.append(state_bytes(cache))
+    begun = next(
+        t for t, size in enumerate(sizes) if size != sizes[0]
+    )  # once the sinks are behind the window, with room
+    assert len(set(sizes[begun:])) == 1 and begun <= 10 and cache.get_seq_length() == 30
 
 
 def test_caches_that_cannot_work_are_refused(student):

@@ -291,7 +291,8 @@ def test_cache_bytes_are_those_counted_by_hand(tiny, tmp_path):
     config = Decode(contexts=(4, 30), new_tokens=2, repeats=3, batch=2)
     threads = torch.get_num_threads()
     grows = {c: 2 * 2 * c * 8 * 4 * 2 for c in config.contexts}  # rows, layers, tokens, width, fp32, keys and values
-    state = 2 * 2 * (4 * 8 * (8 + 1) * 4 + 2 * (WINDOW - 1) * 8 * 4 + 8)  # sums of 4 heads, ring, position
+    # Sums of 4 heads, ring with a place for the next token, features of 4 heads for a key that leaves, position.
+    state = 2 * 2 * (4 * 8 * (8 + 1) * 4 + 2 * WINDOW * 8 * 4 + 4 * 8 * 4 + 8)
     for name in ("teacher", "softmax", "hybrid"):
         found = run(config, tiny() if name == "teacher" else model, tmp_path, hybrid=hybrid, name=name)
         assert [(r.task, r.metric, r.n) for r in found] == [

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from .. import hf, swap
 from ..attention.hybrid.config import Config
 from ..bench.measure import Bar, Fact, Measured, on_one_thread, seconds_of
-from ..cache import cache_bytes
+from ..cache import decoding_bytes
 from ..families import Architecture
 from ..linechart import Chart, Line, Point, png
 from ..shipped import POCKET
@@ -63,7 +63,7 @@ def decode(model: Any, ids: torch.Tensor, cache: DynamicCache) -> None:
 
 
 def measured(context: int) -> dict[str, float]:
-    """Tokens a second (CPU time of the process, one thread) and bytes of the cache, of the teacher and of the student.
+    """Tokens a second (CPU time of the process, one thread) and bytes of the cache in decoding, of teacher and student.
 
     Up to 4,096 tokens a prefill is the median of three, beyond that one; `NEW_TOKENS` are decoded from a copy of the
     cache, once to warm up, and three times: the median.
@@ -83,8 +83,11 @@ def measured(context: int) -> dict[str, float]:
                 cache, spent = seconds_of(partial(prefill, model, prompt))
                 seconds.append(spent)
             speed["prefill"][name] = context / statistics.median(seconds)
-            size[name] = cache_bytes(cache)
-            rounds = [seconds_of(partial(decode, model, new, copy.deepcopy(cache)))[1] for _ in range(4)]
+            rounds = []
+            for _ in range(4):
+                used = copy.deepcopy(cache)
+                rounds.append(seconds_of(partial(decode, model, new, used))[1])
+            size[name] = decoding_bytes(cache, used)
             speed["decode"][name] = NEW_TOKENS / statistics.median(rounds[1:])
     return {
         "context": context,

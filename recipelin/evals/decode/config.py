@@ -13,10 +13,11 @@ STATES = ("teacher", "softmax", "hybrid")
 class Config(Base):
     """What a generated token costs by length of context, in the states teacher, softmax and hybrid; others have no rows.
 
-    A prompt of `context` tokens fills the cache; `cache_bytes` are those of its tensors. Then `new_tokens` are decoded, one
-    by one, from a copy of that cache: once to warm up, `repeats` times measured; `tokens_per_second`, all rows of the
-    batch together, is of the median. On a CPU: process time of one thread, which other processes do not lengthen; on a
-    GPU: CUDA events. The tokens are random, and a context may be longer than the model learnt: time does not ask.
+    A prompt of `context` tokens fills the cache. Then `new_tokens` are decoded, one by one, from a copy of that cache: once to
+    warm up, `repeats` times measured; `tokens_per_second`, all rows of the batch together, is of the median. `cache_bytes`
+    are those of the prompt's keys and values, and of states as decoding holds them. On a CPU: process time of one thread,
+    which other processes do not lengthen; on a GPU: CUDA events. The tokens are random, and a context may be longer than the
+    model learnt: time does not ask.
     Measured anew on every machine.
 
     Sample YAML: `{eval: decode, contexts: [64, 256, 1024], new_tokens: 16, repeats: 5}`

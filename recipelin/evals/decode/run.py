@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from ...cache import cache_bytes
+from ...cache import decoding_bytes
 from ...records import Result
 from ..greedy import cannot_generate
 from ..subject import Subject
@@ -38,13 +38,14 @@ def run(config: Config, subject: Subject) -> tuple[Result, ...]:
             cache = DynamicCache(config=subject.model.config)
             torch.set_num_threads(threads)
             subject.model(input_ids=ids[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            size = cache_bytes(cache)
             if subject.device == "cpu":
                 torch.set_num_threads(1)  # or the process's time would be the sum of all of them
             new = ids[:, context : context + config.new_tokens]
-            seconds = [
-                _decode(subject.model, new, copy.deepcopy(cache), subject.device) for _ in range(config.repeats + 1)
-            ]
+            seconds = []
+            for _ in range(config.repeats + 1):
+                used = copy.deepcopy(cache)
+                seconds.append(_decode(subject.model, new, used, subject.device))
+            size = decoding_bytes(cache, used)
             speed = new.numel() / statistics.median(seconds[1:])  # the first one warms up
             found += [
                 _result(f"decode@{context}", "tokens_per_second", speed, config.repeats, better=True),
