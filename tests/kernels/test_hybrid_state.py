@@ -262,12 +262,17 @@ def test_a_state_from_which_decoding_goes_on_twice_stays_as_it_was(window, sinks
         assert all(torch.equal(tensor, was.tensors[n]) for n, tensor in before.items())
 
 
-def test_decoding_goes_on_outside_inference_mode(monkeypatch):
+def begun(monkeypatch, length, sinks=0):
+    """(inputs, options, y of all, the state after 10 tokens), with late keys of eight tokens at once."""
     monkeypatch.setattr(states, "LATE_SHARE", 1)
-    x = Inputs(length=24)
-    options = dict(window=5, join="absolute", log_scale=x.log_scale)
-    expected = hybrid_attention(*x.cut(0, 24), x.mix, **options)
-    state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)[1]
+    x = Inputs(length=length)
+    options = dict(window=5, sinks=sinks, join="absolute", log_scale=x.log_scale)
+    expected = hybrid_attention(*x.cut(0, length), x.mix, **options)
+    return x, options, expected, hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)[1]
+
+
+def test_decoding_goes_on_outside_inference_mode(monkeypatch):
+    x, options, expected, state = begun(monkeypatch, 24)
     for t in range(10, 24):
         q, k, v, phi_q, _ = x.cut(t, t + 1)
         with torch.inference_mode(t % 3 > 0):
@@ -278,11 +283,7 @@ def test_decoding_goes_on_outside_inference_mode(monkeypatch):
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_step_within_a_step_takes_no_place_of_it(fails, monkeypatch):
     """As two threads that go on from one prompt would: the second finds its place taken before the first has filled it."""
-    monkeypatch.setattr(states, "LATE_SHARE", 1)
-    x = Inputs(length=24)
-    options = dict(window=5, join="absolute", log_scale=x.log_scale)
-    expected = hybrid_attention(*x.cut(0, 24), x.mix, **options)
-    state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)[1]
+    x, options, expected, state = begun(monkeypatch, 24)
     for t in range(10, 24):
         q, k, v, phi_q, _ = x.cut(t, t + 1)
 
@@ -301,11 +302,7 @@ def test_a_step_within_a_step_takes_no_place_of_it(fails, monkeypatch):
 
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_a_beam_goes_on_token_by_token_and_bytes_are_those_in_memory(sinks, monkeypatch):
-    monkeypatch.setattr(states, "LATE_SHARE", 1)
-    x = Inputs(length=60)
-    options = dict(window=5, sinks=sinks, join="absolute", log_scale=x.log_scale)
-    expected = hybrid_attention(*x.cut(0, 60), x.mix, **options)
-    state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)[1]
+    x, options, expected, state = begun(monkeypatch, 60, sinks)
     order, sizes = [0, 1], set()
     for t in range(10, 60):
         if t % 7 == 0:

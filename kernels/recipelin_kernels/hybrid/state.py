@@ -20,7 +20,7 @@ def late_most(width: int) -> int:
 
 @dataclass(frozen=True)
 class HybridState:
-    """What decoding needs of the past; its bytes do not grow but for the few `late` keys.
+    """What decoding needs of the past. Its bytes do not grow, once it has a `room`.
 
     p heads of phi_k, H or Hkv. sums [B,p,F,D+1]: sum of phi(k) [v, 1] over the keys that have left the ring (fp32; fp64
     for fp64 inputs); zeros under `reach`. ring_k, ring_v [B,Hkv,n,D]: the last keys and values after RoPE, the newest last;
