@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from recipelin_kernels import hybrid_attention
-from recipelin_kernels.hybrid import chunked
+from recipelin_kernels.hybrid import block, chunked
 from tests.kernels.hybrid_inputs import (
     COVERS,
     EXACT,
@@ -127,6 +127,15 @@ def test_masks_that_are_kept_are_real_numbers(monkeypatch):
         hybrid_attention(*x.cut(0, 41), x.mix, window=9, kernel="chunked")
     hybrid_attention(*x.cut(0, 41), x.mix, window=9, kernel="chunked")
     assert len(seen) == 4 and seen[0] is seen[2] and not any(soft.is_inference() for soft in seen)
+
+
+def test_a_compiled_call_is_the_same_and_keeps_no_masks():
+    x = Inputs((6, 2), 41)
+    expected = hybrid_attention(*x.cut(0, 41), x.mix, window=11, kernel="chunked")
+    kept = block._plain_masks.cache_info().misses
+    compiled = torch.compile(hybrid_attention, backend="eager")
+    assert torch.equal(compiled(*x.cut(0, 41), x.mix, window=11, kernel="chunked"), expected)
+    assert block._plain_masks.cache_info().misses == kept
 
 
 @pytest.mark.parametrize("sinks", [0, 2])

@@ -285,8 +285,10 @@ class Block:
 
 
 def _stays(x: Tensor) -> bool:
-    """Whether what is made beside x may be kept from call to call: real numbers, not of a graph that is being captured."""
-    return type(x) is Tensor and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether what is made beside x may be kept from call to call: real numbers, not of a graph that is being made."""
+    if type(x) is not Tensor or torch.compiler.is_compiling():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @lru_cache(maxsize=64)
