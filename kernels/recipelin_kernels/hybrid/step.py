@@ -24,7 +24,8 @@ def is_plain(options: Options, keep: Tensor | None, state: HybridState | StepSta
     simple = o.shape == "sliding" and o.cover == "outside" and o.join != "replace" and not o.ablate
     if not simple or o.window == 0 or o.reach is not None or keep is not None:
         return False
-    return not o.sinks or int(state.positions.min()) >= o.sinks + o.window - 1
+    begun = isinstance(state, HybridState) and state.room is not None  # positions only grow
+    return not o.sinks or begun or int(state.positions.min()) >= o.sinks + o.window - 1
 
 
 @torch.no_grad()
