@@ -57,10 +57,8 @@ def _say(error: Any, model: type[BaseModel]) -> str:
     kind, given, context = error["type"], error.get("input"), error.get("ctx") or {}
     name = str(error["loc"][-1]) if error["loc"] else ""
     if kind == "extra_forbidden":
-        here = _modelsat(model, error["loc"][:-1])
-        known = sorted({field for each in here for field in each.model_fields})
-        inside = _inside(here, name)
-        if inside:
+        known = _fieldsat(model, error["loc"][:-1])
+        if inside := _inside(_modelsat(model, error["loc"][:-1]), name):
             return f"unknown key; {inside}: has a field of that name. Fields here: {listed(known)}"
         return f"unknown key{among(name, known, 'fields here:')}" if known else "unknown key"
     if kind == "missing":

@@ -125,8 +125,8 @@ def hybrid_attention(
     q [B,H,T,D]; k, v [B,Hkv,T,D], query head h reads key head h // (H / Hkv); phi_q [B,H,T,F]; phi_k [B,H or Hkv,T,F];
     mix, log_scale [H]; key_mask [B,T] bool, True for real tokens, which must be one run (padding left or right);
     segment_ids [B,T]: window, sinks and linear set begin anew where it changes. Positions count from the first real
-    token. Any float dtype; `chunked` computes in fp32 (fp64 for fp64), without autocast, and so does `phi_k_fn`. window 0 is
-    an empty window.
+    token. Any float dtype; `chunked` computes in fp32 (fp64 for fp64). Autocast is off in the call, in `phi_k_fn` too. window 0
+    is an empty window.
 
     ablate {branch: "mass" | "output"}: the branch leaves numerator and denominator, or the numerator alone (in `average`
     its weight stays). `window` means its keys that are no sinks, `sinks` those that are not in the window; keys that are

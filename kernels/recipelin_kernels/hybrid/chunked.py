@@ -4,9 +4,9 @@ A chunk holds queries q0 .. q0 + C - 1. Its span begins `Block.span` keys before
 the window of every query of the chunk, so it is in the state sum phi(k) [v, 1] or, as a sink, in a few extra columns.
 Where `reach` cuts the linear set, the span holds all of it and there is no state: time then grows with T x reach.
 Heads are taken in blocks that stay in the cache. Backward runs over a block's states again, then walks its chunks from
-right to left, computes each one's weights anew and carries the gradient of the state. Nothing of size T x T is kept: three
-numbers of a query, its largest score and both masses. Of a call
-whose weights and states are smaller than its features, which autograd keeps anyway, they are kept too and not computed anew.
+right to left, computes each one's weights anew and carries the gradient of the state. Nothing of size T x T is kept. Of a
+query its largest score and both masses are; of a call whose weights and states are smaller than its features, which autograd
+keeps anyway, they are kept too and not computed anew.
 """
 
 from collections.abc import Iterator
@@ -104,11 +104,11 @@ def _forward(call: _Call, x: Inputs, kept: list[_Kept] | None = None) -> list[Te
     keeps = kept is not None and call.keeps_weights(x)
     for block, cut in call.blocks(x):
         part = _part(x, cut)
-        state = block.first_state
         chunks, own = block.chunks(), _Kept(1 if keeps else STRIDE, [], [], [])
+        state = held = block.first_state  # what is kept, or the caller's, stays as it is
         for number, chunk in enumerate(chunks):
-            fresh = number % own.stride == 0
-            if fresh:
+            if kept is not None and number % own.stride == 0:
+                held = state
                 own.states.append(state)
             weights = None
             if chunk.q0 < chunk.q1:
@@ -118,11 +118,11 @@ def _forward(call: _Call, x: Inputs, kept: list[_Kept] | None = None) -> list[Te
                 weights = weigh(inputs, state, masks, block.options)
                 into = [t[cut[0], cut[1], block.queries(chunk)] for t in outputs]
                 forward(weights, inputs, state, masks, block.options, into, spend=not keeps)
-            own.sums.append(None if weights is None else weights.sums)
-            own.weights.append(weights if keeps else None)
+            if kept is not None:
+                own.sums.append(None if weights is None else weights.sums)
+                own.weights.append(weights if keeps else None)
             if chunk is not chunks[-1]:
-                # What is kept, or the caller's, stays as it is.
-                state = block.advance(state, part, chunk, spend=not fresh)
+                state = block.advance(state, part, chunk, spend=state is not held)
         if kept is not None:
             kept.append(own)
     return outputs

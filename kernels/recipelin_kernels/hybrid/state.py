@@ -126,16 +126,22 @@ def settled(state: HybridState) -> HybridState:
     """The state with its late keys in the sums, in tensors of its own."""
     if state.room is None:
         return state
-    late = bool(state.late_phi.shape[2])
     return replace(
         state,
-        sums=added(state.sums, state.late_phi, state.late_v.to(state.sums)) if late else state.sums,
+        sums=whole_sums(state),
         ring_k=state.ring_k.clone(),
         ring_v=state.ring_v.clone(),
         late_phi=state.late_phi.new_empty(*state.late_phi.shape[:2], 0, state.late_phi.shape[3]),
         late_v=state.late_v.new_empty(*state.late_v.shape[:2], 0, state.late_v.shape[3]),
         room=None,
     )
+
+
+def whole_sums(state: HybridState) -> Tensor:
+    """The sums with the late keys in them."""
+    if not state.late_phi.shape[2]:
+        return state.sums
+    return added(state.sums, state.late_phi, state.late_v.to(state.sums))
 
 
 def _and_one(v: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from .block import Block, Chunk, Past
 from .chunk import HIDDEN, Inputs, Sums, dot, factors, fold, forward, weigh
 from .room import room_for
 from .rows import LOG2E, Options, Rows
-from .state import HybridState, added, check_heads, filled, late_most, settled, state_rows
+from .state import HybridState, added, check_heads, filled, late_most, settled, state_rows, whole_sums
 from .step_state import StepState
 
 
@@ -43,7 +43,7 @@ def plain_token(
     """`one_token` where `is_plain`: features are computed for the key that leaves the window alone."""
     dtype, (batch, heads, _, width), map_heads = state.sums.dtype, q.shape, state.sums.shape[1]
     if state.room is None or not state.room.take(state.late_phi.shape[2]):
-        state = _with_room(settled(state), options)
+        state = _with_room(state, options)
         assert state.room is not None
         state.room.take(0)
     room = state.room
@@ -96,14 +96,11 @@ def plain_token(
         late_v=room.v.narrow(2, sinks, late + 1),
         room=room,
     )
-    if late + 1 == room.left:
-        moved = replace(moved, sums=added(moved.sums, moved.late_phi, moved.late_v.to(dtype)))
-        moved = _with_room(moved, options)
-    return y.to(q.dtype), moved
+    return y.to(q.dtype), _with_room(moved, options) if late + 1 == room.left else moved
 
 
 def _with_room(state: HybridState, options: Options) -> HybridState:
-    """The state in a room of its own, without its late keys."""
+    """The state in a room of its own, its late keys in the sums."""
     batch, map_heads, features, width = state.sums.shape
     sinks, ring = options.sinks, options.window - 1
     full = bool((state.positions >= ring).all())
@@ -111,6 +108,7 @@ def _with_room(state: HybridState, options: Options) -> HybridState:
     room = room_for((state.sink_k, state.ring_k), (state.sink_v, state.ring_v), full, phi)
     return replace(
         state,
+        sums=whole_sums(state),
         ring_k=room.k.narrow(2, sinks, ring),
         ring_v=room.v.narrow(2, sinks, ring),
         late_phi=phi.narrow(2, 0, 0),

@@ -59,10 +59,8 @@ class HeadFeatureMap(nn.Module):
         """Whether the Triton kernels make the features: those of the standard map."""
         config = self.config
         standard = config.name == "hedgehog" and config.activation == "softmax" and not config.token_scale
-        if not standard or (self.kernel != "gpu" and not x.is_cuda):  # nothing more to ask, at every token of decoding
-            return False
         sizes: dict[str, Any] = {"dtype": x.dtype, "width": self.head_dim, "features": config.size(self.head_dim)}
-        return resolve_kernel(self.kernel, x.device, **sizes) == "gpu"
+        return standard and resolve_kernel(self.kernel, x.device, **sizes) == "gpu"
 
     def softmax_map(self, x: Tensor) -> SoftmaxMap | None:
         """The map as an argument of the operator, whose Triton kernels then make features of x; None where they do not."""
