@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Times every Triton kernel of a Llama-3.1-8B layer over sizes of blocks, warps and stages, on a CUDA device (`make gpu-tune`).
+"""Times every Triton kernel of a Llama-3.1-8B layer over sizes of blocks, warps, stages and registers (`make gpu-tune`).
 
 A kernel is launched alone, on the inputs that a call gives it, four times in a CUDA graph; the best of four replays counts.
 Variants are compiled before, by `--jobs` processes side by side: on a lent GPU that is most of the time. Writes
 kernels/bench/tuning-NAME.json and .md. What it finds goes into hybrid/gpu_call.py by hand, and counts once `make test-gpu` has
-passed with it: a pipeline can race.
+passed with it. A pipeline can race: a variant that writes other bits than one stage with as many warps is marked.
 """
 
 import argparse
@@ -23,9 +23,10 @@ import triton
 
 from recipelin.bench.cuda import captured, timed
 from recipelin.records import provenance
-from recipelin_kernels import hybrid_attention, weight_transfer_loss
+from recipelin_kernels import SoftmaxMap, hybrid_attention, weight_transfer_loss
 from recipelin_kernels.hybrid import gpu, gpu_call
-from recipelin_kernels.hybrid.gpu_call import Blocks
+from recipelin_kernels.hybrid.gpu_call import Blocks, Launch
+from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 from recipelin_kernels.weight_transfer import gpu as transfer_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ BRIEF = 4  # best variants of a kernel that the page shows
 
 @dataclass(frozen=True)
 class Operator:
-    """A call of 32 heads over 8, d 128, in bf16: `hybrid` forward, or with gradients, or `transfer`."""
+    """A call of 32 heads over 8, d 128, in bf16: `forward`, the same with features `made`, `both` with gradients, `transfer`."""
 
     kind: str
     length: int
@@ -50,13 +51,22 @@ class Operator:
             return torch.randn(1, heads, self.length, width, device="cuda").bfloat16()
 
         q, k, v, dy = (normal(h, 128) for h in (32, 8, 8, 32))
+        mix = torch.full((32,), 0.1, device="cuda")
+        if self.kind == "made":
+            weight = torch.randn(32, 128, self.features // 2, device="cuda") * 0.1
+            maps = [SoftmaxMap(lambda x: softmax_features_gpu(x, weight, 1e-12), weight, 1e-12)] * 2
+
+            def make() -> Any:
+                with torch.no_grad():
+                    return hybrid_attention(q, k, v, maps[0], None, mix, window=64, kernel="gpu", phi_k_fn=maps[1])
+
+            return make
         kind = getattr(torch, self.feature_dtype)
         phi = [normal(32, self.features).float().softmax(-1).to(kind) for _ in range(2)]
         given: list[Any] = [x.requires_grad_(self.kind != "forward") for x in (q, k, v, *phi)]
         if self.kind == "transfer":
             lse = torch.full((1, 32, self.length), 9.0, device="cuda")
             return lambda: weight_transfer_loss(q.detach(), k.detach(), phi[0], phi[1], lse, kernel="gpu")
-        mix = torch.full((32,), 0.1, device="cuda")
 
         def attend() -> Any:
             return hybrid_attention(q, k, v, phi[0], phi[1], mix, window=64, kernel="gpu")
@@ -66,30 +76,47 @@ class Operator:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel of one call, as it is compiled; microseconds, None where it does not fit the GPU."""
+    """One kernel of one call, as it is compiled; microseconds, None where it does not fit the GPU. same: whether it writes the
+    bits of one stage, with as many warps and all registers."""
 
     operator: str
     kernel: str
     rows: int
     columns: int
     stored: int
-    warps: int
-    stages: int
+    launch: Launch
     us: float | None = None
+    same: bool | None = None
 
 
-FOUR = [(4, 1), (4, 2), (4, 3)]
-EIGHT = [(8, 1), (8, 2), (8, 3)]
-SIZES: list[tuple[Operator, list[tuple[int, int, int]], list[tuple[int, int]]]] = [
-    (Operator("forward", 8192), [(64, 64, 256), (64, 64, 128), (64, 64, 512), (64, 32, 256), (32, 64, 256)], FOUR[:2]),
-    (Operator("forward", 8192, 256), [(64, 64, 256), (64, 32, 256)], FOUR[:2]),
-    (Operator("both", 8192), [(64, 64, 256), (64, 64, 512), (64, 32, 256), (32, 64, 256)], FOUR[:2]),
-    (Operator("both", 8192, 128, "float32"), [(64, 64, 256), (64, 32, 256), (32, 64, 256)], FOUR[:2]),
-    (Operator("transfer", 4096), [(64, 64, 128), (64, 32, 128), (64, 128, 128)], FOUR),
-    (Operator("transfer", 4096), [(128, 64, 128), (128, 32, 128)], EIGHT),
-    (Operator("transfer", 4096, 128, "float32"), [(64, 32, 128), (32, 32, 128)], FOUR[:2]),
-    (Operator("transfer", 4096, 128, "float32"), [(128, 32, 128)], EIGHT),
-]
+@dataclass(frozen=True)
+class Sweep:
+    """Kernels of a call, all that begin with one of `kernels`, by what they own and meet, queries between states, launch."""
+
+    operator: Operator
+    kernels: tuple[str, ...]
+    sizes: tuple[tuple[int, int, int], ...]
+    launches: tuple[Launch, ...]
+
+
+PLAIN = Launch(4, 1)
+FOUR = (Launch(4, 1, 168), Launch(4, 2), Launch(4, 2, 168), Launch(4, 3, 168))
+EIGHT = (Launch(8, 1), Launch(8, 2), Launch(8, 3))
+FORWARD, BOTH, TRANSFER = (
+    Operator(kind, length) for kind, length in (("forward", 8192), ("both", 8192), ("transfer", 4096))
+)
+OWNERS = ("transfer",)
+SWEEPS = (
+    Sweep(FORWARD, ("output",), ((64, 64, 256), (64, 64, 128), (64, 32, 256), (64, 32, 128)), FOUR),
+    Sweep(FORWARD, ("sum_keys", "scan"), ((64, 64, 256), (64, 64, 128)), (Launch(4, 2), *EIGHT)),
+    Sweep(Operator("forward", 8192, 256), ("output",), ((64, 64, 256), (64, 32, 256)), FOUR),
+    Sweep(Operator("made", 8192), ("output", "softmax"), ((64, 64, 256), (64, 32, 256)), (*FOUR, Launch(8, 1))),
+    Sweep(BOTH, ("output", "query", "key"), ((64, 64, 256), (64, 32, 256)), FOUR),
+    Sweep(BOTH, ("sum_queries",), ((64, 64, 256),), (Launch(4, 2), *EIGHT)),
+    Sweep(TRANSFER, OWNERS, ((64, 64, 128), (64, 32, 128)), (*FOUR, Launch(4, 3))),
+    Sweep(TRANSFER, OWNERS, ((128, 64, 128), (128, 32, 128)), EIGHT),
+    Sweep(Operator("transfer", 4096, 128, "float32"), OWNERS, ((128, 32, 128),), EIGHT[1:]),
+)
 
 
 @dataclass(frozen=True)
@@ -106,45 +133,54 @@ class Launched:
         said = {("K", True): " of keys", ("K", False): " of values", ("backward", True): ", backward"}
         return str(self.kernel.__name__) + "".join(said.get(flag, "") for flag in self.more.items() if flag[0] != "o")
 
+    def bits(self) -> int:
+        """A sum over all that it read and wrote, as integers."""
+        integers = {2: torch.int16, 4: torch.int32}
+        tensors = [x for x in self.arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        sums = [x.contiguous().view(integers[x.element_size()]).sum(dtype=torch.int64) for x in tensors if x.numel()]
+        return hash(tuple(int(n) for n in sums))
 
-def launches(operator: Operator, blocks: Blocks, *, run: bool) -> list[Launched]:
-    """Those of a call with blocks of these sizes. run: not only asked for, so that what later ones read is there."""
+
+def launched(sweep: Sweep, blocks: Blocks, *, run: bool) -> list[Launched]:
+    """Those of its kernels, with blocks of these sizes. run: not only asked for, so that what later ones read is there."""
     found: list[Launched] = []
     plain = gpu_call.Compiled.launch
 
     def noted(self: gpu_call.Compiled, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
-        if 0 not in grid:
+        if 0 in grid:
+            return
+        if kernel.__name__.startswith(sweep.kernels):
             found.append(Launched(kernel, grid, arguments, {**more, "o": self.form}))
-            if run:
-                kernel[grid](*arguments, o=self.form, **more, num_warps=4, num_stages=1)
+        if run:
+            kernel[grid](*arguments, o=self.form, **more, **PLAIN.options)
 
     own = gpu.fitting, transfer_gpu.fitting
     gpu.fitting = transfer_gpu.fitting = lambda *_: blocks  # type: ignore[assignment]
     gpu_call.Compiled.launch = noted  # type: ignore[method-assign]
     try:
-        operator.make()()
+        sweep.operator.make()()
     finally:
         gpu_call.Compiled.launch = plain  # type: ignore[method-assign]
         gpu.fitting, transfer_gpu.fitting = own
     return found
 
 
-def variants() -> Iterator[tuple[Operator, Blocks, list[tuple[int, int]]]]:
-    for operator, sizes, how in SIZES:
-        for rows, columns, stored in sizes:
-            yield operator, Blocks(rows, columns, stored, 256 if operator.kind == "transfer" else 128, 3), how
+def variants() -> Iterator[tuple[Sweep, Blocks, tuple[Launch, ...]]]:
+    for sweep in SWEEPS:
+        tile = 256 if sweep.operator.kind == "transfer" else 128
+        for rows, columns, stored in sweep.sizes:
+            yield sweep, Blocks(rows, columns, stored, tile, 3), tuple(dict.fromkeys((PLAIN, *sweep.launches)))
 
 
 def compile_share(number: int, jobs: int) -> None:
     """Every `jobs`-th variant into Triton's cache."""
     at = 0
-    for operator, blocks, how in variants():
-        made = launches(operator, blocks, run=False)
-        for one in made:
-            for warps, stages in sorted({(4, 1), *how}):
+    for sweep, blocks, how in variants():
+        for one in launched(sweep, blocks, run=False):
+            for launch in how:
                 at += 1
                 if at % jobs == number:
-                    one.kernel.warmup(*one.arguments, grid=one.grid, **one.more, num_warps=warps, num_stages=stages)
+                    one.kernel.warmup(*one.arguments, grid=one.grid, **one.more, **launch.options)
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -157,40 +193,49 @@ def microseconds(call: Callable[[], object]) -> float:
 def time_all(seconds: float) -> list[Variant]:
     """All variants, as far as the seconds reach; says what it left out."""
     found, begun = [], time.monotonic()
-    for operator, blocks, how in variants():
+    for sweep, blocks, how in variants():
+        name = sweep.operator.name
         if time.monotonic() - begun > seconds:
-            print(f"left out, no time: {operator.name}, {blocks}", file=sys.stderr)
+            print(f"left out, no time: {name}, {blocks}", file=sys.stderr)
             continue
         try:
             with torch.enable_grad():
-                made = {one.name: one for one in launches(operator, blocks, run=True)}
+                made = {one.name: one for one in launched(sweep, blocks, run=True)}
         except triton.runtime.errors.OutOfResources as error:
-            print(f"left out, {error}: {operator.name}, {blocks}", file=sys.stderr)
+            print(f"left out, {error}: {name}, {blocks}", file=sys.stderr)
             continue
-        for name, one in made.items():
-            for warps, stages in sorted({(4, 1), *how}):
+        for kernel, one in made.items():
+            plain: dict[int, int] = {}
+            for launch in how:
+                us, same = None, None
                 try:
-                    us: float | None = microseconds(
-                        lambda: one.kernel[one.grid](*one.arguments, **one.more, num_warps=warps, num_stages=stages)  # noqa: B023
-                    )
+                    us = microseconds(lambda: one.kernel[one.grid](*one.arguments, **one.more, **launch.options))  # noqa: B023
                 except triton.runtime.errors.OutOfResources:
-                    us = None
-                sizes = blocks.rows, blocks.columns, blocks.stored
-                found.append(Variant(operator.name, name, *sizes, warps, stages, us))
+                    pass
+                else:
+                    if one.kernel.__name__ != "scan":  # which sums up in place
+                        bits = one.bits()
+                        same = bits == plain.setdefault(launch.num_warps, bits)
+                found.append(Variant(name, kernel, blocks.rows, blocks.columns, blocks.stored, launch, us, same))
     return found
+
+
+def _said(v: Variant) -> str:
+    registers = "" if v.launch.maxnreg is None else f", {v.launch.maxnreg}"
+    return f"{v.launch.num_warps}, {v.launch.num_stages}{registers}{' **other bits**' if v.same is False else ''}"
 
 
 def page(gpu_name: str, head: str, found: list[Variant]) -> str:
     """The best variants of each kernel, in Markdown."""
     lines = [f"# Triton kernels on {gpu_name}, by their variants", "", head, ""]
     lines += [
-        "| call | kernel | microseconds: queries / keys of a block / between states, warps, stages |",
+        "| call | kernel | microseconds: queries / keys of a block / between states, warps, stages, registers at most |",
         "|---|---|---|",
     ]
     for operator, kernel in dict.fromkeys((v.operator, v.kernel) for v in found):
         mine = [v for v in found if (v.operator, v.kernel) == (operator, kernel) and v.us is not None]
         best = sorted(mine, key=lambda v: v.us or 0.0)[:BRIEF]
-        said = "; ".join(f"{v.us:.0f}: {v.rows}/{v.columns}/{v.stored}, {v.warps}, {v.stages}" for v in best)
+        said = "; ".join(f"{v.us:.0f}: {v.rows}/{v.columns}/{v.stored}, {_said(v)}" for v in best)
         lines.append(f"| {operator} | {kernel} | {said} |")
     return "\n".join(lines) + "\n"
 

@@ -105,11 +105,15 @@ def attend(x: Inputs, **options):
     return hybrid_attention(x.q, x.k, x.v, x.phi_q, x.phi_k, x.mix, **options)
 
 
-def with_gradients(x: Inputs, real: Tensor | None = None, **options) -> list[Tensor]:
-    """y, the components, and the gradients to every input (zeros where there is none)."""
+def with_gradients(x: Inputs, real: Tensor | None = None, *, components: bool = True, **options) -> list[Tensor]:
+    """y, the components (unless they are not asked for), and the gradients to every input (zeros where there is none)."""
     leaves = [t.detach().clone().requires_grad_() for t in x.tensors()]
-    y, parts = hybrid_attention(*leaves[:6], **{"log_scale": leaves[6], "components": True, **options})
+    found = hybrid_attention(*leaves[:6], **{"log_scale": leaves[6], "components": components, **options})
+    y = found[0] if components else found
     weight = torch.cos(torch.arange(y.numel(), dtype=torch.float64, device=y.device)).to(y.dtype).view_as(y)
+    if not components:
+        return [y.detach(), *gradients((y * weight).sum(), leaves)]
+    parts = found[1]
     seen = torch.ones(y.shape[0], y.shape[2], dtype=torch.bool, device=y.device) if real is None else real
     shown = [p.detach() * seen[:, None, :, None] for p in (parts.window, parts.linear)] + [
         parts.linear_share.detach() * seen[:, None]

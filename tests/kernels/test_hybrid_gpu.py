@@ -13,7 +13,7 @@ from recipelin_kernels import hybrid_attention, resolve_kernel
 from recipelin_kernels.hybrid import gpu_support
 from tests.conftest import GPU
 from tests.kernels.gpu_device import CANCELLED, DEVICE, FP32, on_device
-from tests.kernels.hybrid_inputs import Inputs, assert_same, attend, empty_is_nan, padding, with_gradients
+from tests.kernels.hybrid_inputs import OUTCOMES, Inputs, assert_same, attend, empty_is_nan, padding, with_gradients
 
 pytestmark = pytest.mark.usefixtures("language_patched_once")
 
@@ -28,10 +28,13 @@ def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32):
     if real is not None:
         for name in ("q", "k", "v", "phi_q", "phi_k"):
             getattr(coarse, name).masked_fill_(~real[:, None, :, None], torch.nan)
-    with empty_is_nan(DEVICE):
-        found = with_gradients(coarse, real, kernel="gpu", **options)
-    assert all(bool(t.isfinite().all()) for t in found)
-    assert_same(found, expected, tolerance, cancelled=CANCELLED)
+    # Without components a kernel may keep one sum for both sets (`output`).
+    for components, names in ((True, OUTCOMES), (False, OUTCOMES[:1] + OUTCOMES[4:])):
+        with empty_is_nan(DEVICE):
+            found = with_gradients(coarse, real, components=components, kernel="gpu", **options)
+        assert all(bool(t.isfinite().all()) for t in found)
+        same = [e for n, e in zip(OUTCOMES, expected, strict=True) if n in names]
+        assert_same(found, same, tolerance, names=names, cancelled=CANCELLED)
 
 
 KEEP = torch.tensor([[True, False]])
@@ -177,7 +180,7 @@ def test_queries_from_a_position_on():
 def test_only_wanted_gradients_are_computed_and_they_repeat():
     x = Inputs((2, 1), 40, batch=1).like(torch.float32, DEVICE)
     options = dict(window=6, sinks=2, kernel="gpu")
-    expected = with_gradients(x, **options)[4:]
+    expected = with_gradients(x, components=False, **options)[1:]
     for wanted in ((3, 4), (0, 2)):
         leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(x.tensors())]
         y = hybrid_attention(*leaves[:6], **options)

@@ -44,7 +44,7 @@ def _states(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
     length, states = x.q.shape[2], _number(call, x.q.shape[2])
     if states < 2 and not o.initial:
         return x.q.new_empty(0, dtype=torch.float32), x.q.new_empty(0, dtype=torch.float32)
-    parts = x.q.new_empty(batch, maps, states, features, o.width, dtype=torch.float32)
+    parts = x.q.new_empty(batch, maps, states, features, o.width, dtype=call.stored_dtype)
     masses = x.q.new_empty(batch, maps, states, features, dtype=torch.float32)
     if call.sums is not None:
         parts[:, :, 0], masses[:, :, 0] = call.sums[..., :-1], call.sums[..., -1]
@@ -54,9 +54,8 @@ def _states(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
         x.fk, x.v, call.keep, call.q_rows[1], *call.k_rows, parts, masses,
         *strides(x.fk, x.v), maps, length, keys, call.lead, states,
     )  # fmt: skip
-    value, masses = call.running_sums(parts, masses, length, backward=False)
-    assert value is not None
-    return value, masses
+    call.run_sums(parts, masses, length, backward=False)
+    return parts, masses
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,9 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
     key_heads, keys, maps, features = x.k.shape[1], x.k.shape[2], x.fk.shape[1], x.fk.shape[3]
     rows, tiles = cdiv(length, o.rows), cdiv(features, o.tile)
     states, anchor, scale, lead = _number(call, length), call.options.anchor, call.options.scale, call.lead
-    origin = -((o.span - lead) % o.columns)  # all keys of a block enter one state
-    blocks = cdiv(keys - origin, o.columns)
+    of_keys = replace(call, form=o._replace(rows=o.columns, columns=o.rows))  # programs that own keys
+    origin = -((o.span - lead) % o.rows)  # all keys of a block enter one state
+    blocks = cdiv(keys - origin, o.rows)
     spots = (*call.q_rows, *call.k_rows)
     dy = dy.to(x.q.dtype)
     exact: dict[str, Any] = dict(dtype=torch.float32, device=dy.device)
@@ -149,15 +149,14 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
         found["mix"] = terms[4].sum((0, 2))
     value = mass = torch.empty(0, **exact)  # not None: what reads them is compiled, though it does not run
     if states > 1 and wants & {"v", "fk"}:
-        parts = torch.empty(batch, maps, states, features, width, **exact)
+        parts = torch.empty(batch, maps, states, features, width, dtype=call.stored_dtype, device=dy.device)
         masses = torch.empty(batch, maps, states, features, **exact)
         call.launch(
             gpu_backward.sum_queries, (states - 1, batch * maps, tiles),
             x.fq, dy, *call.q_rows, terms, parts, masses, *strides(x.fq, dy), maps, heads, batch, length, states,
         )  # fmt: skip
-        sums, mass = call.running_sums(parts, masses, length, backward=True)
-        assert sums is not None
-        value = sums
+        call.run_sums(parts, masses, length, backward=True)
+        value, mass = parts, masses
     if "q" in wants:
         found["q"] = torch.empty(x.q.shape, dtype=x.q.dtype, device=dy.device)
         call.launch(
@@ -186,7 +185,7 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
     made = torch.float32 if sinks else x.k.dtype
     for name in sorted(wants & {"k", "v"}):  # each alone: a program that holds both sums spills
         found[name] = torch.empty(batch, key_heads, keys, width, dtype=made, device=dy.device)
-        call.launch(
+        of_keys.launch(
             gpu_backward_keys.key_gradient, (blocks, batch * key_heads),
             x.q, x.k, x.v, x.fq, x.fk, dy, call.keep, *spots, kept.stats, terms, kept.bests, x.mix, value, found[name],
             *strides(x.q, x.k, x.v, x.fq, x.fk, dy), heads, batch, length, keys, lead, states, origin, anchor, scale,
@@ -195,13 +194,13 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
     if "fk" in wants and not featureless:
         kind = torch.float32 if sinks and o.join == "replace" else x.fk.dtype
         found["fk"] = torch.empty(x.fk.shape, dtype=kind, device=dy.device)
-        call.launch(
+        of_keys.launch(
             gpu_backward_keys.key_features_gradient, (blocks, batch * maps, tiles),
             x.v, x.fq, dy, call.keep, *spots, terms, value, mass, found["fk"],
             *strides(x.v, x.fq, dy), heads, batch, length, keys, lead, states, origin, anchor,
         )  # fmt: skip
     if sinks and wants & {"k", "v", "fk"}:
-        _add_sinks(call, x, kept, dy, terms, found)
+        _add_sinks(of_keys, x, kept, dy, terms, found)
     for name in ("k", "v", "fk") if o.ahead else ():
         if name in found:
             found[name] = F.pad(found[name], (0, 0, o.ahead, 0))  # none into a state
@@ -210,7 +209,8 @@ def _backward(call: Call, x: Inputs, kept: Kept, dy: Tensor, wants: frozenset[st
 
 
 def _add_sinks(call: Call, x: Inputs, kept: Kept, dy: Tensor, terms: Tensor, found: dict[str, Tensor]) -> None:
-    """What sinks get of queries whose span they are before, added to the keys' gradients."""
+    """What sinks get of queries whose span they are before, added to the keys' gradients. call: of the programs that own keys,
+    which leave out what is before the span of as many queries."""
     o = call.form
     batch, heads, length, width = x.q.shape
     keys, features = x.k.shape[2], x.fk.shape[3]

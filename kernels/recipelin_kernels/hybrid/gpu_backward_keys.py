@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .gpu_forward import enters, goes_on
 from .gpu_parts import (
+    FAR,
     head,
     pairs,
     places,
@@ -43,6 +44,7 @@ def key_gradient(
     q_segment += b * length
     kp, ks = places(k_position + b * (keys + o.ahead), k_segment + b * (keys + o.ahead), j, keys, o)
     real = ks >= 0
+    kp = tl.where(real, kp, FAR)
     key = take(k, j, k_t, real, 0, o.width, o.width_block)
     values = key
     if K:
@@ -126,7 +128,8 @@ def _to_keys(
     soft, linear, hidden = sets(qp[None, :], qs[None, :], kp[:, None], ks[:, None], kept, anchor, o)
     out = take(dy, i, dy_t, real, 0, o.width, o.width_block)
     if SOFT:
-        soft = soft & (j >= q0 + lead - o.span)[:, None]  # sinks farther back: `sink_gradient`
+        if o.sinks > 0:
+            soft = soft & (j >= q0 + lead - o.span)[:, None]  # sinks farther back: `sink_gradient`
         query = take(q, i, q_t, real, 0, o.width, o.width_block)
         top = tl.load(stats + i, mask=real, other=0.0)
         factor = tl.load(terms + i, mask=real, other=0.0)
@@ -137,8 +140,9 @@ def _to_keys(
             ds = a * (dx + sigma[None, :])
             if o.through:
                 best = tl.load(bests + at + i, mask=real, other=0)
-                row = mix * tl.load(terms + 4 * plane + i, mask=real, other=0.0)
-                ds -= tl.where(soft & (j[:, None] == best[None, :]), row[None, :], 0.0)
+                row = mix * tl.load(terms + 4 * plane + i, mask=real, other=0.0)  # 0 where a row has no softmax set
+                own = tl.where(j >= q0 + lead - o.span, j, -1)
+                ds -= tl.where(own[:, None] == best[None, :], row[None, :], 0.0)
             return weighed(ds, query, total, o)
         else:
             return weighed(shown(a, hidden, o), out, total, o)
@@ -166,6 +170,7 @@ def key_features_gradient(
     q_position += b * length
     q_segment += b * length
     kp, ks = places(k_position + b * (keys + o.ahead), k_segment + b * (keys + o.ahead), j, keys, o)
+    kp = tl.where(ks >= 0, kp, FAR)
     values = take(v, j, v_t, ks >= 0, 0, o.width, o.width_block)
     plane = tl.cast(batches * heads + 0 * b, tl.int64) * length
     total = tl.full([o.columns, o.tile], 0.0, tl.float32)

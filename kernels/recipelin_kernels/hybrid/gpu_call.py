@@ -1,7 +1,7 @@
 """What the Triton kernels of one call are compiled for and launched with."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from .softmax_map import SoftmaxMap
 
 @dataclass(frozen=True)
 class Blocks:
-    """Queries and keys of a program, queries between stored states, features at once; powers of two. At most so many
-    stages of loads and warps (`Launch`)."""
+    """Queries that a program owns and keys that it meets at once (or keys and queries: `columns` divide `rows`), queries between
+    stored states, features at once; powers of two. At most so many stages of loads and warps (`Launch`)."""
 
     rows: int = 64
     columns: int = 64
@@ -30,7 +30,7 @@ class Blocks:
 
 SMALL = Blocks(32, 32, 256, 64, 1)  # what is in fp32 or fp16, or wider than 128, fits an H100's 227 KiB so
 # In the interpreter small ones, so that short rows have several of each.
-INTERPRETED = Blocks(16, 16, 32, 32)
+INTERPRETED = Blocks(16, 8, 32, 32)
 
 
 def fitting(dtype: torch.dtype, features: torch.dtype, width: int) -> Blocks:
@@ -56,6 +56,12 @@ class Launch:
 
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # registers of a thread at most
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As Triton has them."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 # Measured on an H200 (kernels/bench/tuning-h200.md): a block of 64 rows is one of 4 warps, 8 take half as long again or twice.
@@ -129,7 +135,8 @@ class Compiled:
 
     def how(self, kernel: str) -> dict[str, int]:
         launch = LAUNCHES[kernel]
-        return {"num_warps": min(launch.num_warps, self.warps), "num_stages": min(launch.num_stages, self.stages)}
+        warps, stages = min(launch.num_warps, self.warps), min(launch.num_stages, self.stages)
+        return replace(launch, num_warps=warps, num_stages=stages).options
 
 
 @dataclass(frozen=True)
@@ -145,31 +152,22 @@ class Call(Compiled):
     lead: int
     ahead: int  # sinks of the state in front of the keys
     segmented: bool
-    stored_dtype: torch.dtype  # of states: bf16 for bf16 inputs, else fp32 (fp16 could overflow)
+    stored_dtype: torch.dtype  # of states and their parts: bf16 for bf16 inputs, else fp32 (fp16 could overflow)
     map_weight: Tensor | None  # W in fp32 [H,D,C] and the least feature, where the kernel makes phi_q
     clamp: float
 
-    def running_sums(
-        self, parts: Tensor | None, masses: Tensor, length: int, *, backward: bool
-    ) -> tuple[Tensor | None, Tensor]:
-        """Of parts [B,p,n,F,D] and masses [B,p,n,F] the sums up to n (backward: from n on), a segment's own, made in fp32.
-
-        Those of parts are kept as products read them; those of masses take their place. Of n = 0 nothing is read, unless it holds
-        the state that a call goes on from.
+    def run_sums(self, parts: Tensor | None, masses: Tensor, length: int, *, backward: bool) -> None:
+        """In the place of parts [B,p,n,F,D] and masses [B,p,n,F] the sums up to n (backward: from n on), a segment's own, made in
+        fp32. Of n = 0 nothing is read, unless it holds the state that a call goes on from.
         """
         batch, maps, states, features = masses.shape
         size = 0 if parts is None else parts[0, 0, 0].numel()
-        value = parts
-        if parts is not None and self.stored_dtype != parts.dtype:
-            value = torch.empty_like(parts, dtype=self.stored_dtype)
         block = min(1024, power(max(size, features)))
         self.launch(
             gpu_forward.scan,
             (batch * maps, cdiv(size, block) + cdiv(features, block)),
-            parts, masses, value, masses, self.q_rows[1], maps, length, states, size, features,
-            backward=backward, block=block,
+            parts, masses, self.q_rows[1], maps, length, states, size, features, backward=backward, block=block,
         )  # fmt: skip
-        return value, masses
 
 
 def make_form(

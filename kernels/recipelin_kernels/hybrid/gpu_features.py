@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ..autocast import without_autocast
 from .gpu_call import Compiled, cdiv, power
-from .gpu_parts import head, softmax_of
+from .gpu_parts import head, mapped, softmax_of
 
 ROWS = 16  # tokens of a program, of any rows of the batch; the least that a product takes
 MANY = 64  # of the many tokens of whole rows, if maps are narrow: W is read once for all of them
@@ -38,17 +38,22 @@ def softmax_features(x, weight, out, x_b, x_h, x_t, tokens, length, heads, clamp
     base = head(x, b, h // o.group, x_b, x_h) + t.to(tl.int64) * x_t
     c = tl.arange(0, o.block)
     inside = (c < o.columns)[None, :]
+    BITS: tl.constexpr = 16 if out.dtype.element_ty == tl.bfloat16 else 24
     u = tl.full([rows, o.block], 0.0, tl.float32)
     for first in range(0, o.width, o.depth):
         d = first + tl.arange(0, o.depth)
-        a = tl.load(base[:, None] + d[None, :], mask=real & (d < o.width)[None, :], other=0.0).to(tl.float32)
+        a = tl.load(base[:, None] + d[None, :], mask=real & (d < o.width)[None, :], other=0.0)
         place = (h * o.width + d)[:, None] * o.columns + c[None, :]
         w = tl.load(weight + place, mask=(d < o.width)[:, None] & inside, other=0.0)
-        u = tl.dot(a, w, u, input_precision="tf32x3")
+        u = mapped(a, w, u, BITS)
     row = ((b.to(tl.int64) * heads + h) * length + t) * (2 * o.columns)
     to = out + row[:, None] + c[None, :]
-    tl.store(to, softmax_of(u, inside, clamp).to(out.dtype.element_ty), mask=real & inside)
-    tl.store(to + o.columns, softmax_of(-u, inside, clamp).to(out.dtype.element_ty), mask=real & inside)
+    if o.columns == o.block:
+        tl.store(to, softmax_of(u, None, clamp).to(out.dtype.element_ty), mask=real)
+        tl.store(to + o.columns, softmax_of(-u, None, clamp).to(out.dtype.element_ty), mask=real)
+    else:
+        tl.store(to, softmax_of(u, inside, clamp).to(out.dtype.element_ty), mask=real & inside)
+        tl.store(to + o.columns, softmax_of(-u, inside, clamp).to(out.dtype.element_ty), mask=real & inside)
 
 
 @triton.jit

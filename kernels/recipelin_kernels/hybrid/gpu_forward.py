@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .gpu_parts import (
     HIDDEN,
-    LEAST,
+    exp2,
     factors,
     features_of,
     floored,
@@ -16,11 +16,12 @@ from .gpu_parts import (
     put,
     scores,
     sets,
+    settled,
     shown,
     sink_columns,
-    softmax_weights,
     take,
     weighed,
+    window_factor,
     window_kept,
 )
 
@@ -55,7 +56,7 @@ def sum_keys(
 ):  # fmt: skip
     """sum phi_k [v, 1] over the keys that state n + 1 has and state n has not. Grid: (states - 1, B maps, tiles).
 
-    value [B maps, states, F, D] or None and mass [B maps, states, F] in float32, of which this fills 1 .. states - 1.
+    value [B maps, states, F, D] or None and mass [B maps, states, F] (float32), of which this fills 1 .. states - 1.
     """
     number = tl.program_id(0) + 1
     b = tl.program_id(1) // maps
@@ -70,31 +71,34 @@ def sum_keys(
     segment = goes_on(q_segment + b * length, number * o.stored, o)
     kept = window_kept(keep, tl.program_id(1), o)  # then phi_k is of query heads, if it matters
     total = tl.full([o.tile, o.width_block], 0.0, tl.float32)
-    alone = tl.full([o.tile], 0.0, tl.float32)
+    # Masses as a product with ones, which is exact: a sum over rows goes through shared memory.
+    ones = tl.full([o.columns, 16], 1.0, fk.dtype.element_ty)
+    alone = tl.full([o.tile, 16], 0.0, tl.float32)
     for at in range(start, stop, o.columns):
         j = at + tl.arange(0, o.columns)
         kp, ks = places(k_position, k_segment, j, stop, o)
         counts = enters(kp, ks, segment, kept, o)
         phi = take(fk, j, fk_t, counts, first, o.features, o.tile)
-        alone += tl.sum(phi.to(tl.float32), 0)
         if o.show_linear:
-            total = weighed(tl.trans(phi), take(v, j, v_t, ks >= 0, 0, o.width, o.width_block), total, o)
+            values = take(v, j, v_t, ks >= 0, 0, o.width, o.width_block)
+            total = weighed(tl.trans(phi), values, total, o)
+        alone = tl.dot(tl.trans(phi), ones, alone, input_precision="tf32x3")
     row = tl.program_id(1).to(tl.int64) * states + number
     f = first + tl.arange(0, o.tile)
     if value is not None:
         put(value + row * o.features * o.width, f, o.width, f < o.features, 0, o.width, o.width_block, total)
-    tl.store(mass + row * o.features + f, alone, mask=f < o.features)
+    tl.store(mass + row * o.features + f, tl.max(alone, 1), mask=f < o.features)
 
 
 @triton.jit
 def scan(
-    parts, masses, out, out_mass, q_segment, maps, length, states, size, features,
+    parts, masses, q_segment, maps, length, states, size, features,
     backward: tl.constexpr, block: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
-    """out[n] = parts[n] + out[n - 1] (backward: out[n + 1]) where the segment goes on, and of masses the same.
+    """x[n] += x[n - 1] (backward: x[n + 1]) where the segment goes on, of parts and of masses, in their place.
 
-    parts, out [B maps, states, size] or None, masses, out_mass [B maps, states, features]; what is summed is in float32. State 0
-    is none of the sums' but a call's that goes on from a state. Grid: (B maps, blocks of `size`, and then those of `features`).
+    parts [B maps, states, size] or None, masses [B maps, states, features]; summed in float32. State 0 is none of the sums' but a
+    call's that goes on from a state. Grid: (B maps, blocks of `size`, and then those of `features`).
     """
     segments = q_segment + tl.program_id(0) // maps * length
     row = tl.program_id(0).to(tl.int64) * states
@@ -103,16 +107,14 @@ def scan(
         ahead = tl.cdiv(size, block)
         if tl.program_id(1) < ahead:
             column = tl.program_id(1) * block + tl.arange(0, block)
-            _running(parts, out, segments, row, column, states, size, backward, block, o)
+            _running(parts, segments, row, column, states, size, backward, block, o)
     if tl.program_id(1) >= ahead:
         column = (tl.program_id(1) - ahead) * block + tl.arange(0, block)
-        _running(masses, out_mass, segments, row, column, states, features, backward, block, o)
+        _running(masses, segments, row, column, states, features, backward, block, o)
 
 
 @triton.jit
-def _running(
-    parts, out, segments, row, column, states, size, backward: tl.constexpr, block: tl.constexpr, o: tl.constexpr
-):
+def _running(x, segments, row, column, states, size, backward: tl.constexpr, block: tl.constexpr, o: tl.constexpr):
     total = tl.full([block], 0.0, tl.float32)
     before = -1
     for step in range(0, states):
@@ -124,10 +126,10 @@ def _running(
         there = column < size
         if backward or not o.initial:
             there = there & (number > 0)
-        part = tl.load(parts + at, mask=there, other=0.0)
+        part = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
         carried = (step > 0) & (now == before) & (now >= 0)
         total = tl.where(carried, total, 0.0) + part
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=column < size)
+        tl.store(x + at, total.to(x.dtype.element_ty), mask=column < size)
         before = now + 0
 
 
@@ -137,18 +139,20 @@ def _softmax_columns(
     kept, anchor, scale, BEST: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
     """One block of columns: the softmax set goes on. best: the column of the row maximum."""
-    soft, _linear, hidden = sets(qp[:, None], qs[:, None], kp[None, :], ks[None, :], kept, anchor, o)
     real = ks >= 0
     key = take(k, j, k_t, real, 0, o.width, o.width_block)
-    s = tl.where(soft, scores(query, key, scale, o), HIDDEN)
+    values = take(v, j, v_t, real, 0, o.width, o.width_block)  # here, so that both are under way at once
+    s = scores(query, key, scale, o)
+    soft, _linear, hidden = sets(qp[:, None], qs[:, None], kp[None, :], ks[None, :], kept, anchor, o)
+    s = tl.where(soft, s, HIDDEN)
     new = tl.maximum(top, tl.max(s, 1))
     if BEST:
-        least = tl.min(tl.where(soft & (s == new[:, None]), j[None, :] + 0 * i[:, None], 2147483647), 1)
+        least = tl.min(tl.where(s == new[:, None], j[None, :] + 0 * i[:, None], 2147483647), 1)
         best = tl.where(new > top, least, best)
-    a = softmax_weights(s, soft, new[:, None])
-    shrink = tl.exp2(tl.maximum(top - new, LEAST))
+    # Of a row that sees nothing yet all is 0.
+    a = exp2(s - tl.where(new == HIDDEN, 0.0, new)[:, None])
+    shrink = exp2(top - new)
     a_mass = a_mass * shrink + tl.sum(a, 1)
-    values = take(v, j, v_t, real, 0, o.width, o.width_block)
     a_sum = weighed(shown(a, hidden, o), values, a_sum * shrink[:, None], o)
     if o.join == "replace":
         b = pairs(phi, fq, fq_t, i, qs >= 0, fk, fk_t, j, real, o)
@@ -158,14 +162,19 @@ def _softmax_columns(
 
 @triton.jit
 def _linear_columns(
-    b_mass, b_sum, phi, fq, fq_t, i, qp, qs, v, v_t, fk, fk_t, j, kp, ks, kept, anchor, o: tl.constexpr
-):
-    """One block of columns: the linear set goes on."""
-    _soft, linear, _hidden = sets(qp[:, None], qs[:, None], kp[None, :], ks[None, :], kept, anchor, o)
-    b = tl.where(linear, pairs(phi, fq, fq_t, i, qs >= 0, fk, fk_t, j, ks >= 0, o), 0.0)
+    b_mass, b_sum, phi, fq, fq_t, i, qp, qs, v, v_t, fk, fk_t, j, kp, ks, kept, anchor,
+    FULL: tl.constexpr, o: tl.constexpr,
+):  # fmt: skip
+    """One block of columns: the linear set goes on. FULL: it holds all of them."""
+    if o.show_linear:
+        values = take(v, j, v_t, ks >= 0, 0, o.width, o.width_block)
+    b = pairs(phi, fq, fq_t, i, qs >= 0, fk, fk_t, j, ks >= 0, o)
+    if not FULL:
+        _soft, linear, _hidden = sets(qp[:, None], qs[:, None], kp[None, :], ks[None, :], kept, anchor, o)
+        b = tl.where(linear, b, 0.0)
     b_mass += tl.sum(b, 1)
     if o.show_linear:
-        b_sum = weighed(b, take(v, j, v_t, ks >= 0, 0, o.width, o.width_block), b_sum, o)
+        b_sum = weighed(b, values, b_sum, o)
     return b_mass, b_sum
 
 
@@ -183,9 +192,11 @@ def output(
     and the span, and what of the span it holds. y, y_soft, y_linear [B,H,T,D], share [B,H,T], stats [4,B,H,T] (top in base 2,
     masses of softmax, linear and, in `replace`, the window's linear mass), bests [B,H,T] int32. With `weight` phi_q is made here.
 
-    On the chip, d = 128, rows = columns = 64: one sum in float32 32 KiB, the window's y 16 KiB, scores or pairs 16 KiB, in 4
-    warps 128 registers a thread; a state is read in tiles of 64 to 128 features and never held as a whole.
+    On the chip, d = 128, rows = columns = 64: one sum in float32 32 KiB, scores or pairs 16 KiB, in 4 warps 96 registers a
+    thread; a state is read in tiles of 64 to 128 features and never held as a whole. Where the window's factor waits for the
+    linear mass, or components are asked for, the window's y is kept beside it, 16 KiB.
     """
+    JOINED: tl.constexpr = (o.join == "shared" or o.join == "replace") and not COMPONENTS
     q0 = tl.program_id(0) * o.rows
     b = tl.program_id(1) // heads
     h = tl.program_id(1) % heads
@@ -236,13 +247,21 @@ def output(
             )  # fmt: skip
     inside = i < length
     out = row * length
-    total = total * over(1.0, a_mass)[:, None]
+    g = 0.0
+    c = 0.0
+    if o.join == "shared":
+        g = tl.load(mix + h).to(tl.float32)
+    if o.join == "absolute":
+        c = tl.load(log_scale + h).to(tl.float32)
     if SOFT_OUT:
-        put(y_soft + out * o.width, i, o.width, inside, 0, o.width, o.width_block, total)
-    # Rounded as y will be, so that it takes half the registers while the linear set is summed.
-    y_window = total.to(y.dtype.element_ty)
-
-    total = tl.full([o.rows, o.width_block], 0.0, tl.float32)
+        mean = total * over(1.0, a_mass)[:, None]
+        put(y_soft + out * o.width, i, o.width, inside, 0, o.width, o.width_block, mean)
+    if JOINED:
+        total = total * window_factor(a_mass, w_mass, g, o)[:, None]
+    else:
+        # Rounded as y will be, so that it takes half the registers while the linear set is summed.
+        y_window = settled(total * over(1.0, a_mass)[:, None], y.dtype.element_ty)
+        total = tl.full([o.rows, o.width_block], 0.0, tl.float32)
     if o.has_linear:
         far = near
         if o.sums:
@@ -251,32 +270,39 @@ def output(
                 sees = qs == goes_on(q_segment, number * o.stored, o)
                 begin = ((b * (heads // o.map_group) + p).to(tl.int64) * states + number) * o.features
                 for first in range(0, o.features, o.tile):
-                    if o.map_columns > 0:
+                    f = first + tl.arange(0, o.tile)
+                    held = tl.load(mass + begin + f, mask=f < o.features, other=0.0)
+                    if o.show_linear:
+                        s = take(value + begin * o.width, f, o.width, f < o.features, 0, o.width, o.width_block)
+                    if o.plain and o.features <= o.tile:
+                        x = phi
+                    elif o.map_columns > 0:
                         x = tl.where((sees & (qs >= 0))[:, None], phi, tl.zeros_like(phi))
                     else:
                         x = take(fq, i, fq_t, sees & (qs >= 0), first, o.features, o.tile)
-                    f = first + tl.arange(0, o.tile)
-                    held = tl.load(mass + begin + f, mask=f < o.features, other=0.0)
-                    b_mass += tl.sum(x.to(tl.float32) * held[None, :], 1)
                     if o.show_linear:
-                        s = take(value + begin * o.width, f, o.width, f < o.features, 0, o.width, o.width_block)
                         total = weighed(x, s, total, o)
+                    b_mass += tl.sum(x.to(tl.float32) * held[None, :], 1)
         last = stop
         if not o.near_linear:
             last = tl.maximum(tl.minimum(q0 + o.rows + lead - o.window, stop), near)
-        for at in range(far, last, o.columns):
+        masked = far
+        if o.sums and o.plain:
+            # What lies between state and span is linear as a whole, but for sinks.
+            if far >= o.sinks:
+                masked = far + (near - far) // o.columns * o.columns
+            for at in range(far, masked, o.columns):
+                j = at + tl.arange(0, o.columns)
+                b_mass, total = _linear_columns(
+                    b_mass, total, phi, fq, fq_t, i, qp, qs, v, v_t, fk, fk_t, j, j, j, kept, anchor, True, o
+                )
+        for at in range(masked, last, o.columns):
             j = at + tl.arange(0, o.columns)
             kp, ks = places(k_position, k_segment, j, last, o)
             b_mass, total = _linear_columns(
-                b_mass, total, phi, fq, fq_t, i, qp, qs, v, v_t, fk, fk_t, j, kp, ks, kept, anchor, o
+                b_mass, total, phi, fq, fq_t, i, qp, qs, v, v_t, fk, fk_t, j, kp, ks, kept, anchor, False, o
             )
 
-    g = 0.0
-    c = 0.0
-    if o.join == "shared":
-        g = tl.load(mix + h).to(tl.float32)
-    if o.join == "absolute":
-        c = tl.load(log_scale + h).to(tl.float32)
     a_factor, b_factor, _den, _live, a_weight, b_weight = factors(top, a_mass, b_mass, w_mass, g, c, o)
     if COMPONENTS:
         linear, _live = floored(b_mass, o)
@@ -286,7 +312,9 @@ def output(
         if o.join == "average" or o.join == "sum":
             part = b_weight / tl.maximum(a_weight + b_weight, 0.5)
         tl.store(share + out + i, part, mask=inside)
-    total = (a_factor * a_mass)[:, None] * y_window.to(tl.float32) + b_factor[:, None] * total
+    total = b_factor[:, None] * total
+    if not JOINED:
+        total += (a_factor * a_mass)[:, None] * y_window.to(tl.float32)
     put(y + out * o.width, i, o.width, inside, 0, o.width, o.width_block, total)
     if STATS:
         plane = tl.num_programs(1).to(tl.int64) * length

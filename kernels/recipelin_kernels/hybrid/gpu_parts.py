@@ -8,8 +8,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .gpu_support import interpreted
 from .rows import LOG2E, SIGNED_FLOOR
 
+ON_CHIP = tl.constexpr(not interpreted())  # the interpreter knows no PTX
+FAR = tl.constexpr(2**30)  # the position, in plain rows, of a key that is not there: after every query's
 HIDDEN = tl.constexpr(-1e30)  # the score of a key outside the softmax set; never an argument of exp2
 LEAST = tl.constexpr(-122.0)  # 2^-122 = exp(-85): below it a weight is 0 beside the row's largest, which is 1
 MOST = tl.constexpr(69.0)  # no factor of `absolute` is larger than exp(69)
@@ -57,6 +60,39 @@ class Form(NamedTuple):
     near_linear: bool  # the linear set may hold keys of the window
     near_pairs: bool  # the same, or `replace` asks for their features
     map_columns: int  # of W, by which phi_q is made; 0: phi_q is read
+
+
+@triton.jit
+def exp2(x):
+    """2^x of float32 by the special function unit alone, 2 ulp; 0 below 2^-126. (tl.exp2: four more instructions for those.)"""
+    if ON_CHIP:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def log2(x):
+    """log2 of normal float32 by the special function unit, off by 2^-22 at most or of its value. (tl.log2: 25 instructions.)"""
+    if ON_CHIP:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def inverse(x):
+    """1 / x of normal float32 by the special function unit, 1 ulp. (A division guards numbers beyond 2^126.)"""
+    if ON_CHIP:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
 
 
 @triton.jit
@@ -108,7 +144,7 @@ def sink_columns(position, segment, first, before, o: tl.constexpr):
     n = tl.arange(0, o.sink_block)
     if o.plain:
         there = (n < o.sinks) & (n < before)
-        return n, n, tl.where(there, 0, -1)
+        return n, tl.where(there, n, FAR), tl.where(there, 0, -1)
     else:
         index = first - tl.load(position + first) + n
         there = (n < o.sinks) & (index >= 0) & (index < before)
@@ -128,26 +164,35 @@ def sink_columns(position, segment, first, before, o: tl.constexpr):
 def sets(qp, qs, kp, ks, kept, anchor, o: tl.constexpr):
     """The softmax set, the linear set and what of the softmax set is not shown.
 
-    qp, qs: positions and segments of queries, [rows, 1] or [1, rows]; kp, ks of keys the other way round.
+    qp, qs: positions and segments of queries, [rows, 1] or [1, rows]; kp, ks of keys the other way round. In plain rows positions
+    say all: keys from the end on are after every query, what else is not there is FAR, and queries that are not there have
+    factors of 0 and are not written.
     """
     distance = qp - kp
-    seen = (qs == ks) & (ks >= 0) & (distance >= 0)
+    none = distance != distance
+    seen = distance >= 0
+    if not o.plain:
+        seen = seen & (qs == ks) & (ks >= 0)
     if o.terraced and o.window > 0:
         # anchor < window: with one block more, nothing that is divided is negative.
         q_block = (qp - anchor + o.window) // o.window
         k_block = (kp - anchor + o.window) // o.window
         near = seen & (q_block - k_block <= 1)
+    elif o.plain:
+        near = distance.to(tl.uint32, bitcast=True) < o.window  # both bounds in one comparison
     else:
         near = seen & (distance < o.window)
     reached = seen
     if o.reach > 0:
         near = near & (distance < o.reach)
         reached = seen & (distance < o.reach)
-    sink = seen & (kp < o.sinks)
+    sink = none
+    if o.sinks > 0:
+        sink = seen & (kp < o.sinks)
     far_sink = sink & (near == 0)
-    soft = near & (distance < 0)
+    soft = none
     if o.has_window:
-        soft = soft | near
+        soft = near
     if o.has_sinks:
         soft = soft | sink
     linear = reached
@@ -159,8 +204,8 @@ def sets(qp, qs, kp, ks, kept, anchor, o: tl.constexpr):
             linear = linear | (reached & dropped)
         soft = soft & (dropped == 0)
     if not o.has_linear:
-        linear = linear & (distance < 0)
-    hidden = near & (distance < 0)
+        linear = none
+    hidden = none
     if not o.show_window:
         hidden = hidden | (near & (sink == 0))
     if not o.show_sinks:
@@ -180,7 +225,7 @@ def shown(x, hidden, o: tl.constexpr):
 @triton.jit
 def softmax_weights(s, soft, top):
     """2^(s - top), of the softmax set; s and top in base 2. Outside the set s - top may be anything."""
-    return tl.where(soft, tl.exp2(tl.minimum(tl.maximum(s - top, LEAST), 0.0)), 0.0)
+    return exp2(tl.where(soft, s - top, HIDDEN))
 
 
 @triton.jit
@@ -215,10 +260,25 @@ def pairs(phi, fq, fq_t, i, i_real, fk, fk_t, j, j_real, o: tl.constexpr):
 
 @triton.jit
 def softmax_of(u, inside, clamp):
-    """max(softmax(u), clamp) of rows, over the columns `inside`."""
-    level = tl.max(tl.where(inside, u, float("-inf")), 1)
-    e = tl.where(inside, tl.exp(tl.where(inside, u - level[:, None], 0.0)), 0.0)
-    return tl.maximum(e / tl.sum(e, 1)[:, None], clamp)
+    """max(softmax(u), clamp) of rows, over the columns `inside`; None: all."""
+    if inside is not None:
+        u = tl.where(inside, u, HIDDEN)
+    e = exp2((u - tl.max(u, 1)[:, None]) * BASE2)
+    return tl.maximum(e * (1.0 / tl.sum(e, 1))[:, None], clamp)
+
+
+@triton.jit
+def mapped(x, weight, u, BITS: tl.constexpr):
+    """u + x W in float32, W [width, columns] in float32. x in bf16, which has 8 bits: by BITS of W in products of bf16, 8 each;
+    else of three products of tf32."""
+    if x.dtype == tl.bfloat16:
+        for _ in tl.static_range(0, BITS, 8):
+            part = weight.to(tl.bfloat16)
+            u = tl.dot(x, part, u)
+            weight -= part.to(tl.float32)
+        return u
+    else:
+        return tl.dot(x.to(tl.float32), weight, u, input_precision="tf32x3")
 
 
 @triton.jit
@@ -227,16 +287,20 @@ def features_of(x, weight, clamp, o: tl.constexpr):
     c = tl.arange(0, o.map_columns)
     d = tl.arange(0, o.width_block)
     w = tl.load(weight + d[:, None] * o.map_columns + c[None, :], mask=(d < o.width)[:, None], other=0.0)
-    if x.dtype == tl.bfloat16:
-        # 16 bits of W, in two products; x has 8.
-        coarse = w.to(tl.bfloat16)
-        u = tl.dot(x, coarse)
-        u = tl.dot(x, (w - coarse.to(tl.float32)).to(tl.bfloat16), u)
-    else:
-        u = tl.dot(x, w, input_precision=o.precision)
-    inside = (c >= 0)[None, :]
-    both = tl.join(softmax_of(u, inside, clamp), softmax_of(-u, inside, clamp))  # [rows, columns, 2]
+    u = mapped(x, w, tl.full([x.shape[0], o.map_columns], 0.0, tl.float32), 16)
+    both = tl.join(softmax_of(u, None, clamp), softmax_of(-u, None, clamp))  # [rows, columns, 2]
     return tl.reshape(tl.permute(both, (0, 2, 1)), (x.shape[0], o.tile)).to(x.dtype)
+
+
+@triton.jit
+def settled(x, kind: tl.constexpr):
+    """x rounded to `kind` here: a rounding to bf16 would else be put off to where it is read, and x keep its registers."""
+    if ON_CHIP and kind == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=False, pack=2
+        )
+    else:
+        return x.to(kind)
 
 
 @triton.jit
@@ -255,6 +319,15 @@ def floored(x, o: tl.constexpr):
         return tl.where(size > 0.0, held, x), tl.where(size >= FLOOR, 1.0, 0.0)
     else:
         return x, x * 0.0 + 1.0
+
+
+@triton.jit
+def window_factor(a_mass, w_mass, mix, o: tl.constexpr):
+    """A of `shared` and `replace` before the denominator: it does not wait for the linear mass."""
+    if o.join == "shared":
+        return a_mass * 0.0 + mix
+    else:
+        return over(w_mass, a_mass)
 
 
 @triton.jit
@@ -280,10 +353,8 @@ def factors(top, a_mass, b_mass, w_mass, mix, log_scale, o: tl.constexpr):
         return a_factor, b_factor, one, live, a_weight, b_weight
     else:
         b_factor = one
-        if o.join == "shared":
-            a_factor = one * mix
-        elif o.join == "replace":
-            a_factor = over(w_mass, a_mass)
+        if o.join == "shared" or o.join == "replace":
+            a_factor = window_factor(a_mass, w_mass, mix, o)
         else:
             natural = top / BASE2
             soft = tl.where(a_mass > 0.0, natural, HIDDEN)

@@ -77,7 +77,8 @@ def _sums(call: Call, phi_k: Tensor) -> tuple[Tensor, int]:
         phi_k, phi_k, None, call.q_rows[1], *call.k_rows, None, sums,
         *strides(phi_k, phi_k), maps, length, length, 0, states,
     )  # fmt: skip
-    return call.running_sums(None, sums, length, backward=False)[1], states
+    call.run_sums(None, sums, length, backward=False)
+    return sums, states
 
 
 def _ends(segment: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..hybrid.gpu_parts import BASE2, head, pairs, places, put, scores, sets, take, weighed
+from ..hybrid.gpu_parts import BASE2, exp2, head, inverse, pairs, places, put, scores, sets, take, weighed
 from .gpu_rows import CLAMP, taught_pairs, weights
 
 
@@ -28,7 +28,7 @@ def _met(
     b_factor = tl.load(terms + plane + i, mask=real, other=0.0)[None, :]
     linear_term = tl.load(terms + 2 * plane + i, mask=real, other=0.0)[None, :]
     if FULL:
-        p = tl.exp2(s - level)
+        p = exp2(s - level)
         a = b_factor * x
     else:
         top = tl.load(stats + i, mask=real, other=0.0)[None, :]
@@ -36,7 +36,7 @@ def _met(
         soft, linear, _hidden = sets(qp[None, :], qs[None, :], kp[:, None], ks[:, None], 1, anchor, o)
         taught = taught_pairs(qp[None, :], qs[None, :], kp[:, None], ks[:, None], bounds)
         p, a, _e = weights(s, x, level, top, a_factor, b_factor, taught, soft, linear, o)
-    db = linear_term - tl.where(a >= CLAMP, p, 0.0) / tl.maximum(a, CLAMP)
+    db = linear_term - tl.where(a >= CLAMP, p, 0.0) * inverse(tl.maximum(a, CLAMP))
     if not FULL:
         db = tl.where(linear, db, 0.0)
         if o.join == "replace":

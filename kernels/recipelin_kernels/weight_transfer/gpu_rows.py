@@ -9,9 +9,11 @@ from ..hybrid.gpu_forward import goes_on
 from ..hybrid.gpu_parts import (
     BASE2,
     HIDDEN,
-    LEAST,
+    exp2,
     factors,
     head,
+    inverse,
+    log2,
     over,
     pairs,
     places,
@@ -46,9 +48,9 @@ def _summed(
         b = pairs(phi, fq, fq_t, i, qs >= 0, fk, fk_t, j, ks >= 0, o)
     if SOFT:
         key = take(k, j, k_t, ks >= 0, 0, o.width, o.width_block)
-        s = tl.where(soft, scores(query, key, scale, o), HIDDEN)
-        new = tl.maximum(top, tl.max(s, 1))
-        a_mass = a_mass * tl.exp2(tl.maximum(top - new, LEAST)) + tl.sum(softmax_weights(s, soft, new[:, None]), 1)
+        s = scores(query, key, scale, o)
+        new = tl.maximum(top, tl.max(tl.where(soft, s, HIDDEN), 1))
+        a_mass = a_mass * exp2(top - new) + tl.sum(softmax_weights(s, soft, new[:, None]), 1)
         top = new
         if o.join == "replace":
             w_mass += tl.sum(tl.where(soft, b, 0.0), 1)
@@ -141,7 +143,7 @@ def taught_pairs(qp, qs, kp, ks, bounds: tl.constexpr):
 @triton.jit
 def weights(s, x, lse, top, a_factor, b_factor, taught, soft, linear, o: tl.constexpr):
     """P, A without its clamp and the softmax side's exp of pairs; s, lse, top in base 2, the terms of rows spread out."""
-    p = tl.where(taught, tl.exp2(tl.where(taught, s - lse, LEAST)), 0.0)
+    p = exp2(tl.where(taught, s - lse, HIDDEN))
     a = tl.where(linear, b_factor * x, 0.0)
     e = a * 0.0
     if o.window > 0 or o.sinks > 0:
@@ -168,7 +170,7 @@ def _met(
         own = take(fk, j, fk_t, real, first, o.features, o.tile)
         x = pairs(phi, fq, fq_t, i, qs >= 0, fk, fk_t, j, real, o)
     if FULL:
-        p = tl.exp2(s - lse[:, None])
+        p = exp2(s - lse[:, None])
         a = b_factor[:, None] * x
     else:
         soft, linear, _hidden = sets(qp[:, None], qs[:, None], kp[None, :], ks[None, :], 1, anchor, o)
@@ -178,10 +180,10 @@ def _met(
         )
     moves = a >= CLAMP
     a = tl.maximum(a, CLAMP)
-    loss -= tl.sum(p * tl.log2(a), 1)
+    loss -= tl.sum(p * log2(a), 1)
     p = tl.where(moves, p, 0.0)
     kept += tl.sum(p, 1)
-    r = p / a
+    r = p * inverse(a)
     if not FULL:
         pull += tl.sum(e * r, 1)
         r = tl.where(linear, r, 0.0)
