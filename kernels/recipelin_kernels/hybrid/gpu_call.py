@@ -162,7 +162,7 @@ class Call(Compiled):
         """
         batch, maps, states, features = masses.shape
         size = 0 if parts is None else parts[0, 0, 0].numel()
-        block = min(1024, power(max(size, features)))
+        block = min(128 if self.form.plain else 1024, power(max(size, features)))
         self.launch(
             gpu_forward.scan,
             (batch * maps, cdiv(size, block) + cdiv(features, block)),

@@ -25,6 +25,8 @@ from .gpu_parts import (
     window_kept,
 )
 
+TOGETHER = tl.constexpr(16)  # states
+
 
 @triton.jit
 def enters(kp, ks, segment, kept, o: tl.constexpr):
@@ -116,21 +118,36 @@ def scan(
 @triton.jit
 def _running(x, segments, row, column, states, size, backward: tl.constexpr, block: tl.constexpr, o: tl.constexpr):
     total = tl.full([block], 0.0, tl.float32)
-    before = -1
-    for step in range(0, states):
-        number = step
-        if backward:
-            number = states - 1 - step
-        now = goes_on(segments, number * o.stored, o)
-        at = (row + number) * size + column
-        there = column < size
-        if backward or not o.initial:
-            there = there & (number > 0)
-        part = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
-        carried = (step > 0) & (now == before) & (now >= 0)
-        total = tl.where(carried, total, 0.0) + part
-        tl.store(x + at, total.to(x.dtype.element_ty), mask=column < size)
-        before = now + 0
+    if o.plain:
+        # Several at once: a load for each state alone would be a wait for each.
+        for first in range(0, states, TOGETHER):
+            number = first + tl.arange(0, TOGETHER)
+            if backward:
+                number = states - 1 - number
+            at = (row + number)[:, None] * size + column[None, :]
+            inside = ((number >= 0) & (number < states))[:, None] & (column < size)[None, :]
+            there = inside
+            if backward or not o.initial:
+                there = inside & (number > 0)[:, None]
+            part = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+            tl.store(x + at, (total[None, :] + tl.cumsum(part, 0)).to(x.dtype.element_ty), mask=inside)
+            total += tl.sum(part, 0)
+    else:
+        before = -1
+        for step in range(0, states):
+            number = step
+            if backward:
+                number = states - 1 - step
+            now = goes_on(segments, number * o.stored, o)
+            at = (row + number) * size + column
+            there = column < size
+            if backward or not o.initial:
+                there = there & (number > 0)
+            part = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+            carried = (step > 0) & (now == before) & (now >= 0)
+            total = tl.where(carried, total, 0.0) + part
+            tl.store(x + at, total.to(x.dtype.element_ty), mask=column < size)
+            before = now + 0
 
 
 @triton.jit
