@@ -196,6 +196,15 @@ def _linear_columns(
 
 
 @triton.jit
+def _features(q, q_t, fq, fq_t, i, real, weight, h, clamp, o: tl.constexpr):
+    """phi_q of the rows, or its first tile: made or read, where it is first needed."""
+    if o.map_columns > 0:
+        return features_of(q, i, q_t, real, weight + h.to(tl.int64) * o.width * o.map_columns, clamp, 64, o)
+    else:
+        return take(fq, i, fq_t, real, 0, o.features, o.tile)
+
+
+@triton.jit
 def output(
     q, k, v, fq, fk, mix, log_scale, keep, q_position, q_segment, k_position, k_segment, value, mass, weight, clamp,
     y, y_soft, y_linear, share, stats, bests,
@@ -233,10 +242,9 @@ def output(
     i = q0 + tl.arange(0, o.rows)
     qp, qs = places(q_position, q_segment, i, length, o)
     query = take(q, i, q_t, qs >= 0, 0, o.width, o.width_block)
-    if o.map_columns > 0:
-        phi = features_of(query, weight + h.to(tl.int64) * o.width * o.map_columns, clamp, o)
-    else:
-        phi = take(fq, i, fq_t, qs >= 0, 0, o.features, o.tile)
+    phi = query
+    if o.join == "replace":
+        phi = _features(q, q_t, fq, fq_t, i, qs >= 0, weight, h, clamp, o)
     number = q0 // o.stored
     near = tl.maximum(q0 + lead - o.span, 0)
     stop = tl.minimum(q0 + o.rows, length) + lead
@@ -280,6 +288,8 @@ def output(
         y_window = settled(total * over(1.0, a_mass)[:, None], y.dtype.element_ty)
         total = tl.full([o.rows, o.width_block], 0.0, tl.float32)
     if o.has_linear:
+        if o.join != "replace":
+            phi = _features(q, q_t, fq, fq_t, i, qs >= 0, weight, h, clamp, o)
         far = near
         if o.sums:
             far = tl.maximum(number * o.stored + lead - o.span, 0)

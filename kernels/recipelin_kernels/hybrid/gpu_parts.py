@@ -282,14 +282,17 @@ def mapped(x, weight, u, BITS: tl.constexpr):
 
 
 @triton.jit
-def features_of(x, weight, clamp, o: tl.constexpr):
-    """[softmax(x W), softmax(-x W)] of rows x [rows, width_block], at least clamp: [rows, tile] in the dtype of x."""
+def features_of(x, index, stride, real, weight, clamp, DEPTH: tl.constexpr, o: tl.constexpr):
+    """[softmax(x W), softmax(-x W)] of the rows `index` of x, at least clamp: [rows, tile] in the dtype of x. DEPTH of head_dim at
+    once: W as a whole would take 64 registers a thread."""
     c = tl.arange(0, o.map_columns)
-    d = tl.arange(0, o.width_block)
-    w = tl.load(weight + d[:, None] * o.map_columns + c[None, :], mask=(d < o.width)[:, None], other=0.0)
-    u = mapped(x, w, tl.full([x.shape[0], o.map_columns], 0.0, tl.float32), 16)
+    u = tl.full([index.shape[0], o.map_columns], 0.0, tl.float32)
+    for first in range(0, o.width, DEPTH):
+        d = first + tl.arange(0, DEPTH)
+        w = tl.load(weight + d[:, None] * o.map_columns + c[None, :], mask=(d < o.width)[:, None], other=0.0)
+        u = mapped(take(x, index, stride, real, first, o.width, DEPTH), w, u, 16)
     both = tl.join(softmax_of(u, None, clamp), softmax_of(-u, None, clamp))  # [rows, columns, 2]
-    return tl.reshape(tl.permute(both, (0, 2, 1)), (x.shape[0], o.tile)).to(x.dtype)
+    return tl.reshape(tl.permute(both, (0, 2, 1)), (index.shape[0], o.tile)).to(x.dtype.element_ty)
 
 
 @triton.jit
