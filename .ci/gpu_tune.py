@@ -99,8 +99,7 @@ class Sweep:
     launches: tuple[Launch, ...]
 
 
-PLAIN = Launch(4, 1)
-FOUR = (Launch(4, 1, 168), Launch(4, 2), Launch(4, 2, 168), Launch(4, 3, 168))
+FOUR = (Launch(4, 1), Launch(4, 1, 168), Launch(4, 2), Launch(4, 2, 168), Launch(4, 3, 168))
 EIGHT = (Launch(8, 1), Launch(8, 2), Launch(8, 3))
 FORWARD, BOTH, TRANSFER = (
     Operator(kind, length) for kind, length in (("forward", 8192), ("both", 8192), ("transfer", 4096))
@@ -108,14 +107,14 @@ FORWARD, BOTH, TRANSFER = (
 OWNERS = ("transfer",)
 SWEEPS = (
     Sweep(FORWARD, ("output",), ((64, 64, 256), (64, 64, 128), (64, 32, 256), (64, 32, 128)), FOUR),
-    Sweep(FORWARD, ("sum_keys", "scan"), ((64, 64, 256), (64, 64, 128)), (Launch(4, 2), *EIGHT)),
+    Sweep(FORWARD, ("sum_keys", "scan"), ((64, 64, 256), (64, 64, 128)), (Launch(4, 1), Launch(4, 2), *EIGHT)),
     Sweep(Operator("forward", 8192, 256), ("output",), ((64, 64, 256), (64, 32, 256)), FOUR),
     Sweep(Operator("made", 8192), ("output", "softmax"), ((64, 64, 256), (64, 32, 256)), (*FOUR, Launch(8, 1))),
     Sweep(BOTH, ("output", "query", "key"), ((64, 64, 256), (64, 32, 256)), FOUR),
-    Sweep(BOTH, ("sum_queries",), ((64, 64, 256),), (Launch(4, 2), *EIGHT)),
+    Sweep(BOTH, ("sum_queries",), ((64, 64, 256),), (Launch(4, 1), Launch(4, 2), *EIGHT)),
     Sweep(TRANSFER, OWNERS, ((64, 64, 128), (64, 32, 128)), (*FOUR, Launch(4, 3))),
     Sweep(TRANSFER, OWNERS, ((128, 64, 128), (128, 32, 128)), EIGHT),
-    Sweep(Operator("transfer", 4096, 128, "float32"), OWNERS, ((128, 32, 128),), EIGHT[1:]),
+    Sweep(Operator("transfer", 4096, 128, "float32"), OWNERS, ((128, 32, 128),), EIGHT),
 )
 
 
@@ -152,7 +151,7 @@ def launched(sweep: Sweep, blocks: Blocks, *, run: bool) -> list[Launched]:
         if kernel.__name__.startswith(sweep.kernels):
             found.append(Launched(kernel, grid, arguments, {**more, "o": self.form}))
         if run:
-            kernel[grid](*arguments, o=self.form, **more, **PLAIN.options)
+            kernel[grid](*arguments, o=self.form, **more, **sweep.launches[0].options)
 
     own = gpu.fitting, transfer_gpu.fitting
     gpu.fitting = transfer_gpu.fitting = lambda *_: blocks  # type: ignore[assignment]
@@ -169,7 +168,7 @@ def variants() -> Iterator[tuple[Sweep, Blocks, tuple[Launch, ...]]]:
     for sweep in SWEEPS:
         tile = 256 if sweep.operator.kind == "transfer" else 128
         for rows, columns, stored in sweep.sizes:
-            yield sweep, Blocks(rows, columns, stored, tile, 3), tuple(dict.fromkeys((PLAIN, *sweep.launches)))
+            yield sweep, Blocks(rows, columns, stored, tile, 3), sweep.launches
 
 
 def compile_share(number: int, jobs: int) -> None:

@@ -283,8 +283,8 @@ def mapped(x, weight, u, BITS: tl.constexpr):
 
 @triton.jit
 def features_of(x, index, stride, real, weight, clamp, DEPTH: tl.constexpr, o: tl.constexpr):
-    """[softmax(x W), softmax(-x W)] of the rows `index` of x, at least clamp: [rows, tile] in the dtype of x. DEPTH of head_dim at
-    once: W as a whole would take 64 registers a thread."""
+    """[softmax(x W), softmax(-x W)] of the rows `index` of x, at least clamp: [rows, tile] in the dtype of x. DEPTH of head_dim
+    at once: W as a whole would take 64 registers a thread."""
     c = tl.arange(0, o.map_columns)
     u = tl.full([index.shape[0], o.map_columns], 0.0, tl.float32)
     for first in range(0, o.width, DEPTH):
