@@ -270,8 +270,8 @@ def hybrid_attention_gpu(
     rounded as it is, to the dtype of q.
 
     bf16: products of bf16, summed in fp32; features may be fp32 beside it, whose pairs are then taken in tf32. fp16: what
-    multiplies values in tf32. fp32: three products of tf32 in the place of one, which keep 21 bits or more. States are
-    summed in fp32, and stored in bf16 for bf16.
+    multiplies values in tf32. fp32: three products of tf32 in the place of one, which keep 21 bits or more. States
+    are summed in fp32, of parts that are kept as the states are: in bf16 for bf16, each rounded once more on its way.
     Of a row's equally large scores the first has the maximum's gradient (the reference shares it among them).
     """
     given = q.dtype
