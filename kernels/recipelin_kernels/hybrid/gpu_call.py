@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu_forward
+from . import gpu_forward, gpu_launch
 from .block import Past
 from .gpu_parts import Form
 from .gpu_support import interpreted
@@ -122,10 +122,8 @@ class Compiled:
     warps: int
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
-        if 0 in grid:
-            return
-        how = {} if interpreted() else self.how(kernel.__name__)
-        kernel[grid](*arguments, o=self.form, **more, **how)
+        if 0 not in grid:
+            gpu_launch.launch(kernel, grid, arguments, {"o": self.form, **more}, self.how(kernel.__name__))
 
     def how(self, kernel: str) -> dict[str, int]:
         launch = LAUNCHES[kernel]
