@@ -104,13 +104,14 @@ def strides(*tensors: Tensor) -> list[int]:
 def check_size(tensors: list[Tensor]) -> None:
     """Kernels count 32 bits within a head: ValueError where that is too little."""
     for x in tensors:
-        if x.shape[2] * x.stride(2) >= 2**31:
+        batch, heads, length, _ = x.shape
+        if length * x.stride(2) >= 2**31:
             raise ValueError(
                 f"kernel='gpu': a head of a tensor {tuple(x.shape)} with strides {x.stride()} spans 2^31 elements or more; "
                 "make it contiguous, or use 'chunked'"
             )
-        if x.shape[0] * x.shape[1] > 65535:
-            raise ValueError(f"kernel='gpu': {x.shape[0]} rows of {x.shape[1]} heads are more than 65535 programs wide")
+        if batch * heads > 65535:
+            raise ValueError(f"kernel='gpu': {batch} rows of {heads} heads are more than 65535 programs wide")
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Call(Compiled):
         the state that a call goes on from.
         """
         batch, maps, states, features = masses.shape
-        size = 0 if parts is None else parts[0, 0, 0].numel()
+        size = 0 if parts is None else features * parts.shape[4]
         value = parts
         if parts is not None and self.stored_dtype != parts.dtype:
             value = torch.empty_like(parts, dtype=self.stored_dtype)
@@ -170,6 +171,7 @@ class Call(Compiled):
         return value, masses
 
 
+@functools.lru_cache(1024)  # calls come back with the same options and widths
 def make_form(
     options: Options,
     blocks: Blocks,
