@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 from recipelin_kernels import hybrid_attention, hybrid_attention_step
+from recipelin_kernels.hybrid import gpu_launch
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 from recipelin_kernels.hybrid.gpu_step import StepBlocks
 from recipelin_kernels.hybrid.step_state import standing
@@ -82,6 +84,30 @@ def test_results_repeat_bit_by_bit(dtype, dim, features, options):
     x = Inputs((4, 2), 2049, 2, dim=dim, features=features).like(dtype, DEVICE)
     once, *others = (with_gradients(x, kernel="gpu", **options) for _ in range(4))
     assert all(torch.equal(a, b) for again in others for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("length", [640, 333])
+@pytest.mark.parametrize(
+    ("wider", "shift"), [(0, 0), (8, 8), (3, 1)], ids=["aligned", "strides off 16", "off 16 bytes too"]
+)
+def test_known_launches_are_tritons_bit_by_bit(wider, shift, length, monkeypatch):
+    """Triton launches; it launches again, and what it compiled is kept; then it is not asked."""
+    x = Inputs((4, 2), length, 1, dim=64, features=64).like(torch.bfloat16, DEVICE)
+    given = []
+    for z in x.tensors()[:5]:
+        wide = z.new_zeros(*z.shape[:3], z.shape[3] + wider)
+        given.append(wide[..., shift : shift + z.shape[3]].copy_(z).requires_grad_())
+
+    def call():
+        y = hybrid_attention(*given, x.mix, window=64, kernel="gpu")
+        return [y, *torch.autograd.grad(y, given, x.q)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_launch, "ordinary", lambda _: True)
+        expected = call()
+    again = call()
+    monkeypatch.setattr(JITFunction, "run", None)
+    assert all(torch.equal(b, a) and torch.equal(c, a) for a, b, c in zip(expected, again, call(), strict=True))
 
 
 @pytest.mark.parametrize(

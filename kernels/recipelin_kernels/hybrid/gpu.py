@@ -26,7 +26,7 @@ from .softmax_map import SoftmaxMap
 def _own(x: Inputs, call: Call) -> Inputs:
     """Without the sinks of a state, which stand in front of the keys: views, before whose first key kernels may reach."""
     ahead = call.form.ahead
-    return replace(x, k=x.k[:, :, ahead:], v=x.v[:, :, ahead:], fk=x.fk[:, :, ahead:])
+    return x if not ahead else replace(x, k=x.k[:, :, ahead:], v=x.v[:, :, ahead:], fk=x.fk[:, :, ahead:])
 
 
 NAMES = ("q", "k", "v", "fq", "fk", "mix", "log_scale")

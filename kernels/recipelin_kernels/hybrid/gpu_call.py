@@ -1,13 +1,14 @@
 """What the Triton kernels of one call are compiled for and launched with."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import gpu_forward
+from . import gpu_forward, gpu_launch
 from .block import Past
 from .gpu_parts import Form
 from .gpu_support import interpreted
@@ -110,13 +111,20 @@ def strides(*tensors: Tensor) -> list[int]:
 def check_size(tensors: list[Tensor]) -> None:
     """Kernels count 32 bits within a head: ValueError where that is too little."""
     for x in tensors:
-        if x.shape[2] * x.stride(2) >= 2**31:
+        batch, heads, length, _ = x.shape
+        if length * x.stride(2) >= 2**31:
             raise ValueError(
                 f"kernel='gpu': a head of a tensor {tuple(x.shape)} with strides {x.stride()} spans 2^31 elements or more; "
                 "make it contiguous, or use 'chunked'"
             )
-        if x.shape[0] * x.shape[1] > 65535:
-            raise ValueError(f"kernel='gpu': {x.shape[0]} rows of {x.shape[1]} heads are more than 65535 programs wide")
+        if batch * heads > 65535:
+            raise ValueError(f"kernel='gpu': {batch} rows of {heads} heads are more than 65535 programs wide")
+
+
+@functools.cache
+def _how(kernel: str, stages: int, warps: int) -> Mapping[str, int]:
+    launch = LAUNCHES[kernel]
+    return replace(launch, num_warps=min(launch.num_warps, warps), num_stages=min(launch.num_stages, stages)).options
 
 
 @dataclass(frozen=True)
@@ -128,15 +136,11 @@ class Compiled:
     warps: int
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
-        if 0 in grid:
-            return
-        how = {} if interpreted() else self.how(kernel.__name__)
-        kernel[grid](*arguments, o=self.form, **more, **how)
+        if 0 not in grid:
+            gpu_launch.launch(kernel, grid, arguments, {"o": self.form, **more}, self.how(kernel.__name__))
 
-    def how(self, kernel: str) -> dict[str, int]:
-        launch = LAUNCHES[kernel]
-        warps, stages = min(launch.num_warps, self.warps), min(launch.num_stages, self.stages)
-        return replace(launch, num_warps=warps, num_stages=stages).options
+    def how(self, kernel: str) -> Mapping[str, int]:
+        return _how(kernel, self.stages, self.warps)
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ class Call(Compiled):
         fp32. Of n = 0 nothing is read, unless it holds the state that a call goes on from.
         """
         batch, maps, states, features = masses.shape
-        size = 0 if parts is None else parts[0, 0, 0].numel()
+        size = 0 if parts is None else features * parts.shape[4]
         block = min(128 if self.form.plain else 1024, power(max(size, features)))
         self.launch(
             gpu_forward.scan,
@@ -170,6 +174,7 @@ class Call(Compiled):
         )  # fmt: skip
 
 
+@functools.lru_cache(1024)  # calls come back with the same options and widths
 def make_form(
     options: Options,
     blocks: Blocks,

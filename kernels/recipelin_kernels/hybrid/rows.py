@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -131,11 +132,29 @@ class Rows:
         return Rows(self.position[:, start:stop], self.segment[:, start:stop])
 
 
+class PlainRows(Rows):
+    """Without padding and segments: made when they are read, which a GPU's kernels do not; to make them takes it two launches."""
+
+    size: tuple[int, int]
+    device: torch.device
+
+    def __init__(self, batch: int, length: int, device: torch.device) -> None:
+        vars(self).update(size=(batch, length), device=device)  # frozen, as Rows is
+
+    @cached_property
+    def position(self) -> Tensor:
+        return torch.arange(self.size[1], device=self.device).expand(self.size)
+
+    @cached_property
+    def segment(self) -> Tensor:
+        return torch.zeros(1, dtype=torch.long, device=self.device).expand(self.size)
+
+
 def rows(batch: int, length: int, device: torch.device, key_mask: Tensor | None, segment_ids: Tensor | None) -> Rows:
     """Positions and segments. Real tokens of a row must be one run (padding left or right): ValueError otherwise."""
-    index = torch.arange(length, device=device).expand(batch, length)
     if segment_ids is None and key_mask is None:
-        return Rows(index, torch.zeros(1, dtype=torch.long, device=device).expand(batch, length))
+        return PlainRows(batch, length, device)
+    index = torch.arange(length, device=device).expand(batch, length)
     if segment_ids is None:
         segment = torch.zeros(batch, length, dtype=torch.long, device=device)
     else:

@@ -19,6 +19,7 @@ program begins and ends with its segments. Where the teacher has a window and th
 all queries.
 """
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +48,7 @@ def fitting(kind: torch.dtype, phi: torch.dtype, width: int, features: int) -> B
     return Blocks(rows, 32, 128, 256, 3 if features <= 128 else 2, 8)
 
 
+@functools.lru_cache(1024)
 def _options(options: Options, target: str, length: int) -> Options:
     """The row that is learned, as a form of the hybrid's: kernels then need no other."""
     if target == "linear":

@@ -1,0 +1,21 @@
+"""What is launched past Triton's own launch, without a GPU: launch_alone.py, where Triton's interpreter is off."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels' tests need Triton: pip install 'recipelin[dev]'")
+ROOT = Path(__file__).resolve().parents[2]
+ALONE = Path(__file__).with_name("launch_alone.py")
+
+
+def test_launches_are_those_of_triton(tmp_path):
+    paths = os.pathsep.join([*sys.path[1:], str(ROOT), str(ROOT / "kernels")])
+    environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=paths, TRITON_INTERPRET="0")
+    done = subprocess.run([sys.executable, str(ALONE)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == re.findall(r"^def (test_\w+)", ALONE.read_text(), re.M)
