@@ -130,7 +130,7 @@ def tiles_of(
     read, written = (min(block, max(16, n // columns)) for n in (blocks.sums, blocks.sums // 2))
     pairs = min(block, max(16, blocks.pairs // (near if held.paired else late)))
     depth = min(wide, max(16, blocks.maps // power(map_columns)))
-    rows = math.gcd(batch, blocks.rows)
+    rows = math.gcd(batch, blocks.rows) if map_columns else 1
     queries = power(rows * form.map_group, 1)
     tiles, joint = cdiv(held.places, near), queries == 1 and not blocks.registers
     return Tiles(
@@ -167,11 +167,14 @@ def step(
     column = first + tl.arange(0, t.columns)
     inside = column < o.width
 
-    keys, values, phi_late, held, alone, at, folded, here, new_k, new_v, query, level, shift = read_ahead(
+    keys, values, phi_late, held, alone, seen, here, new_k, new_v, query, own_level, own_shift = read_ahead(
         q, k, v, mix, log_scale, real, ring_k, ring_v, ring_phi, value, mass, counts, q_b, q_h, k_b, k_h, v_b, v_h,
         begun, p, kv, maps, key_heads, MASKED, t, s, o,
     )  # fmt: skip
-    if t.map_columns > 0:
+    # Where a row is, is read once more behind a barrier: ptxas would wait for it before the loads above.
+    if t.map_columns == 0:
+        tl.debug_barrier()
+    else:
         made_q, made_k = make_all(
             q, k, ring_k, counts, map_q, map_k, clamp_q, clamp_k, q_b, q_h, k_b, k_h, maps, p, kv, key_heads, begun, t, s, o
         )  # fmt: skip
@@ -181,6 +184,8 @@ def step(
         keys_of, values_of, phi_of, value_of, mass_of, counts_of = of_row(
             ring_k, ring_v, ring_phi, value, mass, counts, b, p, kv, maps, key_heads, s, o
         )
+        at = tl.load(counts_of)
+        folded = tl.load(counts_of + 1)
         known = at - s.lag  # the position whose features come with this token
         stop, late_j, late_place, late_v = late_values(values_of, at, folded, t, s, o)
         phi_k = row_of(made_k, r) if t.map_columns > 0 else given_features(head(fk, b, p, fk_b, fk_h), t, o)
@@ -188,7 +193,9 @@ def step(
         for g in range(0, o.map_group):
             h = p * o.map_group + g
             if o.map_group > 1:
-                query, level, shift = of_head(q, mix, log_scale, b, h, q_b, q_h, o)
+                asks, level, shift = of_head(q, mix, log_scale, b, h, q_b, q_h, o)
+            else:
+                asks, level, shift = query, own_level, own_shift
             phi_q = (
                 row_of(made_q, r * o.map_group + g)
                 if t.map_columns > 0
@@ -198,7 +205,7 @@ def step(
 
             # The new key, which is in no ring yet.
             a_new, b_new, hidden_new = sets(at, 0, at + tl.zeros([1], tl.int32), 0, 1, 0, o)
-            top = tl.where(a_new, inner(new_k, query) * (scale * BASE2), HIDDEN)
+            top = tl.where(a_new, inner(new_k, asks) * (scale * BASE2), HIDDEN)
             a_mass = tl.where(a_new, 1.0, 0.0)
             a_sum = shown(a_mass, hidden_new, o) * new_v
             w_mass = tl.where(a_new & (known == at), latest, 0.0)
@@ -218,7 +225,7 @@ def step(
                     near_v = tl.where(counted[:, None], tile_v.to(tl.float32), 0.0)
                     if o.has_soft:
                         tile_k = ring_tile(keys_of, n, 0, o.width_block, t, s, o) if t.near_tiles > 1 else keys
-                        score = tl.sum(tile_k.to(tl.float32) * query[None, :], 1) * (scale * BASE2)
+                        score = tl.sum(tile_k.to(tl.float32) * asks[None, :], 1) * (scale * BASE2)
                         score = tl.where(soft, score, HIDDEN)
                         new = tl.maximum(top, tl.max(score, 0))
                         a = softmax_weights(score, soft, new)
@@ -304,10 +311,10 @@ def step(
                 if s.paired:
                     place = place_of(known, s)
                 tl.store(phi_of + place * o.features + f, phi_k, mask=there)
-            tl.store(counts_of, at + 1)
+            tl.store(counts_of, seen + 1)
             tl.store(counts_of + 1, folded)
         if r + 1 < rows:
-            keys, values, phi_late, held, alone, at, folded, here, new_k, new_v, query, level, shift = read_ahead(
+            keys, values, phi_late, held, alone, seen, here, new_k, new_v, query, own_level, own_shift = read_ahead(
                 q, k, v, mix, log_scale, real, ring_k, ring_v, ring_phi, value, mass, counts, q_b, q_h, k_b, k_h, v_b, v_h,
                 b + 1, p, kv, maps, key_heads, MASKED, t, s, o,
             )  # fmt: skip

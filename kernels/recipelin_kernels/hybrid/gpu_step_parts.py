@@ -184,9 +184,11 @@ def make_all(
     weight_k = map_k + p * size
     w_k = map_tile(weight_k, 0, t, o)
     if t.joint:
+        w_q = map_tile(map_q + p * size, 0, t, o)
+    tl.debug_barrier()  # nothing that follows is waited for before these loads
+    if t.joint:
         x_q = head(q, begun, p, q_b, q_h)
         begun_q = map_input(x_q, True, 0, t, o)
-        w_q = map_tile(map_q + p * size, 0, t, o)
     for r in range(0, t.rows):
         b = begun + r
         mine = (b * maps + p).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -212,7 +214,7 @@ def make_all(
 
 @triton.jit
 def of_token(k, v, real, counts, b, kv, k_b, k_h, v_b, v_h, MASKED: tl.constexpr, t: tl.constexpr, o: tl.constexpr):
-    """Positions seen and folded, whether the token is real, its key, and a program's columns of its value."""
+    """Positions seen, whether the token is real, its key, and a program's columns of its value."""
     column = tl.program_id(1) * t.columns + tl.arange(0, t.columns)
     wide = tl.arange(0, o.width_block)
     here = 1
@@ -220,7 +222,7 @@ def of_token(k, v, real, counts, b, kv, k_b, k_h, v_b, v_h, MASKED: tl.constexpr
         here = tl.load(real + b).to(tl.int32)
     new_k = tl.load(head(k, b, kv, k_b, k_h) + wide, mask=wide < o.width, other=0.0).to(tl.float32)
     new_v = tl.load(head(v, b, kv, v_b, v_h) + column, mask=column < o.width, other=0.0).to(tl.float32)
-    return tl.load(counts), tl.load(counts + 1), here, new_k, new_v
+    return tl.load(counts), here, new_k, new_v
 
 
 @triton.jit
@@ -266,7 +268,7 @@ def read_ahead(
     ring_k, ring_v, ring_phi, value, mass, counts = of_row(
         ring_k, ring_v, ring_phi, value, mass, counts, b, p, kv, maps, key_heads, s, o
     )
-    at, folded, here, new_k, new_v = of_token(k, v, real, counts, b, kv, k_b, k_h, v_b, v_h, MASKED, t, o)
+    seen, here, new_k, new_v = of_token(k, v, real, counts, b, kv, k_b, k_h, v_b, v_h, MASKED, t, o)
     query = 0.0
     level = 0.0
     shift = 0.0
@@ -287,4 +289,4 @@ def read_ahead(
         if t.pairs == t.block and not s.paired:
             n = tl.arange(0, t.late)
             phi = phi_tile(ring_phi, n, n < s.fold, 0, t, o)
-    return keys, values, phi, held, alone, at, folded, here, new_k, new_v, query, level, shift
+    return keys, values, phi, held, alone, seen, here, new_k, new_v, query, level, shift
