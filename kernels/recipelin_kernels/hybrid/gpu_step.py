@@ -4,6 +4,10 @@ Nothing is read by the host, positions are counted on the device, and shapes and
 program has one head of phi_k and some columns of D: it reads its columns of the sums as a whole, so that there is nothing
 to merge, and scores anew what its neighbours score too (a window's keys are 16 KB, and lie in L2).
 
+Few rows wait rather than read: a trip to memory is 0.6 to 0.8 us. So all loads of a program come first, in one trip, and none
+waits for another: a ring is read place by place, and which position a place holds is known when `counts` have come. That reads
+the `FOLD` places of late keys too (80 keys for 64). Many rows are read faster than a row is worked on: programs take turns.
+
 Bytes, Llama-3.1-8B's layer (32:8 heads, d = F = 128, window 64, bf16, sums in fp32), a row of the batch: the sums are
 2.10 MB. To add each leaving key at once reads and writes them: 4.19 MB. Kept back until there are n, keys cost a read of
 n / 2 of their features (n / 2 x 16 KB) and a write of the sums every n tokens (2.10 MB / n): least at n = sqrt(2 D) = 16
@@ -12,7 +16,9 @@ The ratio is the same for every batch, and the write is the keys': 1 row at 3 TB
 28 us. Hence `FOLD` = 16. (Feature maps come on top: 2.1 MB in fp32, once for the batch.)
 
 Given both maps (softmax_map.py) the launch makes the features too, of the queries and of the leaving key, each program those
-that it reads: in scratch memory of its own, which lies in L1 or L2. So a token is one launch and not three.
+that it reads, in registers. So a token is one launch and not three. W of a head's two maps is 64 KB, as much as its sums, and
+comes from L2 for every program: with ring and features 178 KB a head and row, 33 us at batch 32 if L2 gives 5.5 TB/s, where the
+sums take 26 us. Hence a program has two rows of a large batch: 146 KB, 27 us.
 """
 
 import math
@@ -65,6 +71,7 @@ class Tiles(NamedTuple):
     pairs: int  # features of such keys
     block: int  # features of a row
     near_tiles: int  # of the ring
+    unroll: int  # tiles of the sums that are read one after the other without waiting
     rows: int  # of the batch, one after the other
     queries: int  # of these rows, or more
     joint: bool  # both maps are read before either is used
@@ -85,23 +92,18 @@ class StepBlocks:
     programs: int  # at least so many, if columns of D can be shared by that
     rows: int  # of the batch at most, for which W is read once
     warps: int
-    registers: int = (
-        0  # a thread's at most; 0: what it takes, and of a single row both maps are read before either is used
-    )
+    registers: int = 0  # a thread's at most; 0: what it takes; a single row then reads both maps before it uses either
     fold: int = FOLD
-    overlap: bool = (
-        False  # begins while what was launched before it ends (programmatic dependent launch: sm_90 and later)
-    )
+    overlap: bool = False  # begins while the launch before it ends (programmatic dependent launch: sm_90 and later)
 
 
-# All of a row at once, in 170 registers of 256 threads: a program of each of an H100's 132 multiprocessors.
-FEW = StepBlocks(16384, 32768, 4096, 8192, programs=96, rows=1, warps=8)
-# Four programs of a multiprocessor, so that some read while others work.
-MANY = StepBlocks(8192, 8192, 4096, 8192, programs=96, rows=2, warps=4, registers=128)
+# All of a row at once, in 199 registers of 256 threads: a program of each of an H100's 132 multiprocessors.
+FEW = StepBlocks(16384, 65536, 4096, 8192, programs=96, rows=1, warps=8)
+# Four programs of a multiprocessor, so that some read while others work; two tiles of the sums are under way at once.
+MANY = StepBlocks(4096, 16384, 4096, 8192, programs=96, rows=2, warps=4, registers=128)
 ENOUGH = 512  # rows and heads for MANY
-INTERPRETED = StepBlocks(
-    256, 256, 256, 256, programs=8, rows=2, warps=8, fold=2
-)  # so that short rows have several of each
+# So that short rows have several of each.
+INTERPRETED = StepBlocks(256, 256, 256, 256, programs=8, rows=2, warps=8, fold=2)
 
 
 def blocks_for(heads: int) -> StepBlocks:
@@ -124,7 +126,7 @@ def tiles_of(
 ) -> Tiles:
     """size: bytes of an element of the ring."""
     wide, near, late = power(form.width), 16, power(held.fold)
-    while near < held.places and near * (wide + columns) * size <= blocks.keys:
+    while near < held.places and 2 * near * (wide + columns) * size <= blocks.keys:
         near *= 2
     block = 2 * power(map_columns) if map_columns else power(form.features)
     read, written = (min(block, max(16, n // columns)) for n in (blocks.sums, blocks.sums // 2))
@@ -134,8 +136,8 @@ def tiles_of(
     queries = power(rows * form.map_group, 1)
     tiles, joint = cdiv(held.places, near), queries == 1 and not blocks.registers
     return Tiles(
-        columns, read, written, near, late, pairs, block, tiles, rows, queries, joint, blocks.overlap, map_columns,
-        power(map_columns), depth,
+        columns, read, written, near, late, pairs, block, tiles, min(block // read, 2), rows, queries, joint, blocks.overlap,
+        map_columns, power(map_columns), depth,
     )  # fmt: skip
 
 
@@ -253,15 +255,20 @@ def step(
                     b_mass += tl.sum(weights[None, :], 1)
                     if o.show_linear:
                         b_sum += tl.sum(weights[:, None] * late_v.to(tl.float32), 0)
-                for start in range(0, t.block, t.features):
+                # Added up as they are, and over features at last: no warp waits for another in between.
+                masses = tl.full([t.features], 0.0, tl.float32)
+                sums = tl.full([t.features, t.columns], 0.0, tl.float32)
+                for start in tl.range(0, t.block, t.features, loop_unroll_factor=t.unroll):
                     if t.features < t.block:
                         tile, tile_mass = sums_tile(value_of, mass_of, start, t.features, first, t, o)
                     else:
                         tile, tile_mass = held, alone
                     phi = piece(phi_q, start // t.features, t.features)
-                    b_mass += inner(phi, tile_mass)
-                    if o.show_linear:
-                        b_sum += tl.sum(phi[:, None] * tile, 0)
+                    masses += phi * tile_mass
+                    sums += phi[:, None] * tile
+                b_mass += tl.sum(masses[None, :], 1)
+                if o.show_linear:
+                    b_sum += tl.sum(sums, 0)
             if not o.show_linear:
                 b_sum = b_sum * 0.0
 
