@@ -180,7 +180,7 @@ def test_decoding_equals_the_definition(name, dim, features, heads, per_key_head
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["features given", "features made"])
-@pytest.mark.parametrize("batch", [1, 3, 32])
+@pytest.mark.parametrize("batch", [1, 3, 64])
 @pytest.mark.parametrize("join", ["shared", "replace"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decodes_under_a_graph(dtype, join, batch, made):
