@@ -89,6 +89,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "decode, one head, window 0": {"heads": 1, "key_heads": 1, "maps": 1, "window": 0},
     "decode, window alone": {"ablate": {"linear": "mass"}},
     "decode, features made, batch 1": {"made": True},
+    "decode, features made, batch 32": {"made": True, "batch": 32},
+    "decode, features made, batch 32, replace": {"made": True, "batch": 32, "join": "replace"},
     "decode, features made, phi_k of key heads": {"made": True, "maps": 8},
     "decode, features made, d 256, F 512": {"made": True, "width": 256, "features": 512, "heads": 8, "maps": 8},
     "decode, features made, d 80, F 96, window 0": {"made": True, "width": 80, "features": 96, "window": 0, "batch": 32},

@@ -129,10 +129,13 @@ def same(state: HybridState, exact: Inputs, stop: int, **options):
             assert float((one - other).abs().max() / other.abs().max().clamp(min=1.0)) < 1e-5, name
 
 
-def test_rows_that_begin_later_and_rest_and_what_goes_on_in_between():
+@pytest.mark.parametrize(("per_key_head", "columns"), [(True, 0), (True, 3), (False, 9)])
+def test_rows_that_begin_later_and_rest_and_what_goes_on_in_between(per_key_head, columns):
     """One row is padded on its left until after decoding has begun; the other rests for a token. Then a beam, three tokens at
-    once, and again single ones."""
-    x = Inputs((2, 1), 14, 2, per_key_head=True).like(torch.float32, DEVICE)
+    once, and again single ones. Both are one program's; columns: of the map by which it makes their features."""
+    x = Inputs((2, 1), 14, 2, per_key_head).like(torch.float32, DEVICE)
+    if columns:
+        x.by_maps(columns)
     exact = x.like(torch.float64, DEVICE)
     options = on_device(dict(window=3, log_scale=x.log_scale, join="absolute"))
     mask = torch.ones(2, 14, dtype=torch.bool, device=DEVICE)

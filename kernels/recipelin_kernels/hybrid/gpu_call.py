@@ -79,7 +79,7 @@ LAUNCHES = {
     "key_gradient": Launch(4, 1),
     "key_features_gradient": Launch(4, 1),
     "sink_gradient": Launch(4, 1),
-    "step": Launch(4, 1),
+    "step": Launch(8, 1),
     "softmax_features": Launch(8, 1),
     "softmax_features_gradient": Launch(4, 1),
     "row_masses": Launch(8, 2),

@@ -4,6 +4,10 @@ Nothing is read by the host, positions are counted on the device, and shapes and
 program has one head of phi_k and some columns of D: it reads its columns of the sums as a whole, so that there is nothing
 to merge, and scores anew what its neighbours score too (a window's keys are 16 KB, and lie in L2).
 
+Few rows wait rather than read: a trip to memory is 0.6 to 0.8 us. So all loads of a program come first, in one trip, and none
+waits for another: a ring is read place by place, and which position a place holds is known when `counts` have come. That reads
+the `FOLD` places of late keys too (80 keys for 64). Many rows are read faster than a row is worked on: programs take turns.
+
 Bytes, Llama-3.1-8B's layer (32:8 heads, d = F = 128, window 64, bf16, sums in fp32), a row of the batch: the sums are
 2.10 MB. To add each leaving key at once reads and writes them: 4.19 MB. Kept back until there are n, keys cost a read of
 n / 2 of their features (n / 2 x 16 KB) and a write of the sums every n tokens (2.10 MB / n): least at n = sqrt(2 D) = 16
@@ -12,9 +16,12 @@ The ratio is the same for every batch, and the write is the keys': 1 row at 3 TB
 28 us. Hence `FOLD` = 16. (Feature maps come on top: 2.1 MB in fp32, once for the batch.)
 
 Given both maps (softmax_map.py) the launch makes the features too, of the queries and of the leaving key, each program those
-that it reads: in scratch memory of its own, which lies in L1 or L2. So a token is one launch and not three.
+that it reads, in registers. So a token is one launch and not three. W of a head's two maps is 64 KB, as much as its sums, and
+comes from L2 for every program: with ring and features 178 KB a head and row, 33 us at batch 32 if L2 gives 5.5 TB/s, where the
+sums take 26 us. Hence a program has two rows of a large batch: 146 KB, 27 us.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,45 +30,87 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .gpu_call import Blocks, Compiled, cdiv, make_form, power
-from .gpu_parts import BASE2, HIDDEN, LEAST, factors, head, sets, shown, softmax_of, softmax_weights
+from .gpu_parts import BASE2, HIDDEN, LEAST, Form, factors, head, sets, shown, softmax_weights
+from .gpu_step_parts import (
+    feature_places,
+    given_features,
+    inner,
+    late_keys,
+    late_values,
+    make_all,
+    of_head,
+    of_row,
+    piece,
+    place_of,
+    position_at,
+    products,
+    read_ahead,
+    ring_rows,
+    ring_tile,
+    row_of,
+    sums_tile,
+)
 from .gpu_support import interpreted
 from .rows import Options
 from .softmax_map import SoftmaxMap
 from .state import HybridState, check_heads
-from .step_state import FOLD, StepState, held_by, standing, stepping
+from .step_state import FOLD, Held, StepState, held_by, standing, stepping
 
 
 class Tiles(NamedTuple):
-    """What a program has at once: columns of D, features (fewer where it writes), keys of the window, late keys; powers of 2.
+    """What a program has at once, in powers of 2. What fits into one tile is read before anything is waited for."""
 
-    map_columns: of W, by which it makes features, of which it has `map_block` and `map_depth` rows at once; 0: they are given.
-    """
-
-    columns: int
-    features: int
-    written: int
-    near: int
-    late: int
-    map_columns: int = 0
-    map_block: int = 0
-    map_depth: int = 0
+    columns: int  # of D
+    features: int  # of a tile of the sums where it is read
+    written: int  # and where it is written
+    near: int  # places of the ring
+    late: int  # keys that are not yet in the sums
+    pairs: int  # features of such keys
+    block: int  # features of a row
+    near_tiles: int  # of the ring
+    unroll: int  # tiles of the sums that are read one after the other without waiting
+    rows: int  # of the batch, one after the other
+    queries: int  # of these rows, or more
+    joint: bool  # both maps are read before either is used
+    overlap: bool  # as in StepBlocks
+    map_columns: int  # of W, by which features are made; 0: they are given
+    map_block: int  # the same, filled up
+    map_depth: int  # rows of W
 
 
 @dataclass(frozen=True)
 class StepBlocks:
-    """Elements of a tile of the sums, and of keys and values together; programs: so many at least, if columns of D can be
-    shared by that."""
+    """How much of everything a program has at once."""
 
-    sums: int = 4096  # 32 registers a thread in 4 warps
-    keys: int = 10240
-    programs: int = 96  # of an H100's 132 multiprocessors
+    sums: int  # elements of a tile of the sums
+    keys: int  # bytes of keys and values together
+    pairs: int  # features of keys
+    maps: int  # elements of W
+    programs: int  # at least so many, if columns of D can be shared by that
+    rows: int  # of the batch at most, for which W is read once
+    warps: int
+    registers: int = 0  # a thread's at most; 0: what it takes; a single row then reads both maps before it uses either
     fold: int = FOLD
-    maps: int = 8192  # of W: 64 registers a thread
+    overlap: bool = False  # begins while the launch before it ends (programmatic dependent launch: sm_90 and later)
 
 
-INTERPRETED = StepBlocks(256, 256, 8, 2, 256)  # so that short rows have several of each
+# All of a row at once, in 199 registers of 256 threads: a program of each of an H100's 132 multiprocessors.
+FEW = StepBlocks(16384, 65536, 4096, 8192, programs=96, rows=1, warps=8)
+# Four programs of a multiprocessor, so that some read while others work; two tiles of the sums are under way at once.
+MANY = StepBlocks(4096, 16384, 4096, 8192, programs=96, rows=2, warps=4, registers=128)
+ENOUGH = 512  # rows and heads for MANY
+# So that short rows have several of each.
+INTERPRETED = StepBlocks(256, 256, 256, 256, programs=8, rows=2, warps=8, fold=2)
+
+
+def blocks_for(heads: int) -> StepBlocks:
+    """heads: of phi_k in the batch."""
+    if interpreted():
+        return INTERPRETED
+    return FEW if heads < ENOUGH else MANY
 
 
 def columns_of(blocks: StepBlocks, heads: int, width: int) -> int:
@@ -72,269 +121,210 @@ def columns_of(blocks: StepBlocks, heads: int, width: int) -> int:
     return columns
 
 
-def tiles_of(blocks: StepBlocks, columns: int, width: int, features: int, window: int, map_columns: int = 0) -> Tiles:
-    near = 16
-    while near < window and 2 * near * (power(width) + columns) <= blocks.keys:
+def tiles_of(
+    blocks: StepBlocks, columns: int, form: Form, held: Held, batch: int, size: int, map_columns: int
+) -> Tiles:
+    """size: bytes of an element of the ring."""
+    wide, near, late = power(form.width), 16, power(held.fold)
+    while near < held.places and 2 * near * (wide + columns) * size <= blocks.keys:
         near *= 2
-    read, written = (min(power(features), max(16, n // columns)) for n in (blocks.sums, blocks.sums // 2))
-    block = power(map_columns)
-    depth = min(power(width), max(16, blocks.maps // block))
-    return Tiles(columns, read, written, near, 16, map_columns, block, depth)
-
-
-@triton.jit
-def place_of(j, s: tl.constexpr):
-    """Where a ring holds position j >= 0."""
-    if s.sinks > 0:
-        return tl.where(j < s.sinks, j, s.sinks + (j - s.sinks) % s.ring)
-    else:
-        return j % s.ring
-
-
-@triton.jit
-def feature_place(j, s: tl.constexpr):
-    """Where a ring holds the features of position j >= 0."""
-    if s.paired:
-        return place_of(j, s)
-    else:
-        return j % s.fold
-
-
-@triton.jit
-def held_or_new(ring, new, place, j, newest, there, first, count: tl.constexpr, size: tl.constexpr):
-    """Columns first .. first + size - 1 of positions j in float32: `newest` is not in the ring yet; 0 where not there."""
-    column = first + tl.arange(0, size)
-    inside = column < count
-    mask = (there & (j != newest))[:, None] & inside[None, :]
-    old = tl.load(ring + place[:, None] * count + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    fresh = tl.load(new + column, mask=inside, other=0.0).to(tl.float32)
-    return tl.where((there & (j == newest))[:, None], fresh[None, :], old)
-
-
-@triton.jit
-def products(fq, ring_phi, fk, j, newest, there, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr):
-    """phi_q . phi_k of positions j."""
-    total = j * 0.0
-    for first in range(0, o.features, t.features):
-        f = first + tl.arange(0, t.features)
-        x = tl.load(fq + f, mask=f < o.features, other=0.0).to(tl.float32)
-        place = feature_place(j, s)
-        phi = held_or_new(ring_phi, fk, place, j, newest, there, first, o.features, t.features)
-        total += tl.sum(phi * x[None, :], 1)
-    return total
-
-
-@triton.jit
-def make_features(x, there, weight, clamp, to, t: tl.constexpr, o: tl.constexpr):
-    """[softmax(x W), softmax(-x W)] of one row x [D], at least clamp, stored in float32."""
-    c = tl.arange(0, t.map_block)
-    inside = (c < t.map_columns)[None, :]
-    u = tl.full([t.map_block], 0.0, tl.float32)
-    for first in range(0, o.width, t.map_depth):
-        d = first + tl.arange(0, t.map_depth)
-        real = d < o.width
-        a = tl.load(x + d, mask=real & there, other=0.0).to(tl.float32)
-        w = tl.load(weight + d[:, None] * t.map_columns + c[None, :], mask=real[:, None] & inside, other=0.0)
-        u += tl.sum(a[:, None] * w, 0)
-    tl.store(to + c[None, :], softmax_of(u[None, :], inside, clamp), mask=inside)
-    tl.store(to + t.map_columns + c[None, :], softmax_of(-u[None, :], inside, clamp), mask=inside)
-
-
-@triton.jit
-def soft_keys(
-    top, a_mass, w_mass, a_sum, query, fq, ring_k, k, ring_v, v, ring_phi, fk, j, there, at, first, scale,
-    t: tl.constexpr, s: tl.constexpr, o: tl.constexpr,
-):  # fmt: skip
-    """The softmax set goes on by positions j. top, a_mass, w_mass [1]; a_sum [columns]."""
-    soft, _linear, hidden = sets(at, 0, j, tl.where(there, 0, -1), 1, 0, o)
-    place = place_of(j, s)
-    key = held_or_new(ring_k, k, place, j, at, there, 0, o.width, o.width_block)
-    score = tl.where(soft, tl.sum(key * query[None, :], 1) * (scale * BASE2), HIDDEN)
-    new = tl.maximum(top, tl.max(score, 0))
-    a = softmax_weights(score, soft, new)
-    shrink = tl.exp2(tl.maximum(top - new, LEAST))
-    a_mass = a_mass * shrink + tl.sum(a, 0)
-    a = shown(a, hidden, o)
-    values = held_or_new(ring_v, v, place, j, at, there, first, o.width, t.columns)
-    a_sum = a_sum * shrink + tl.sum(a[:, None] * values, 0)
-    if o.join == "replace":
-        b = products(fq, ring_phi, fk, j, at - s.lag, there, t, s, o)
-        w_mass += tl.sum(tl.where(soft, b, 0.0), 0)
-    return new, a_mass, w_mass, a_sum
+    block = 2 * power(map_columns) if map_columns else power(form.features)
+    read, written = (min(block, max(16, n // columns)) for n in (blocks.sums, blocks.sums // 2))
+    pairs = min(block, max(16, blocks.pairs // (near if held.paired else late)))
+    depth = min(wide, max(16, blocks.maps // power(map_columns)))
+    rows = math.gcd(batch, blocks.rows) if map_columns else 1
+    queries = power(rows * form.map_group, 1)
+    tiles, joint = cdiv(held.places, near), queries == 1 and not blocks.registers
+    return Tiles(
+        columns, read, written, near, late, pairs, block, tiles, min(block // read, 2), rows, queries, joint, blocks.overlap,
+        map_columns, power(map_columns), depth,
+    )  # fmt: skip
 
 
 @triton.jit
 def step(
     q, k, v, fq, fk, mix, log_scale, real, ring_k, ring_v, ring_phi, leaving, value, mass, counts, y,
-    map_q, map_k, clamp_q, clamp_k, scratch,
+    map_q, map_k, clamp_q, clamp_k,
     q_b, q_h, k_b, k_h, v_b, v_h, fq_b, fq_h, fk_b, fk_h, maps, scale,
     MASKED: tl.constexpr, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
-    """y [B,H,1,D], and the state (step_state.py) moved on. Grid: (B maps, ceil(D / columns)).
+    """y [B,H,1,D], and the state (step_state.py) moved on. Grid: (B / rows * maps, ceil(D / columns)).
 
-    First all is read, for one query head after the other; then, behind a barrier, all is written. No program reads what
-    another one writes in the same launch: places of a new key and of new features are those of none that counts. Rows
-    whose token is not real (`real` [B]) have y 0, and their state stays.
+    Of a row first all is read, for one query head after the other; then, behind a barrier, all is written. What another program
+    writes in the same launch may be read, but never counts: places of a new key and of new features are those of none that does.
+    Rows whose token is not real (`real` [B]) have y 0, and their state stays.
 
-    map_q [H,D,C], map_k [maps,D,C] in float32: features are made, in `scratch` [programs, 1 + H / maps, F]; else fq, fk are read.
+    map_q [H,D,C], map_k [maps,D,C] in float32: features are made; else fq, fk are read.
     """
     part = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(0) // maps
     p = tl.program_id(0) % maps
+    begun = tl.program_id(0) // maps * t.rows
+    if t.overlap:  # with what was launched before, whose writes are read from here on
+        gdc_wait()
+        gdc_launch_dependents()
     kv = p * o.map_group // o.group
     heads = maps * o.map_group
+    key_heads = heads // o.group
     first = part * t.columns
-    own = (b * (heads // o.group) + kv).to(tl.int64) * s.places * o.width
-    ring_k += own
-    ring_v += own
-    if s.paired:
-        ring_phi += row * s.places * o.features
-    else:
-        ring_phi += row * s.fold * o.features
-    mine = row * tl.num_programs(1) + part
-    mass += mine * o.features
-    value += row * o.features * o.width
-    k = head(k, b, kv, k_b, k_h)
-    v = head(v, b, kv, v_b, v_h)
-    if t.map_columns > 0:
-        scratch += mine * (1 + o.map_group) * o.features
-    else:
-        fk = head(fk, b, p, fk_b, fk_h)
-
-    at = tl.load(counts + 2 * mine)
-    folded = tl.load(counts + 2 * mine + 1)
-    known = at - s.lag  # the position whose features the call brings
-    here = 1
-    if MASKED:
-        here = tl.load(real + b).to(tl.int32)
-    begin = (
-        tl.maximum((at // o.window - 1) * o.window, 0)
-        if o.terraced and o.window > 0
-        else tl.maximum(at - o.window + 1, 0)
-    )
-    stop = begin  # of keys that may be linear
-    if o.cover_all:
-        stop = at + 1
     column = first + tl.arange(0, t.columns)
     inside = column < o.width
-    wide = tl.arange(0, o.width_block)
 
-    if t.map_columns > 0:
-        size = o.width * t.map_columns
-        if s.lag > 0:  # the leaving key, in the place that it has until its features are in the sums
-            oldest = ring_k + place_of(tl.maximum(known, 0), s) * o.width
-            make_features(oldest, known >= 0, map_k + p * size, clamp_k, scratch, t, o)
-        else:
-            make_features(k, known >= 0, map_k + p * size, clamp_k, scratch, t, o)
+    keys, values, phi_late, held, alone, seen, here, new_k, new_v, query, own_level, own_shift = read_ahead(
+        q, k, v, mix, log_scale, real, ring_k, ring_v, ring_phi, value, mass, counts, q_b, q_h, k_b, k_h, v_b, v_h,
+        begun, p, kv, maps, key_heads, MASKED, t, s, o,
+    )  # fmt: skip
+    # Where a row is, is read once more behind a barrier: ptxas would wait for it before the loads above.
+    if t.map_columns == 0:
+        tl.debug_barrier()
+    else:
+        made_q, made_k = make_all(
+            q, k, ring_k, counts, map_q, map_k, clamp_q, clamp_k, q_b, q_h, k_b, k_h, maps, p, kv, key_heads, begun, t, s, o
+        )  # fmt: skip
+    rows: tl.constexpr = t.rows
+    for r in tl.static_range(rows):  # in a loop, what is the same for all rows would take registers
+        b = begun + r
+        keys_of, values_of, phi_of, value_of, mass_of, counts_of = of_row(
+            ring_k, ring_v, ring_phi, value, mass, counts, b, p, kv, maps, key_heads, s, o
+        )
+        at = tl.load(counts_of)
+        folded = tl.load(counts_of + 1)
+        known = at - s.lag  # the position whose features come with this token
+        stop, late_j, late_place, late_v = late_values(values_of, at, folded, t, s, o)
+        phi_k = row_of(made_k, r) if t.map_columns > 0 else given_features(head(fk, b, p, fk_b, fk_h), t, o)
+
         for g in range(0, o.map_group):
             h = p * o.map_group + g
-            to = scratch + (1 + g) * o.features
-            make_features(head(q, b, h, q_b, q_h), at >= 0, map_q + h * size, clamp_q, to, t, o)
-        fk = scratch
-        tl.debug_barrier()
-
-    for g in range(0, o.map_group):
-        h = p * o.map_group + g
-        query = tl.load(head(q, b, h, q_b, q_h) + wide, mask=wide < o.width, other=0.0).to(tl.float32)
-        x = scratch + (1 + g) * o.features if t.map_columns > 0 else head(fq, b, h, fq_b, fq_h)
-        top = tl.full([1], HIDDEN, tl.float32)
-        a_mass = tl.full([1], 0.0, tl.float32)
-        b_mass = tl.full([1], 0.0, tl.float32)
-        w_mass = tl.full([1], 0.0, tl.float32)
-        a_sum = tl.full([t.columns], 0.0, tl.float32)
-        b_sum = tl.full([t.columns], 0.0, tl.float32)
-        if o.has_linear:
-            for start in range(0, o.features, t.features):
-                f = start + tl.arange(0, t.features)
-                phi = tl.load(x + f, mask=f < o.features, other=0.0).to(tl.float32)
-                b_mass += tl.sum(phi * tl.load(mass + f, mask=f < o.features, other=0.0), 0)
-                if o.show_linear:
-                    mask = (f < o.features)[:, None] & inside[None, :]
-                    held = tl.load(value + f[:, None] * o.width + column[None, :], mask=mask, other=0.0)
-                    b_sum += tl.sum(phi[:, None] * held, 0)
-        if o.has_window or (o.has_sinks and o.sinks > 0):
-            for start in range(begin, at + 1, t.near):
-                j = start + tl.arange(0, t.near)
-                top, a_mass, w_mass, a_sum = soft_keys(
-                    top, a_mass, w_mass, a_sum, query, x, ring_k, k, ring_v, v, ring_phi, fk, j, j <= at, at, first,
-                    scale, t, s, o,
-                )  # fmt: skip
-        if o.has_sinks and o.sinks > 0:
-            j = tl.arange(0, o.sink_block)
-            top, a_mass, w_mass, a_sum = soft_keys(
-                top, a_mass, w_mass, a_sum, query, x, ring_k, k, ring_v, v, ring_phi, fk, j, (j < o.sinks) & (j < begin),
-                at, first, scale, t, s, o,
-            )  # fmt: skip
-        if o.has_linear:
-            for start in range(folded, stop, t.late):
-                j = start + tl.arange(0, t.late)
-                there = j < stop
-                _soft, linear, _hidden = sets(at, 0, j, tl.where(there, 0, -1), 1, 0, o)
-                weights = tl.where(linear, products(x, ring_phi, fk, j, known, there, t, s, o), 0.0)
-                b_mass += tl.sum(weights, 0)
-                if o.show_linear:
-                    values = held_or_new(ring_v, v, place_of(j, s), j, at, there, first, o.width, t.columns)
-                    b_sum += tl.sum(weights[:, None] * values, 0)
-
-        level = 0.0
-        if o.join == "shared":
-            level = tl.load(mix + h).to(tl.float32)
-        shift = 0.0
-        if o.join == "absolute":
-            shift = tl.load(log_scale + h).to(tl.float32)
-        a_factor, b_factor, _den, _live, _a, _b = factors(top, a_mass, b_mass, w_mass, level, shift, o)
-        total = tl.where(here != 0, a_factor * a_sum + b_factor * b_sum, 0.0)
-        out = (b * heads + h).to(tl.int64) * o.width
-        tl.store(y + out + column, total.to(y.dtype.element_ty), mask=inside)
-
-    tl.debug_barrier()
-    if here != 0:
-        limit = tl.maximum(at - o.span + 1, 0)
-        if limit - folded >= s.fold:
-            for start in range(0, o.features, t.written):
-                f = start + tl.arange(0, t.written)
-                mask = (f < o.features)[:, None] & inside[None, :]
-                to = value + f[:, None] * o.width + column[None, :]
-                total = tl.load(to, mask=mask, other=0.0)
-                alone = tl.load(mass + f, mask=f < o.features, other=0.0)
-                for at_once in range(folded, limit, t.late):
-                    j = at_once + tl.arange(0, t.late)
-                    counted = j < limit
-                    if not s.covers:
-                        counted = counted & (j >= s.sinks)
-                    place = feature_place(j, s)
-                    phi = held_or_new(ring_phi, fk, place, j, known, counted, start, o.features, t.written)
-                    values = held_or_new(ring_v, v, place_of(j, s), j, at, counted, first, o.width, t.columns)
-                    total = tl.dot(tl.trans(phi), values, total, input_precision="tf32x3")
-                    alone += tl.sum(phi, 0)
-                tl.store(to, total, mask=mask)
-                tl.store(mass + f, alone, mask=f < o.features)
-            folded = limit
-        new_key = tl.load(k + column, mask=inside, other=0.0)
-        if p % (maps // (heads // o.group)) == 0:  # one head of phi_k for each key head
-            to = place_of(at, s) * o.width
-            tl.store(ring_k + to + column, new_key.to(ring_k.dtype.element_ty), mask=inside)
-            tl.store(
-                ring_v + to + column,
-                tl.load(v + column, mask=inside, other=0.0).to(ring_v.dtype.element_ty),
-                mask=inside,
+            if o.map_group > 1:
+                asks, level, shift = of_head(q, mix, log_scale, b, h, q_b, q_h, o)
+            else:
+                asks, level, shift = query, own_level, own_shift
+            phi_q = (
+                row_of(made_q, r * o.map_group + g)
+                if t.map_columns > 0
+                else given_features(head(fq, b, h, fq_b, fq_h), t, o)
             )
-            if s.lag > 0:
-                following = tl.maximum(known + 1, 0)
-                key = new_key.to(ring_k.dtype.element_ty)
-                if s.lag > 1:
-                    key = tl.load(ring_k + place_of(following, s) * o.width + column, mask=inside, other=0.0)
-                to = (b * (heads // o.group) + kv).to(tl.int64) * o.width
-                tl.store(leaving + to + column, key, mask=inside)
-        if (part == 0) & (known >= 0):
-            to = feature_place(known, s) * o.features
-            for start in range(0, o.features, t.features):
-                f = start + tl.arange(0, t.features)
-                phi = tl.load(fk + f, mask=f < o.features, other=0.0)
-                tl.store(ring_phi + to + f, phi.to(tl.float32), mask=f < o.features)
-        tl.store(counts + 2 * mine, at + 1)
-        tl.store(counts + 2 * mine + 1, folded)
+            latest = inner(phi_q, phi_k)  # phi_q . phi_k of `known`
+
+            # The new key, which is in no ring yet.
+            a_new, b_new, hidden_new = sets(at, 0, at + tl.zeros([1], tl.int32), 0, 1, 0, o)
+            top = tl.where(a_new, inner(new_k, asks) * (scale * BASE2), HIDDEN)
+            a_mass = tl.where(a_new, 1.0, 0.0)
+            a_sum = shown(a_mass, hidden_new, o) * new_v
+            w_mass = tl.where(a_new & (known == at), latest, 0.0)
+            b_mass = tl.where(b_new & (known == at), latest, 0.0)
+            b_sum = b_mass * new_v
+
+            if o.has_soft or (s.paired and o.has_linear):
+                for n in range(0, t.near_tiles):
+                    place = n * t.near + tl.arange(0, t.near)
+                    j = position_at(place, at - 1, s)
+                    soft, linear, hidden = sets(at, 0, j, tl.where(j >= 0, 0, -1), 1, 0, o)
+                    linear = linear & (j >= folded) & (j < stop)
+                    counted = soft
+                    if s.paired:
+                        counted = soft | linear
+                    tile_v = ring_tile(values_of, n, first, t.columns, t, s, o) if t.near_tiles > 1 else values
+                    near_v = tl.where(counted[:, None], tile_v.to(tl.float32), 0.0)
+                    if o.has_soft:
+                        tile_k = ring_tile(keys_of, n, 0, o.width_block, t, s, o) if t.near_tiles > 1 else keys
+                        score = tl.sum(tile_k.to(tl.float32) * asks[None, :], 1) * (scale * BASE2)
+                        score = tl.where(soft, score, HIDDEN)
+                        new = tl.maximum(top, tl.max(score, 0))
+                        a = softmax_weights(score, soft, new)
+                        shrink = tl.exp2(tl.maximum(top - new, LEAST))
+                        top = new
+                        a_mass = a_mass * shrink + tl.sum(a, 0)
+                        a = shown(a, hidden, o)
+                        a_sum = a_sum * shrink + tl.sum(a[:, None] * near_v, 0)
+                    if s.paired:
+                        wanted = linear
+                        if o.join == "replace":
+                            wanted = counted
+                        weights = products(phi_q, phi_of, phi_late, place, wanted, t, s, o)
+                        weights = tl.where(wanted & (j == known), latest, weights)
+                        w_mass += tl.sum(tl.where(soft, weights, 0.0), 0)
+                        weights = tl.where(linear, weights, 0.0)
+                        b_mass += tl.sum(weights, 0)
+                        if o.show_linear:
+                            b_sum += tl.sum(weights[:, None] * near_v, 0)
+            if o.has_linear:
+                if not s.paired:
+                    _soft, linear, _hidden = sets(at, 0, late_j, tl.where(late_j >= 0, 0, -1), 1, 0, o)
+                    weights = products(phi_q, phi_of, phi_late, late_place, linear & (late_j != known), t, s, o)
+                    weights = tl.where(linear, tl.where(late_j == known, latest, weights), 0.0)
+                    b_mass += tl.sum(weights[None, :], 1)
+                    if o.show_linear:
+                        b_sum += tl.sum(weights[:, None] * late_v.to(tl.float32), 0)
+                # Added up as they are, and over features at last: no warp waits for another in between.
+                masses = tl.full([t.features], 0.0, tl.float32)
+                sums = tl.full([t.features, t.columns], 0.0, tl.float32)
+                for start in tl.range(0, t.block, t.features, loop_unroll_factor=t.unroll):
+                    if t.features < t.block:
+                        tile, tile_mass = sums_tile(value_of, mass_of, start, t.features, first, t, o)
+                    else:
+                        tile, tile_mass = held, alone
+                    phi = piece(phi_q, start // t.features, t.features)
+                    masses += phi * tile_mass
+                    sums += phi[:, None] * tile
+                b_mass += tl.sum(masses[None, :], 1)
+                if o.show_linear:
+                    b_sum += tl.sum(sums, 0)
+            if not o.show_linear:
+                b_sum = b_sum * 0.0
+
+            a_factor, b_factor, _den, _live, _a, _b = factors(top, a_mass, b_mass, w_mass, level, shift, o)
+            total = tl.where(here != 0, a_factor * a_sum + b_factor * b_sum, 0.0)
+            out = (b * heads + h).to(tl.int64) * o.width
+            tl.store(y + out + column, total.to(y.dtype.element_ty), mask=inside)
+
+        tl.debug_barrier()
+        if here != 0:
+            limit = tl.maximum(at - o.span + 1, 0)
+            if limit - folded >= s.fold:
+                j, place = late_keys(folded, t, s)
+                counted = (j >= 0) & (j < limit)
+                if not s.covers:
+                    counted = counted & (j >= s.sinks)
+                old = counted & (j != at)
+                late = ring_rows(values_of, place_of(tl.maximum(j, 0), s), old, first, t, o).to(tl.float32)
+                late = tl.where((counted & (j == at))[:, None], new_v[None, :], late)
+                for start in range(0, t.block, t.written):
+                    f, there = feature_places(start, t.written, t, o)
+                    total, mass_then = sums_tile(value_of, mass_of, start, t.written, first, t, o)
+                    phi = tl.load(
+                        phi_of + place[:, None] * o.features + f[None, :],
+                        mask=(counted & (j != known))[:, None] & there[None, :], other=0.0,
+                    )  # fmt: skip
+                    fresh = piece(phi_k, start // t.written, t.written)
+                    phi = tl.where((counted & (j == known))[:, None], fresh[None, :], phi)
+                    total = tl.dot(tl.trans(phi), late, total, input_precision="tf32x3")
+                    mask = there[:, None] & inside[None, :]
+                    tl.store(value_of + f[:, None] * o.width + column[None, :], total, mask=mask)
+                    tl.store(mass_of + f, mass_then + tl.sum(phi, 0), mask=there)
+                folded = limit
+            key = tl.load(head(k, b, kv, k_b, k_h) + column, mask=inside, other=0.0).to(ring_k.dtype.element_ty)
+            if p % (maps // key_heads) == 0:  # one head of phi_k for each key head
+                to = place_of(at, s) * o.width + column
+                tl.store(keys_of + to, key, mask=inside)
+                tl.store(values_of + to, new_v.to(ring_v.dtype.element_ty), mask=inside)
+                if s.lag > 0:
+                    if s.lag > 1:
+                        following = place_of(tl.maximum(known + 1, 0), s)
+                        key = tl.load(keys_of + following * o.width + column, mask=inside, other=0.0)
+                    tl.store(leaving + (b * key_heads + kv).to(tl.int64) * o.width + column, key, mask=inside)
+            if (part == 0) & (known >= 0):
+                f, there = feature_places(0, t.block, t, o)
+                place = known % s.fold
+                if s.paired:
+                    place = place_of(known, s)
+                tl.store(phi_of + place * o.features + f, phi_k, mask=there)
+            tl.store(counts_of, seen + 1)
+            tl.store(counts_of + 1, folded)
+        if r + 1 < rows:
+            keys, values, phi_late, held, alone, seen, here, new_k, new_v, query, own_level, own_shift = read_ahead(
+                q, k, v, mix, log_scale, real, ring_k, ring_v, ring_phi, value, mass, counts, q_b, q_h, k_b, k_h, v_b, v_h,
+                b + 1, p, kv, maps, key_heads, MASKED, t, s, o,
+            )  # fmt: skip
 
 
 @torch.no_grad()
@@ -360,8 +350,8 @@ def hybrid_attention_step_gpu(
     A HybridState is copied into buffers, which later calls, given the StepState, move on in place: those may be captured
     in a CUDA graph, if `phi_k_fn` may. Sums and products are fp32, whatever the inputs' dtype.
     """
-    blocks = blocks or (INTERPRETED if interpreted() else StepBlocks())
     batch, heads, _, width = q.shape
+    blocks = blocks or blocks_for(batch * (state.value if isinstance(state, StepState) else state.sums).shape[1])
     held = held_by(options, blocks.fold)
     features = phi_q.shape[-1]
     if isinstance(state, StepState) and state.held != held:
@@ -373,29 +363,32 @@ def hybrid_attention_step_gpu(
     own, programs = state.counts.shape[1:3]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     phi: list[Tensor | None] = [None, None]
-    made: list[Any] = [None, None, 0.0, 0.0, None]
+    made: list[Any] = [None, None, 0.0, 0.0]
     if maps:
         maps[1].check(own, width, features)
-        scratch = q.new_empty(batch * own * programs, 1 + heads // own, features, dtype=torch.float32)
-        made = [*(x.weight.float().contiguous() for x in maps), *(x.clamp for x in maps), scratch]
+        made = [*(x.weight.float().contiguous() for x in maps), *(x.clamp for x in maps)]
     else:
         phi_k = phi_k_fn(state.leaving.to(k.dtype) if held.lag else k)
         check_heads(own, phi_k)
         if phi_k.untyped_storage().data_ptr() == state.leaving.untyped_storage().data_ptr():
             phi_k = phi_k.clone()  # the kernel writes there
         phi = [x if x.stride(-1) == 1 else x.contiguous() for x in (phi_q, phi_k)]
-    tiles = tiles_of(blocks, state.columns, width, features, options.window, maps[0].columns if maps else 0)
     numbers = [None if x is None else x.float().contiguous() for x in (mix, log_scale)]
     real = None if key_mask is None else key_mask.to(torch.uint8).contiguous()
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     form = make_form(
         options, Blocks(), heads=heads, key_heads=k.shape[1], maps=own, width=width, features=features, dtype=q.dtype
     )
-    Compiled(form, 1, 4).launch(
-        step, (batch * own, programs),
+    columns, size = (maps[0].columns if maps else 0), state.ring_k.element_size()
+    tiles = tiles_of(blocks, state.columns, form, held, batch, size, columns)
+    more: dict[str, Any] = {"maxnreg": blocks.registers} if blocks.registers else {}
+    if blocks.overlap:
+        more["launch_pdl"] = True
+    Compiled(form, 1, blocks.warps).launch(
+        step, (batch // tiles.rows * own, programs),
         q, k, v, *phi, *numbers, real, *state.tensors.values(), y, *made,
         *[n for x in (q, k, v, *phi) for n in ((0, 0) if x is None else x.stride()[:2])], own, options.scale,
-        MASKED=real is not None, t=tiles, s=held,
+        MASKED=real is not None, t=tiles, s=held, **more,
     )  # fmt: skip
     return y, state
 

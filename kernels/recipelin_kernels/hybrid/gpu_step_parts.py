@@ -1,0 +1,292 @@
+"""What a program of the Triton decode kernel (gpu_step.py) reads, and the features that it makes."""
+
+import triton
+import triton.language as tl
+
+from .gpu_parts import head, softmax_of
+
+
+@triton.jit
+def place_of(j, s: tl.constexpr):
+    """Where a ring holds position j >= 0."""
+    if s.sinks > 0:
+        return tl.where(j < s.sinks, j, s.sinks + (j - s.sinks) % s.ring)
+    else:
+        return j % s.ring
+
+
+@triton.jit
+def position_at(place, at, s: tl.constexpr):
+    """The newest position <= at that stands at a place; -1: none."""
+    j = at - (at + (s.places // s.ring + 1) * s.ring - place) % s.ring
+    if s.sinks > 0:
+        j = tl.where(place < s.sinks, place, tl.where(j < s.sinks, -1, j))
+    return tl.where((place < s.places) & (j >= 0) & (j <= at), j, -1)
+
+
+@triton.jit
+def late_keys(folded, t: tl.constexpr, s: tl.constexpr):
+    """Positions folded .. folded + fold - 1 in the order in which a ring of features holds them, and those places; where there
+    are fewer, -1."""
+    n = tl.arange(0, t.late)
+    if s.paired:
+        j = folded + n
+        place = place_of(j, s)
+    else:
+        j = folded + (n + s.fold - folded % s.fold) % s.fold
+        place = n
+    return tl.where(n < s.fold, j, -1), place
+
+
+@triton.jit
+def feature_places(first, size: tl.constexpr, t: tl.constexpr, o: tl.constexpr):
+    """Where features first .. first + size - 1 of a program stand in memory, and whether they do: each half of those that it
+    makes is filled up to `map_block`."""
+    f = first + tl.arange(0, size)
+    if t.map_columns > 0 and t.map_columns < t.map_block:
+        c = f % t.map_block
+        return f // t.map_block * t.map_columns + c, c < t.map_columns
+    else:
+        return f, f < o.features
+
+
+@triton.jit
+def row_of(x, index):
+    """x[index] of x [n, columns]."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[0])[:, None] == index, x, 0.0), 0)
+
+
+@triton.jit
+def with_row(x, index, row):
+    """x [n, columns] with another x[index]."""
+    return tl.where(tl.arange(0, x.shape[0])[:, None] == index, row[None, :], x)
+
+
+@triton.jit
+def piece(x, index, size: tl.constexpr):
+    """The index-th `size` numbers of x."""
+    if x.shape[0] == size:
+        return x
+    else:
+        n: tl.constexpr = x.shape[0] // size
+        return row_of(tl.reshape(x, (n, size)), index)
+
+
+@triton.jit
+def ring_rows(ring, place, there, first, t: tl.constexpr, o: tl.constexpr):
+    """Of places of a ring of values a program's columns; 0 where not there."""
+    column = first + tl.arange(0, t.columns)
+    mask = there[:, None] & (column < o.width)[None, :]
+    return tl.load(ring + place[:, None] * o.width + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def ring_tile(ring, n, first, columns: tl.constexpr, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr):
+    """The n-th tile of places of a ring, columns from `first` on."""
+    place = n * t.near + tl.arange(0, t.near)
+    column = first + tl.arange(0, columns)
+    mask = (place < s.places)[:, None] & (column < o.width)[None, :]
+    return tl.load(ring + place[:, None] * o.width + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def sums_tile(value, mass, start, size: tl.constexpr, first, t: tl.constexpr, o: tl.constexpr):
+    """Features start .. start + size - 1 of the sums, columns of D from `first` on, and of their mass."""
+    f, real = feature_places(start, size, t, o)
+    column = first + tl.arange(0, t.columns)
+    mask = real[:, None] & (column < o.width)[None, :]
+    held = tl.load(value + f[:, None] * o.width + column[None, :], mask=mask, other=0.0)
+    return held, tl.load(mass + f, mask=real, other=0.0)
+
+
+@triton.jit
+def phi_tile(ring_phi, place, there, start, t: tl.constexpr, o: tl.constexpr):
+    """Features of keys at places."""
+    f, real = feature_places(start, t.pairs, t, o)
+    return tl.load(ring_phi + place[:, None] * o.features + f[None, :], mask=there[:, None] & real[None, :], other=0.0)
+
+
+@triton.jit
+def products(phi_q, ring_phi, phi, place, there, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr):
+    """phi_q . phi_k of keys at places. phi: those features, if they are one tile of the late keys."""
+    total = place * 0.0
+    for start in range(0, t.block, t.pairs):
+        x = piece(phi_q, start // t.pairs, t.pairs)
+        if s.paired or t.pairs < t.block:
+            total += tl.sum(phi_tile(ring_phi, place, there, start, t, o) * x[None, :], 1)
+        else:
+            total += tl.sum(phi * x[None, :], 1)
+    return total
+
+
+@triton.jit
+def map_tile(weight, first, t: tl.constexpr, o: tl.constexpr):
+    """Rows first .. first + map_depth - 1 of W."""
+    c = tl.arange(0, t.map_block)
+    d = first + tl.arange(0, t.map_depth)
+    mask = (d < o.width)[:, None] & (c < t.map_columns)[None, :]
+    return tl.load(weight + d[:, None] * t.map_columns + c[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def map_input(x, there, first, t: tl.constexpr, o: tl.constexpr):
+    """What meets rows first .. first + map_depth - 1 of W: of one row x [D], if it is there."""
+    d = first + tl.arange(0, t.map_depth)
+    return tl.load(x + d, mask=(d < o.width) & there, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def made_features(x, there, begun, weight, w, clamp, t: tl.constexpr, o: tl.constexpr):
+    """[softmax(x W), softmax(-x W)] of one row x [D], at least clamp. begun, w: the first rows of x and W."""
+    u = tl.sum(begun[:, None] * w, 0)
+    for first in range(t.map_depth, o.width, t.map_depth):
+        u += tl.sum(map_input(x, there, first, t, o)[:, None] * map_tile(weight, first, t, o), 0)
+    inside = (tl.arange(0, t.map_block) < t.map_columns)[None, :]
+    both = tl.join(softmax_of(u[None, :], inside, clamp), softmax_of(-u[None, :], inside, clamp))
+    both = tl.where(inside[:, :, None], both, 0.0)
+    return tl.reshape(tl.permute(both, (0, 2, 1)), (t.block,))
+
+
+@triton.jit
+def given_features(x, t: tl.constexpr, o: tl.constexpr):
+    f = tl.arange(0, t.block)
+    return tl.load(x + f, mask=f < o.features, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def inner(x, y):
+    """x . y [1]: in one row, so that no warp waits for another."""
+    return tl.sum(x[None, :] * y[None, :], 1)
+
+
+@triton.jit
+def of_row(ring_k, ring_v, ring_phi, value, mass, counts, b, p, kv, maps, key_heads, s: tl.constexpr, o: tl.constexpr):
+    """Where what a program has of row b begins."""
+    row = (b * maps + p).to(tl.int64)
+    ring = (b * key_heads + kv).to(tl.int64) * s.places * o.width
+    phi = row * (s.places if s.paired else s.fold) * o.features
+    mine = row * tl.num_programs(1) + tl.program_id(1)
+    return (
+        ring_k + ring, ring_v + ring, ring_phi + phi, value + row * o.features * o.width, mass + mine * o.features,
+        counts + 2 * mine,
+    )  # fmt: skip
+
+
+@triton.jit
+def make_all(
+    q, k, ring_k, counts, map_q, map_k, clamp_q, clamp_k, q_b, q_h, k_b, k_h, maps, p, kv, key_heads, begun,
+    t: tl.constexpr, s: tl.constexpr, o: tl.constexpr,
+):  # fmt: skip
+    """phi_q [queries, block] of a program's rows and heads, phi_k [rows, block] of its leaving keys. W is read once for all."""
+    made_q = tl.full([t.queries, t.block], 0.0, tl.float32)
+    made_k = tl.full([t.rows, t.block], 0.0, tl.float32)
+    size = o.width * t.map_columns
+    weight_k = map_k + p * size
+    w_k = map_tile(weight_k, 0, t, o)
+    if t.joint:
+        w_q = map_tile(map_q + p * size, 0, t, o)
+    tl.debug_barrier()  # nothing that follows is waited for before these loads
+    if t.joint:
+        x_q = head(q, begun, p, q_b, q_h)
+        begun_q = map_input(x_q, True, 0, t, o)
+    for r in range(0, t.rows):
+        b = begun + r
+        mine = (b * maps + p).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        known = tl.load(counts + 2 * mine) - s.lag
+        x = head(k, b, kv, k_b, k_h)
+        if s.lag > 0:  # where it stands until its features are in the sums
+            x = ring_k + ((b * key_heads + kv).to(tl.int64) * s.places + place_of(tl.maximum(known, 0), s)) * o.width
+        there = known >= 0
+        phi = made_features(x, there, map_input(x, there, 0, t, o), weight_k, w_k, clamp_k, t, o)
+        made_k = with_row(made_k, r, phi)
+    for g in range(0, o.map_group):
+        weight_q = map_q + (p * o.map_group + g) * size
+        if not t.joint:
+            w_q = map_tile(weight_q, 0, t, o)
+        for r in range(0, t.rows):
+            if not t.joint:
+                x_q = head(q, begun + r, p * o.map_group + g, q_b, q_h)
+                begun_q = map_input(x_q, True, 0, t, o)
+            phi = made_features(x_q, True, begun_q, weight_q, w_q, clamp_q, t, o)
+            made_q = with_row(made_q, r * o.map_group + g, phi)
+    return made_q, made_k
+
+
+@triton.jit
+def of_token(k, v, real, counts, b, kv, k_b, k_h, v_b, v_h, MASKED: tl.constexpr, t: tl.constexpr, o: tl.constexpr):
+    """Positions seen, whether the token is real, its key, and a program's columns of its value."""
+    column = tl.program_id(1) * t.columns + tl.arange(0, t.columns)
+    wide = tl.arange(0, o.width_block)
+    here = 1
+    if MASKED:
+        here = tl.load(real + b).to(tl.int32)
+    new_k = tl.load(head(k, b, kv, k_b, k_h) + wide, mask=wide < o.width, other=0.0).to(tl.float32)
+    new_v = tl.load(head(v, b, kv, v_b, v_h) + column, mask=column < o.width, other=0.0).to(tl.float32)
+    return tl.load(counts), here, new_k, new_v
+
+
+@triton.jit
+def late_values(ring_v, at, folded, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr):
+    """Where keys begin that are not linear; positions of the late keys, the places of their features, their values."""
+    stop = at + 1
+    if not o.cover_all:
+        stop = tl.maximum(at - o.window + 1, 0)
+        if o.terraced and o.window > 0:
+            stop = tl.maximum((at // o.window - 1) * o.window, 0)
+    j, place = late_keys(folded, t, s)
+    j = tl.where(j < stop, j, -1)
+    values = 0.0
+    if o.show_linear and not s.paired:
+        values = ring_rows(ring_v, place_of(tl.maximum(j, 0), s), j >= 0, tl.program_id(1) * t.columns, t, o)
+    return stop, j, place, values
+
+
+@triton.jit
+def of_head(q, mix, log_scale, b, h, q_b, q_h, o: tl.constexpr):
+    """A query, and what its head's join depends on."""
+    wide = tl.arange(0, o.width_block)
+    query = tl.load(head(q, b, h, q_b, q_h) + wide, mask=wide < o.width, other=0.0).to(tl.float32)
+    level = 0.0
+    if o.join == "shared":
+        level = tl.load(mix + h).to(tl.float32)
+    shift = 0.0
+    if o.join == "absolute":
+        shift = tl.load(log_scale + h).to(tl.float32)
+    return query, level, shift
+
+
+@triton.jit
+def read_ahead(
+    q, k, v, mix, log_scale, real, ring_k, ring_v, ring_phi, value, mass, counts, q_b, q_h, k_b, k_h, v_b, v_h,
+    b, p, kv, maps, key_heads, MASKED: tl.constexpr, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr,
+):  # fmt: skip
+    """What a row's work begins with, and of what it reads later all that is one tile only (else 0).
+
+    None of these loads depends on another, nor on where the row is: a ring is read place by place, whatever stands there.
+    """
+    first = tl.program_id(1) * t.columns
+    ring_k, ring_v, ring_phi, value, mass, counts = of_row(
+        ring_k, ring_v, ring_phi, value, mass, counts, b, p, kv, maps, key_heads, s, o
+    )
+    seen, here, new_k, new_v = of_token(k, v, real, counts, b, kv, k_b, k_h, v_b, v_h, MASKED, t, o)
+    query = 0.0
+    level = 0.0
+    shift = 0.0
+    if o.map_group == 1:
+        query, level, shift = of_head(q, mix, log_scale, b, p, q_b, q_h, o)
+    keys = 0.0
+    values = 0.0
+    phi = 0.0
+    held = 0.0
+    alone = 0.0
+    if t.near_tiles == 1:
+        if o.has_soft:
+            keys = ring_tile(ring_k, 0, 0, o.width_block, t, s, o)
+        values = ring_tile(ring_v, 0, first, t.columns, t, s, o)
+    if o.has_linear:
+        if t.features == t.block:
+            held, alone = sums_tile(value, mass, 0, t.features, first, t, o)
+        if t.pairs == t.block and not s.paired:
+            n = tl.arange(0, t.late)
+            phi = phi_tile(ring_phi, n, n < s.fold, 0, t, o)
+    return keys, values, phi, held, alone, seen, here, new_k, new_v, query, level, shift
