@@ -33,7 +33,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .gpu_call import Blocks, Compiled, cdiv, make_form, power
-from .gpu_parts import BASE2, HIDDEN, LEAST, Form, factors, head, sets, shown, softmax_weights
+from .gpu_parts import BASE2, FAR, HIDDEN, Form, exp2, factors, head, sets, shown, softmax_weights
 from .gpu_step_parts import (
     feature_places,
     given_features,
@@ -218,7 +218,7 @@ def step(
                 for n in range(0, t.near_tiles):
                     place = n * t.near + tl.arange(0, t.near)
                     j = position_at(place, at - 1, s)
-                    soft, linear, hidden = sets(at, 0, j, tl.where(j >= 0, 0, -1), 1, 0, o)
+                    soft, linear, hidden = sets(at, 0, tl.where(j >= 0, j, FAR), 0, 1, 0, o)
                     linear = linear & (j >= folded) & (j < stop)
                     counted = soft
                     if s.paired:
@@ -231,7 +231,7 @@ def step(
                         score = tl.where(soft, score, HIDDEN)
                         new = tl.maximum(top, tl.max(score, 0))
                         a = softmax_weights(score, soft, new)
-                        shrink = tl.exp2(tl.maximum(top - new, LEAST))
+                        shrink = exp2(top - new)
                         top = new
                         a_mass = a_mass * shrink + tl.sum(a, 0)
                         a = shown(a, hidden, o)
@@ -249,7 +249,7 @@ def step(
                             b_sum += tl.sum(weights[:, None] * near_v, 0)
             if o.has_linear:
                 if not s.paired:
-                    _soft, linear, _hidden = sets(at, 0, late_j, tl.where(late_j >= 0, 0, -1), 1, 0, o)
+                    _soft, linear, _hidden = sets(at, 0, tl.where(late_j >= 0, late_j, FAR), 0, 1, 0, o)
                     weights = products(phi_q, phi_of, phi_late, late_place, linear & (late_j != known), t, s, o)
                     weights = tl.where(linear, tl.where(late_j == known, latest, weights), 0.0)
                     b_mass += tl.sum(weights[None, :], 1)
