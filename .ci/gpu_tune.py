@@ -10,10 +10,11 @@ passed with it. A pipeline can race: a variant that writes other bits than one s
 import argparse
 import datetime
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,15 +107,13 @@ FORWARD, BOTH, TRANSFER = (
 )
 OWNERS = ("transfer",)
 SWEEPS = (
-    Sweep(FORWARD, ("output",), ((64, 64, 256), (64, 64, 128), (64, 32, 256), (64, 32, 128)), FOUR),
-    Sweep(FORWARD, ("sum_keys", "scan"), ((64, 64, 256), (64, 64, 128)), (Launch(4, 1), Launch(4, 2), *EIGHT)),
-    Sweep(Operator("forward", 8192, 256), ("output",), ((64, 64, 256), (64, 32, 256)), FOUR),
+    Sweep(FORWARD, ("output",), ((64, 64, 256), (64, 32, 256), (64, 32, 128)), FOUR),
+    Sweep(FORWARD, ("sum_keys", "scan"), ((64, 64, 256), (64, 64, 128)), (Launch(4, 1), *EIGHT)),
     Sweep(Operator("made", 8192), ("output", "softmax"), ((64, 64, 256), (64, 32, 256)), (*FOUR, Launch(8, 1))),
     Sweep(BOTH, ("output", "query", "key"), ((64, 64, 256), (64, 32, 256)), FOUR),
     Sweep(BOTH, ("sum_queries",), ((64, 64, 256),), (Launch(4, 1), Launch(4, 2), *EIGHT)),
-    Sweep(TRANSFER, OWNERS, ((64, 64, 128), (64, 32, 128)), (*FOUR, Launch(4, 3))),
+    Sweep(TRANSFER, OWNERS, ((64, 64, 128), (64, 32, 128)), FOUR),
     Sweep(TRANSFER, OWNERS, ((128, 64, 128), (128, 32, 128)), EIGHT),
-    Sweep(Operator("transfer", 4096, 128, "float32"), OWNERS, ((128, 32, 128),), EIGHT),
 )
 
 
@@ -164,8 +163,8 @@ def launched(sweep: Sweep, blocks: Blocks, *, run: bool) -> list[Launched]:
     return found
 
 
-def variants() -> Iterator[tuple[Sweep, Blocks, tuple[Launch, ...]]]:
-    for sweep in SWEEPS:
+def variants(sweeps: Iterable[Sweep]) -> Iterator[tuple[Sweep, Blocks, tuple[Launch, ...]]]:
+    for sweep in sweeps:
         tile = 256 if sweep.operator.kind == "transfer" else 128
         for rows, columns, stored in sweep.sizes:
             yield sweep, Blocks(rows, columns, stored, tile, 3), sweep.launches
@@ -174,7 +173,7 @@ def variants() -> Iterator[tuple[Sweep, Blocks, tuple[Launch, ...]]]:
 def compile_share(number: int, jobs: int) -> None:
     """Every `jobs`-th variant into Triton's cache."""
     at = 0
-    for sweep, blocks, how in variants():
+    for sweep, blocks, how in variants(SWEEPS):
         for one in launched(sweep, blocks, run=False):
             for launch in how:
                 at += 1
@@ -189,24 +188,23 @@ def microseconds(call: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def time_all(seconds: float) -> list[Variant]:
-    """All variants, as far as the seconds reach; says what it left out."""
-    found, begun = [], time.monotonic()
-    for sweep, blocks, how in variants():
-        name = sweep.operator.name
-        if time.monotonic() - begun > seconds:
-            print(f"left out, no time: {name}, {blocks}", file=sys.stderr)
-            continue
+def time_sweep(sweep: Sweep, note: Callable[[Variant | str], None]) -> None:
+    """Notes what it is about to run, then how that went."""
+    for _, blocks, how in variants([sweep]):
+        sizes = blocks.rows, blocks.columns, blocks.stored
         try:
+            note(f"all, {sizes}")
             with torch.enable_grad():
                 made = {one.name: one for one in launched(sweep, blocks, run=True)}
+                torch.cuda.synchronize()
         except triton.runtime.errors.OutOfResources as error:
-            print(f"left out, {error}: {name}, {blocks}", file=sys.stderr)
+            print(f"left out, {error}: {sweep.operator.name}, {blocks}", file=sys.stderr)
             continue
         for kernel, one in made.items():
             plain: dict[int, int] = {}
             for launch in how:
                 us, same = None, None
+                note(f"{kernel}, {sizes}, {launch.options}")
                 try:
                     us = microseconds(lambda: one.kernel[one.grid](*one.arguments, **one.more, **launch.options))  # noqa: B023
                 except triton.runtime.errors.OutOfResources:
@@ -215,7 +213,34 @@ def time_all(seconds: float) -> list[Variant]:
                     if one.kernel.__name__ != "scan":  # which sums up in place
                         bits = one.bits()
                         same = bits == plain.setdefault(launch.num_warps, bits)
-                found.append(Variant(name, kernel, blocks.rows, blocks.columns, blocks.stored, launch, us, same))
+                note(Variant(sweep.operator.name, kernel, *sizes, launch, us, same))
+
+
+def time_all(seconds: float) -> list[Variant]:
+    """All variants, as far as the seconds reach; says what it left out, and what failed: each sweep in a process of its own."""
+    found, begun = [], time.monotonic()
+    fork = multiprocessing.get_context("fork")
+    for sweep in SWEEPS:
+        name = f"{sweep.operator.name}, {', '.join(sweep.kernels)}"
+        if time.monotonic() - begun > seconds:
+            print(f"left out, no time: {name}", file=sys.stderr)
+            continue
+        here, there = fork.Pipe(duplex=False)
+        process = fork.Process(target=time_sweep, args=(sweep, there.send))
+        process.start()
+        there.close()
+        last = ""
+        try:
+            while True:
+                noted = here.recv()
+                if isinstance(noted, str):
+                    last = noted
+                else:
+                    found.append(noted)
+        except EOFError:
+            process.join()
+        if process.exitcode:
+            print(f"failed: {name}: {last}", file=sys.stderr)
     return found
 
 
@@ -251,15 +276,15 @@ def main() -> int:
     if arguments.share is not None:
         compile_share(arguments.share, arguments.jobs)
         return 0
-    if not torch.cuda.is_available():
+    if not torch.cuda.device_count():
         print("gpu_tune: torch sees no CUDA device", file=sys.stderr)
         return 2
     command = [sys.executable, __file__, "--jobs", str(arguments.jobs), "--share"]
     shares = [subprocess.Popen([*command, str(n)]) for n in range(arguments.jobs)]
     if any([share.wait() for share in shares]):
         return 1
+    found = time_all(arguments.seconds)  # before this process has a CUDA context, which no fork could use
     name = torch.cuda.get_device_name()
-    found = time_all(arguments.seconds)
     source = provenance(ROOT)
     changed = " with changes" if source.dirty else ""
     head = (

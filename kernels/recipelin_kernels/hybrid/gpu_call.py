@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -122,25 +122,27 @@ def check_size(tensors: list[Tensor]) -> None:
 
 
 @functools.cache
-def _how(kernel: str, stages: int, warps: int) -> Mapping[str, int]:
+def _how(kernel: str, stages: int, warps: int, more: tuple[tuple[str, int], ...]) -> Mapping[str, int]:
     launch = LAUNCHES[kernel]
-    return replace(launch, num_warps=min(launch.num_warps, warps), num_stages=min(launch.num_stages, stages)).options
+    fitted = replace(launch, num_warps=min(launch.num_warps, warps), num_stages=min(launch.num_stages, stages))
+    return fitted.options | dict(more)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Kernels of a form (for each its own NamedTuple of constants), launched."""
+    """Kernels of a form (for each its own NamedTuple of constants), launched. more: options of Triton's."""
 
     form: Any
     stages: int
     warps: int
+    more: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
         if 0 not in grid:
             gpu_launch.launch(kernel, grid, arguments, {"o": self.form, **more}, self.how(kernel.__name__))
 
     def how(self, kernel: str) -> Mapping[str, int]:
-        return _how(kernel, self.stages, self.warps)
+        return _how(kernel, self.stages, self.warps, self.more)
 
 
 @dataclass(frozen=True)

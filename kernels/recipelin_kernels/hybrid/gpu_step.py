@@ -96,6 +96,11 @@ class StepBlocks:
     fold: int = FOLD
     overlap: bool = False  # begins while the launch before it ends (programmatic dependent launch: sm_90 and later)
 
+    @property
+    def options(self) -> tuple[tuple[str, int], ...]:
+        """As Triton has them."""
+        return (("maxnreg", self.registers),) * bool(self.registers) + (("launch_pdl", True),) * self.overlap
+
 
 # All of a row at once, in 199 registers of 256 threads: a program of each of an H100's 132 multiprocessors.
 FEW = StepBlocks(16384, 65536, 4096, 8192, programs=96, rows=1, warps=8)
@@ -381,14 +386,11 @@ def hybrid_attention_step_gpu(
     )
     columns, size = (maps[0].columns if maps else 0), state.ring_k.element_size()
     tiles = tiles_of(blocks, state.columns, form, held, batch, size, columns)
-    more: dict[str, Any] = {"maxnreg": blocks.registers} if blocks.registers else {}
-    if blocks.overlap:
-        more["launch_pdl"] = True
-    Compiled(form, 1, blocks.warps).launch(
+    Compiled(form, 1, blocks.warps, more=blocks.options).launch(
         step, (batch // tiles.rows * own, programs),
         q, k, v, *phi, *numbers, real, *state.tensors.values(), y, *made,
         *[n for x in (q, k, v, *phi) for n in ((0, 0) if x is None else x.stride()[:2])], own, options.scale,
-        MASKED=real is not None, t=tiles, s=held, **more,
+        MASKED=real is not None, t=tiles, s=held,
     )  # fmt: skip
     return y, state
 
