@@ -107,13 +107,12 @@ FORWARD, BOTH, TRANSFER = (
 )
 OWNERS = ("transfer",)
 SWEEPS = (
-    Sweep(FORWARD, ("output",), ((64, 64, 256), (64, 32, 256), (64, 32, 128)), FOUR),
-    Sweep(FORWARD, ("sum_keys", "scan"), ((64, 64, 256), (64, 64, 128)), (Launch(4, 1), *EIGHT)),
-    Sweep(Operator("made", 8192), ("output", "softmax"), ((64, 64, 256), (64, 32, 256)), (*FOUR, Launch(8, 1))),
+    Sweep(FORWARD, ("output",), ((64, 64, 256), (64, 32, 256)), FOUR),
+    Sweep(FORWARD, ("sum_keys", "scan"), ((64, 64, 256),), (Launch(4, 1), *EIGHT)),
     Sweep(BOTH, ("output", "query", "key"), ((64, 64, 256), (64, 32, 256)), FOUR),
     Sweep(BOTH, ("sum_queries",), ((64, 64, 256),), (Launch(4, 1), Launch(4, 2), *EIGHT)),
-    Sweep(TRANSFER, OWNERS, ((64, 64, 128), (64, 32, 128)), FOUR),
     Sweep(TRANSFER, OWNERS, ((128, 64, 128), (128, 32, 128)), EIGHT),
+    Sweep(Operator("made", 8192), ("output", "softmax"), ((64, 64, 256),), (*FOUR[:4], Launch(8, 1))),
 )
 
 

@@ -38,14 +38,14 @@ def softmax_features(x, weight, out, x_b, x_h, x_t, tokens, length, heads, clamp
     base = head(x, b, h // o.group, x_b, x_h) + t.to(tl.int64) * x_t
     c = tl.arange(0, o.block)
     inside = (c < o.columns)[None, :]
-    BITS: tl.constexpr = 16 if out.dtype.element_ty == tl.bfloat16 else 24
+    COARSE: tl.constexpr = out.dtype.element_ty == tl.bfloat16
     u = tl.full([rows, o.block], 0.0, tl.float32)
     for first in range(0, o.width, o.depth):
         d = first + tl.arange(0, o.depth)
         a = tl.load(base[:, None] + d[None, :], mask=real & (d < o.width)[None, :], other=0.0)
         place = (h * o.width + d)[:, None] * o.columns + c[None, :]
         w = tl.load(weight + place, mask=(d < o.width)[:, None] & inside, other=0.0)
-        u = mapped(a, w, u, BITS)
+        u = mapped(a, w, u, COARSE)
     row = ((b.to(tl.int64) * heads + h) * length + t) * (2 * o.columns)
     to = out + row[:, None] + c[None, :]
     if o.columns == o.block:
