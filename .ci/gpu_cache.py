@@ -1,0 +1,155 @@
+"""Compiles, without a GPU, what the GPU's tests, bars and sweeps launch, into an archive of Triton's cache (`make gpu-cache`).
+
+Triton finds what it has compiled by source, constants, what it specialises on, and its own version: compiled here by the version
+of the lent machine, of its Python's series, kernels are found there (all of 18 that were compared, on an H200's machine). To
+compile them there takes most of ten minutes, and the time is lent.
+
+The tests run as they are, except that CUDA's tensors are the CPU's, a launch only compiles, the definition gives zeros, and
+nothing is asserted (python -O). This file is also the plugin by which they do. Written to .gpu/cache.tar.xz: kernels alone.
+"""
+
+import contextlib
+import importlib
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE, TARGET = ROOT / ".gpu/cache", ROOT / ".gpu/cache.tar.xz"
+TESTS = sorted(str(p) for pattern in ("test_*_gpu*.py", "on_gpu_*.py") for p in (ROOT / "tests/kernels").glob(pattern))
+KEPT = (".cubin", ".json")  # all that is read of a compiled kernel
+
+
+class OnCpu(TorchFunctionMode):
+    """ "cuda" is the CPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def here(x: Any) -> Any:
+            return "cpu" if isinstance(x, str | torch.device) and str(x).startswith("cuda") else x
+
+        return function(*map(here, args), **{name: here(x) for name, x in (kwargs or {}).items()})
+
+
+class Nothing:
+    """In the place of streams and graphs."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __getattr__(self, _: str) -> Any:
+        return lambda *_: None
+
+
+def compiles(kernel: Any, grid: Any, arguments: Any, constants: Any, how: Any) -> None:
+    kernel.warmup(*arguments, grid=grid, **constants, **how)
+
+
+def stand_in() -> None:
+    """From here on this process compiles in the place of launches."""
+    os.environ["RECIPELIN_TEST_GPU"] = "1"
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.path.insert(0, str(ROOT / ".ci"))
+    from gpu_compile import NoGpu
+    from triton.runtime.driver import driver
+
+    from recipelin_kernels.hybrid import gpu_launch, gpu_support
+
+    driver.set_active(NoGpu())
+    gpu_launch.launch = compiles
+    gpu_support.why_not = lambda *_, **__: ""
+    hybrid, transfer = (importlib.import_module(f"recipelin_kernels.{n}") for n in ("hybrid", "weight_transfer"))
+
+    def zeros(q: torch.Tensor, *_: Any) -> list[torch.Tensor]:
+        return [q * 0.0, q.detach() * 0.0, q.detach() * 0.0, q.detach()[..., 0] * 0.0]
+
+    hybrid.hybrid_attention_reference = zeros  # type: ignore[attr-defined]
+    transfer.weight_transfer_loss_reference = lambda q, k, phi_q, phi_k, *_: (phi_q * 0.0).sum(-1)  # type: ignore[attr-defined]
+
+    torch.nn.Module.cuda = lambda self, *_: self  # type: ignore[method-assign]
+    for name in ("Stream", "CUDAGraph", "current_stream", "Event"):
+        setattr(torch.cuda, name, Nothing)
+    for name in ("stream", "graph"):
+        setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
+    torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.is_available = lambda: True
+    OnCpu().__enter__()
+
+
+def pytest_configure() -> None:
+    stand_in()
+
+
+def of_bars() -> Iterator[Any]:
+    """Their cases, each once. Of long rows as many tokens as give a call what Triton specialises on: states by sixteen."""
+    from recipelin.bars.gpu import BARS, OnGpu, TransferOnGpu
+
+    cases = {case for bar in BARS for case in getattr(bar, "cases", {}).values()}
+    cases |= {OnGpu("gpu", 1024), OnGpu("gpu", 1024, True), TransferOnGpu("gpu", 1024)}  # the host's
+    for case in cases:
+        if getattr(case, "kind", "") not in ("sdpa", "fla", "chunked") and getattr(case, "kernel", "") != "chunked":
+            length = getattr(case, "length", 0)
+            yield replace(case, length=min(length, 4096)) if length else replace(case, steps=1)
+
+
+def compile_others(job: tuple[str, int, int]) -> None:
+    """Of bars or sweeps every `jobs`-th."""
+    what, number, jobs = job
+    stand_in()
+    if what == "sweeps":
+        import gpu_tune
+
+        gpu_tune.compile_share(number, jobs)
+        return
+    from recipelin.bars import gpu
+
+    def normal(length: int, batch: int = 1) -> Any:  # a generator of CUDA's numbers is none of the CPU's
+        return lambda heads, width: torch.randn(batch, heads, length, width, dtype=torch.bfloat16)
+
+    gpu._normal = normal
+    for at, case in enumerate(sorted(set(of_bars()), key=repr)):
+        if at % jobs == number:
+            case.make()()
+
+
+def main() -> int:
+    jobs = os.cpu_count() or 1
+    os.environ["TRITON_CACHE_DIR"], os.environ["OMP_NUM_THREADS"] = str(CACHE), "1"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / ".ci")])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONOPTIMIZE": "1", "RECIPELIN_TEST_GPU": "1"}
+    options = [
+        "-q",
+        "-W",
+        "ignore",
+        "-p",
+        "gpu_cache",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        str(jobs),
+        "--tb=line",
+        "--assert=plain",
+    ]
+    done = subprocess.run([sys.executable, "-m", "pytest", *options, *TESTS], cwd=ROOT, env=environment)
+    if done.returncode not in (0, 1):  # 1: tests fail, as nothing is computed
+        return done.returncode
+    with ProcessPoolExecutor(jobs) as pool:
+        list(pool.map(compile_others, [(what, n, jobs) for what in ("bars", "sweeps") for n in range(jobs)]))
+    kept = sorted(p for p in CACHE.rglob("*") if p.suffix in KEPT)
+    with tarfile.open(TARGET, "w:xz") as archive:
+        for p in kept:
+            archive.add(p, p.relative_to(CACHE))
+    kernels = sum(p.suffix == ".cubin" for p in kept)
+    print(f"{TARGET.relative_to(ROOT)}: {TARGET.stat().st_size / 2**20:.1f} MiB, {kernels} kernels")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
