@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CLAIMS ?= pocket-claims
+GPU_PYTHON ?= python3.12
+GPU_TRITON ?= 3.6.0
 
-.PHONY: help demo test test-gpu gpu-compile gpu-tune gpu-pack check plans tables claims catalogue wheel bench clean
+.PHONY: help demo test test-gpu gpu-compile gpu-tune gpu-pack gpu-cache check plans tables claims catalogue wheel bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,6 +37,16 @@ gpu-tune: .venv/.dev  ## times every Triton kernel by blocks, warps and stages o
 
 gpu-pack: .venv/.dev  ## packs what a lent GPU's machine lacks for .ci/gpu_session.sh, which runs all that waits for a GPU
 	$(BIN)/python .ci/gpu_pack.py
+
+# The lent machine's Python and Triton, with any torch (5 GB: PyPI's brings CUDA).
+.venv-gpu/.made: pyproject.toml constraints.txt
+	$(GPU_PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install --quiet -c constraints.txt -e '.[run]' pytest pytest-xdist hypothesis
+	.venv-gpu/bin/pip install --quiet --no-deps --upgrade --target .venv-gpu/triton triton==$(GPU_TRITON)
+	touch $@
+
+gpu-cache: .venv-gpu/.made  ## compiles for a lent GPU what its tests, bars and sweeps launch (GPU_PYTHON=python3.12; half an hour on 2 cores)
+	PYTHONPATH=.venv-gpu/triton:.:kernels .venv-gpu/bin/python .ci/gpu_cache.py
 
 check: .venv/.dev  ## style, types, every recipe, suite, table and claims spec, and the catalogue
 	$(BIN)/ruff format --check .

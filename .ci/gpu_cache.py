@@ -10,6 +10,7 @@ nothing is asserted (python -O). This file is also the plugin by which they do. 
 
 import contextlib
 import importlib
+import io
 import os
 import subprocess
 import sys
@@ -103,17 +104,17 @@ def compile_others(job: tuple[str, int, int]) -> None:
     """Of bars or sweeps every `jobs`-th."""
     what, number, jobs = job
     stand_in()
-    if what == "sweeps":
-        import gpu_tune
-
-        gpu_tune.compile_share(number, jobs)
-        return
     from recipelin.bars import gpu
 
     def normal(length: int, batch: int = 1) -> Any:  # a generator of CUDA's numbers is none of the CPU's
         return lambda heads, width: torch.randn(batch, heads, length, width, dtype=torch.bfloat16)
 
     gpu._normal = normal
+    if what == "sweeps":
+        import gpu_tune
+
+        gpu_tune.compile_share(number, jobs)
+        return
     for at, case in enumerate(sorted(set(of_bars()), key=repr)):
         if at % jobs == number:
             case.make()()
@@ -122,21 +123,10 @@ def compile_others(job: tuple[str, int, int]) -> None:
 def main() -> int:
     jobs = os.cpu_count() or 1
     os.environ["TRITON_CACHE_DIR"], os.environ["OMP_NUM_THREADS"] = str(CACHE), "1"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / ".ci")])
+    ahead = os.environ.get("PYTHONPATH", "")  # where the lent machine's Triton is
+    path = os.pathsep.join([ahead, *map(str, (ROOT, ROOT / "kernels", ROOT / ".ci"))])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONOPTIMIZE": "1", "RECIPELIN_TEST_GPU": "1"}
-    options = [
-        "-q",
-        "-W",
-        "ignore",
-        "-p",
-        "gpu_cache",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        str(jobs),
-        "--tb=line",
-        "--assert=plain",
-    ]
+    options = f"-q -W ignore -p gpu_cache -p no:cacheprovider -n {jobs} --tb=line --assert=plain".split()
     done = subprocess.run([sys.executable, "-m", "pytest", *options, *TESTS], cwd=ROOT, env=environment)
     if done.returncode not in (0, 1):  # 1: tests fail, as nothing is computed
         return done.returncode
@@ -145,7 +135,11 @@ def main() -> int:
     kept = sorted(p for p in CACHE.rglob("*") if p.suffix in KEPT)
     with tarfile.open(TARGET, "w:xz") as archive:
         for p in kept:
-            archive.add(p, p.relative_to(CACHE))
+            # Triton writes down where it put the files of a kernel: `gpu_session.sh` says where they are now.
+            content = p.read_bytes().replace(str(CACHE).encode(), b"@CACHE@") if p.suffix == ".json" else p.read_bytes()
+            entry = tarfile.TarInfo(str(p.relative_to(CACHE)))
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
     kernels = sum(p.suffix == ".cubin" for p in kept)
     print(f"{TARGET.relative_to(ROOT)}: {TARGET.stat().st_size / 2**20:.1f} MiB, {kernels} kernels")
     return 0

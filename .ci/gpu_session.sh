@@ -1,12 +1,19 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, on a lent machine, in under ten minutes: the Triton kernels' tests, every bar, a training run,
-# and, as far as the time reaches, the kernels' sizes. From the root of a copy of the tree that carries .gpu (make gpu-pack):
+# and, as far as the time reaches, the kernels' sizes. From the root of a copy of the tree that carries .gpu (make gpu-pack, and
+# make gpu-cache, without which most of the time goes into compiling):
 #   bash .ci/gpu_session.sh COMMIT [SECONDS]
 # Results lie in $OUT: what each part printed, record-cuda.*, and files.tar.gz with the run and the tuning.
 set -uo pipefail
 commit=${1:?the commit that the tree is of} stop=$((SECONDS + ${2:-560})) out=${OUT:?}
 tar xJf .gpu/site.tar.xz -C .gpu || exit 1
 export PYTHONPATH=$PWD:$PWD/kernels:$PWD/.gpu/site RECIPELIN_HOME=$PWD/.gpu/home
+if [ -f .gpu/cache.tar.xz ]; then
+  export TRITON_CACHE_DIR=$PWD/.gpu/cache
+  mkdir -p "$TRITON_CACHE_DIR" && tar xJf .gpu/cache.tar.xz -C "$TRITON_CACHE_DIR" || exit 1
+  find "$TRITON_CACHE_DIR" -name '__grp__*.json' -exec sed -i "s#@CACHE@#$TRITON_CACHE_DIR#g" {} +
+  echo "kernels compiled before: $(find "$TRITON_CACHE_DIR" -name '*.cubin' | wc -l)"
+fi
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 
 part() { # NAME, SECONDS at most, command
@@ -19,11 +26,14 @@ part() { # NAME, SECONDS at most, command
   tail -n "${LINES_SHOWN:-6}" "$out/$name.txt" | cut -c1-300
 }
 
-# -W default: warnings of this machine's versions are no errors here.
-LINES_SHOWN=40 part tests 270 env RECIPELIN_TEST_GPU=1 python3 -m pytest -q -W default -p no:cacheprovider -n "$(nproc)" \
-  tests/kernels/test_*_gpu*.py tests/kernels/on_gpu_*.py
+# -W default: warnings of this machine's versions are no errors here. -v: a test that failed is named at once.
+LINES_SHOWN=40 part tests 250 env RECIPELIN_TEST_GPU=1 python3 -m pytest -v -rfE --tb=short -W default -p no:cacheprovider \
+  --maxfail=12 -n "$(nproc)" tests/kernels/test_*_gpu*.py tests/kernels/on_gpu_*.py
+grep -c PASSED "$out/tests.txt"
+grep FAILED "$out/tests.txt" | sort -u | cut -c1-200
 LINES_SHOWN=40 part bench 170 python3 -m recipelin bench --device cuda --write
 printf 'extends: ../recipes/pocket/lolcats.yaml\nname: lolcats-gpu\nmethod: {form: {kernel: gpu}}\n' > .gpu/lolcats-gpu.yaml
+[ -f .gpu/cache.tar.xz ] && echo "kernels now: $(find "$TRITON_CACHE_DIR" -name '*.cubin' | wc -l)"
 part run 100 python3 -m recipelin run .gpu/lolcats-gpu.yaml --device cuda --out .gpu/run
 part tune 600 python3 .ci/gpu_tune.py --jobs "$(nproc)"
 

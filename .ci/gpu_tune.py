@@ -15,19 +15,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
+from recipelin.bars.gpu import DecodeOnGpu
 from recipelin.bench.cuda import captured, timed
 from recipelin.records import provenance
 from recipelin_kernels import SoftmaxMap, hybrid_attention, weight_transfer_loss
-from recipelin_kernels.hybrid import gpu, gpu_call
+from recipelin_kernels.hybrid import gpu, gpu_call, gpu_step
 from recipelin_kernels.hybrid.gpu_call import Blocks, Launch
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
+from recipelin_kernels.hybrid.gpu_step import StepBlocks
 from recipelin_kernels.weight_transfer import gpu as transfer_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,9 +85,7 @@ class Variant:
 
     operator: str
     kernel: str
-    rows: int
-    columns: int
-    stored: int
+    blocks: str
     launch: Launch
     us: float | None = None
     same: bool | None = None
@@ -178,6 +179,17 @@ def compile_share(number: int, jobs: int) -> None:
                 at += 1
                 if at % jobs == number:
                     one.kernel.warmup(*one.arguments, grid=one.grid, **one.more, **launch.options)
+    plain = gpu_call.Compiled.launch
+    gpu_call.Compiled.launch = _compile_only  # type: ignore[method-assign]
+    for case, _name, blocks in step_cases():
+        at += 1
+        if at % jobs == number:
+            step_call(replace(case, steps=1), blocks)()
+    gpu_call.Compiled.launch = plain  # type: ignore[method-assign]
+
+
+def _compile_only(self: gpu_call.Compiled, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
+    kernel.warmup(*arguments, grid=grid, o=self.form, **more, **self.how(kernel.__name__))
 
 
 def microseconds(call: Callable[[], object]) -> float:
@@ -188,9 +200,10 @@ def microseconds(call: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def time_sweep(sweep: Sweep, note: Callable[[Variant | str], None]) -> None:
-    """Notes what it is about to run, then how that went."""
+    """Notes the GPU's name, then what it is about to run and how that went."""
+    note(torch.cuda.get_device_name())
     for _, blocks, how in variants([sweep]):
-        sizes = blocks.rows, blocks.columns, blocks.stored
+        sizes = f"{blocks.rows}/{blocks.columns}/{blocks.stored}"
         try:
             note(f"all, {sizes}")
             with torch.enable_grad():
@@ -212,24 +225,66 @@ def time_sweep(sweep: Sweep, note: Callable[[Variant | str], None]) -> None:
                     if one.kernel.__name__ != "scan":  # which sums up in place
                         bits = one.bits()
                         same = bits == plain.setdefault(launch.num_warps, bits)
-                note(Variant(sweep.operator.name, kernel, *sizes, launch, us, same))
+                note(Variant(sweep.operator.name, kernel, sizes, launch, us, same))
 
 
-def time_all(seconds: float) -> list[Variant]:
-    """All variants, as far as the seconds reach; says what it left out, and what failed: each sweep in a process of its own."""
-    found, begun = [], time.monotonic()
+def step_cases() -> Iterator[tuple[DecodeOnGpu, str, StepBlocks]]:
+    """A token under a graph with other sizes of its kernel, for few rows and for many."""
+    few, many = gpu_step.FEW, gpu_step.MANY
+    of_few = {"": few, "8 warps": replace(few, warps=8), "overlap": replace(few, overlap=True)}
+    of_many = {
+        "": many,
+        "1 row": replace(many, rows=1),
+        "4 rows": replace(many, rows=4),
+        "1 row, 168 registers": replace(many, rows=1, registers=168),
+        "sums 8192": replace(many, sums=8192),
+        "8 warps, 64 keys": replace(many, warps=8, sums=8192, keys=32768),
+        "1 row, 8 warps, all sums": replace(many, rows=1, warps=8, sums=16384, keys=32768),
+        "overlap": replace(many, overlap=True),
+    }
+    for batch, layers, sizes in ((1, 32, of_few), (32, 2, of_many), (256, 1, of_many)):
+        for name, blocks in sizes.items():
+            yield DecodeOnGpu(batch, layers), name or "as it is", blocks
+
+
+def step_call(case: DecodeOnGpu, blocks: StepBlocks) -> Callable[[], object]:
+    gpu_step.blocks_for = lambda _: blocks
+    return case.make()
+
+
+def time_steps(note: Callable[[Variant | str], None]) -> None:
+    """Microseconds of a layer: many replays, as each sixteenth token also writes the sums."""
+    note(torch.cuda.get_device_name())
+    for case, name, blocks in step_cases():
+        note(f"decode, batch {case.batch}, {name}")
+        call = step_call(case, blocks)
+        for _ in range(3):
+            call()
+        again = captured(call)
+        timed(again, 16)
+        us = min(timed(again, 160) for _ in range(5)) / case.steps * 1e6
+        launch = Launch(blocks.warps, 1, blocks.registers or None)
+        note(Variant(f"decode, batch {case.batch}", "step", name, launch, round(us, 2)))
+
+
+def time_all(seconds: float, keep: Callable[[str, list[Variant]], None]) -> None:
+    """All variants, as far as the seconds reach; says what it left out, and what failed: each sweep in a process of its own,
+    after which the GPU's name and what was found are kept."""
+    found: list[Variant] = []
+    begun, gpu_name = time.monotonic(), ""
     fork = multiprocessing.get_context("fork")
-    for sweep in SWEEPS:
-        name = f"{sweep.operator.name}, {', '.join(sweep.kernels)}"
+    jobs = {f"{s.operator.name}, {', '.join(s.kernels)}": partial(time_sweep, s) for s in SWEEPS}
+    for name, job in {"decode": time_steps, **jobs}.items():
         if time.monotonic() - begun > seconds:
             print(f"left out, no time: {name}", file=sys.stderr)
             continue
         here, there = fork.Pipe(duplex=False)
-        process = fork.Process(target=time_sweep, args=(sweep, there.send))
+        process = fork.Process(target=job, args=(there.send,))
         process.start()
         there.close()
         last = ""
         try:
+            gpu_name = here.recv()
             while True:
                 noted = here.recv()
                 if isinstance(noted, str):
@@ -240,7 +295,7 @@ def time_all(seconds: float) -> list[Variant]:
             process.join()
         if process.exitcode:
             print(f"failed: {name}: {last}", file=sys.stderr)
-    return found
+        keep(gpu_name, found)
 
 
 def _said(v: Variant) -> str:
@@ -258,7 +313,7 @@ def page(gpu_name: str, head: str, found: list[Variant]) -> str:
     for operator, kernel in dict.fromkeys((v.operator, v.kernel) for v in found):
         mine = [v for v in found if (v.operator, v.kernel) == (operator, kernel) and v.us is not None]
         best = sorted(mine, key=lambda v: v.us or 0.0)[:BRIEF]
-        said = "; ".join(f"{v.us:.0f}: {v.rows}/{v.columns}/{v.stored}, {_said(v)}" for v in best)
+        said = "; ".join(f"{v.us:.4g}: {v.blocks}, {_said(v)}" for v in best)
         lines.append(f"| {operator} | {kernel} | {said} |")
     return "\n".join(lines) + "\n"
 
@@ -282,19 +337,20 @@ def main() -> int:
     shares = [subprocess.Popen([*command, str(n)]) for n in range(arguments.jobs)]
     if any([share.wait() for share in shares]):
         return 1
-    found = time_all(arguments.seconds)  # before this process has a CUDA context, which no fork could use
-    name = torch.cuda.get_device_name()
     source = provenance(ROOT)
     changed = " with changes" if source.dirty else ""
     head = (
         f"{datetime.date.today()}, commit {source.commit or 'unknown'}{changed}, torch {torch.__version__}, triton "
-        f"{triton.__version__}. Each kernel alone, four launches in a CUDA graph, the best of four replays. Made by `make "
-        "gpu-tune`; all variants are in the JSON beside this page. What is timed here need not be right: `make test-gpu`."
+        f"{triton.__version__}. Each kernel alone, four launches in a CUDA graph, the best of four replays; of decoding a layer. "
+        "Made by `make gpu-tune`; all variants are in the JSON beside this page. What is timed may be wrong: `make test-gpu`."
     )
-    file = arguments.out / f"tuning-{name.removeprefix('NVIDIA ').split()[0].lower()}"
-    file.with_suffix(".json").write_text(json.dumps([asdict(v) for v in found], indent=1) + "\n")
-    file.with_suffix(".md").write_text(page(name, head, found))
-    print(page(name, head, found))
+
+    def keep(name: str, found: list[Variant]) -> None:
+        file = arguments.out / f"tuning-{name.removeprefix('NVIDIA ').split()[0].lower()}"
+        file.with_suffix(".json").write_text(json.dumps([asdict(v) for v in found], indent=1) + "\n")
+        file.with_suffix(".md").write_text(page(name, head, found))
+
+    time_all(arguments.seconds, keep)
     return 0
 
 
