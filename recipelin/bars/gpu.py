@@ -201,19 +201,19 @@ _FLOOR = (
 )
 _UNFUSED = (
     "features are read, not made: with F 128 they are 8 KB of phi_q and twice 8 KB of phi_k a token beside 20 KB of q, k, v and "
-    "y, and states a further 20 KB: 65 KB, 22 ns at 3 TB/s. Fused maps would take 24 KB of it."
+    "y, and states in bf16 a further 16 KB: 60 KB, 20 ns at 3 TB/s. Fused maps would take 24 KB of it."
 )
 _UNFUSED_256 = (
-    "as with F 128; features then are 48 KB a token and states 40 KB: 108 KB, 36 ns at 3 TB/s, so that the bar needs fused maps "
+    "as with F 128; features then are 48 KB a token and states 32 KB: 100 KB, 33 ns at 3 TB/s, so that the bar needs fused maps "
     "and a state less often than every 256 tokens."
 )
 _LAUNCHES = (
-    "one launch a layer, which is a chain of four reads of memory: the count, the maps with query and key, the sums with the "
-    "window, and what is written. The bytes (4.8 MB with maps in fp32) are 1.4 us."
+    "one launch a layer: a trip to memory for all that it reads, then features, scores and sums with barriers between them, and "
+    "what is written. The bytes (4.8 MB with maps in fp32) are 1.4 us."
 )
 _MADE = (
     "phi_q is made in the launch that uses it, phi_k in one before it, in bf16: 24 KB a token beside 20 KB of q, k, v and y and "
-    "20 KB of states, 64 KB, 21 ns at 3 TB/s, if nothing of it is found in L2."
+    "16 KB of states, 60 KB, 20 ns at 3 TB/s, if nothing of it is found in L2."
 )
 _TRANSFER = (
     "gradients of queries and keys are two passes over the pairs, as results repeat bit by bit: 4 d + 8 F FLOP a pair, 0.41 "

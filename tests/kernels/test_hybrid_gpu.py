@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recipelin_kernels import hybrid_attention, resolve_kernel
-from recipelin_kernels.hybrid import gpu_support
+from recipelin_kernels.hybrid import gpu, gpu_support
 from tests.conftest import GPU
 from tests.kernels.gpu_device import CANCELLED, DEVICE, FP32, on_device
 from tests.kernels.hybrid_inputs import OUTCOMES, Inputs, assert_same, attend, empty_is_nan, padding, with_gradients
@@ -18,8 +18,9 @@ from tests.kernels.hybrid_inputs import OUTCOMES, Inputs, assert_same, attend, e
 pytestmark = pytest.mark.usefixtures("language_patched_once")
 
 
-def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32):
-    """gpu in dtype against the definition in float64 of the same numbers; what padding holds is NaN."""
+def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32, *, alone=GPU):
+    """gpu in dtype against the definition in float64 of the same numbers; what padding holds is NaN. alone: also without the
+    components, where a kernel may keep one sum for both sets (`output`)."""
     options = on_device(options)
     coarse = x.like(dtype, DEVICE)
     exact = coarse.like(torch.float64, DEVICE)
@@ -28,8 +29,7 @@ def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32):
     if real is not None:
         for name in ("q", "k", "v", "phi_q", "phi_k"):
             getattr(coarse, name).masked_fill_(~real[:, None, :, None], torch.nan)
-    # Without components a kernel may keep one sum for both sets (`output`).
-    for components, names in ((True, OUTCOMES), (False, OUTCOMES[:1] + OUTCOMES[4:])):
+    for components, names in ((True, OUTCOMES), (False, OUTCOMES[:1] + OUTCOMES[4:]))[: 1 + alone]:
         with empty_is_nan(DEVICE):
             found = with_gradients(coarse, real, components=components, kernel="gpu", **options)
         assert all(bool(t.isfinite().all()) for t in found)
@@ -52,8 +52,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_equals_the_definition(name):
+def of_case(name):
     case = {
         "heads": (2, 1),
         "batch": 2,
@@ -65,7 +64,20 @@ def test_equals_the_definition(name):
     }
     batch, length = case.pop("batch"), case.pop("length")
     x = Inputs(case.pop("heads"), length, batch, case.pop("per_key_head"))
-    compare(x, {**padding(case.pop("kind"), batch, length), **case})
+    return x, {**padding(case.pop("kind"), batch, length), **case}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_definition(name):
+    compare(*of_case(name))
+
+
+@pytest.mark.parametrize("name", ["shared, sinks, phi_k of key heads", "replace, sinks, segments"])
+def test_what_owns_keys_may_meet_fewer_queries_and_a_call_without_components_keep_one_sum(name, monkeypatch):
+    """Sinks are where the two sides must agree: what is before the span of some queries is left to another kernel."""
+    blocks = gpu.fitting(torch.float32, torch.float32, 64)
+    monkeypatch.setattr(gpu, "fitting", lambda *_: replace(blocks, columns=blocks.columns // 2))
+    compare(*of_case(name), alone=True)
 
 
 def test_fp16():
@@ -170,11 +182,11 @@ def test_maps_go_on_from_a_state_and_are_called_where_the_kernel_cannot_make_the
 
 
 def test_queries_from_a_position_on():
-    x = Inputs((4, 2), 70, dim=16, features=16).like(torch.float32, DEVICE)
+    x = Inputs((4, 2), 45, dim=16, features=16).like(torch.float32, DEVICE)
     options = dict(window=8, sinks=2, join="absolute", log_scale=x.log_scale, kernel="gpu")
     whole = hybrid_attention(x.q, x.k, x.v, x.phi_q, x.phi_k, x.mix, **options)
-    asked = (x.q[:, :, 33:], x.k, x.v, x.phi_q[:, :, 33:], x.phi_k, x.mix)
-    assert torch.equal(hybrid_attention(*asked, first_query=33, **options), whole[:, :, 33:])
+    asked = (x.q[:, :, 21:], x.k, x.v, x.phi_q[:, :, 21:], x.phi_k, x.mix)
+    assert torch.equal(hybrid_attention(*asked, first_query=21, **options), whole[:, :, 21:])
 
 
 def test_only_wanted_gradients_are_computed_and_they_repeat():

@@ -31,7 +31,7 @@ class Blocks:
 
 SMALL = Blocks(32, 32, 256, 64, 1)  # what is in fp32 or fp16, or wider than 128, fits an H100's 227 KiB so
 # In the interpreter small ones, so that short rows have several of each.
-INTERPRETED = Blocks(16, 8, 32, 32)
+INTERPRETED = Blocks(16, 16, 32, 32)
 
 
 def fitting(dtype: torch.dtype, features: torch.dtype, width: int) -> Blocks:
