@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for an H100 without one: registers, spills and shared memory of each (`make gpu-compile`).
 
 The operators are called on CPU tensors; in the place of a launch its kernel is compiled for sm_90. It shows that kernels
-compile and fit, nothing of their results or speed. Exit 1 where one does not fit.
+compile and fit, and that no product reads what a loop has copied ahead without a fence in between (`gpu_parts.copied`); nothing
+of their results or speed. Exit 1 where one does not fit or lacks a fence.
 """
 
 import argparse
@@ -112,6 +113,27 @@ class NoGpu:
         return GPUTarget("cuda", 90, 32)
 
 
+EVENTS = {"cp.async.c": "copy", "cp.async.wait": "wait", "fence.proxy.async": "fence", "wgmma.mma_async": "product"}
+
+
+def unfenced(ptx: str) -> int:
+    """Products of loops that copy ahead which follow the wait for a copy without a fence."""
+    lines = ptx.splitlines()
+    labels = {found[1]: n for n, line in enumerate(lines) if (found := re.match(r"(\$L\w+):", line))}
+    count = 0
+    for n, line in enumerate(lines):
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
+        if not jump or labels.get(jump[1], n) >= n:
+            continue
+        events = [name for inner in lines[labels[jump[1]] : n] for start, name in EVENTS.items() if start in inner]
+        if "copy" in events:
+            fenced = False
+            for event in events:
+                fenced = event == "fence" or (fenced and event != "wait")
+                count += event == "product" and not fenced
+    return count
+
+
 def compiled(self: gpu_call.Compiled, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
     """In the place of `Compiled.launch`."""
     if 0 in grid:
@@ -131,11 +153,12 @@ def compiled(self: gpu_call.Compiled, kernel: Any, grid: tuple[int, ...], *argum
     registers, spilled = (
         int(re.findall(pattern, said)[-1]) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill st")
     )
-    shared = made.metadata.shared
-    fits.append(shared <= SHARED)
+    shared, bare = made.metadata.shared, unfenced(made.asm["ptx"])
+    fits.append(shared <= SHARED and not bare)
+    wrong = ("" if shared <= SHARED else "  DOES NOT FIT") + (f"  {bare} PRODUCTS WITHOUT A FENCE" if bare else "")
     print(
         f"  {kernel.__name__:24} {how['num_warps']} warps {how['num_stages']} stages {registers:4} registers "
-        f"{spilled:5} bytes spilled {shared / 1024:4.0f} KiB shared {seconds:5.1f} s{'' if fits[-1] else '  DOES NOT FIT'}",
+        f"{spilled:5} bytes spilled {shared / 1024:4.0f} KiB shared {seconds:5.1f} s{wrong}",
         flush=True,
     )
 

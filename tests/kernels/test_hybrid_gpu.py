@@ -110,6 +110,23 @@ def test_goes_on_from_a_state(join):
         assert float((y - whole[:, :, cut:]).abs().max()) < 2e-6
 
 
+def test_a_states_sink_may_be_the_largest_score_of_a_row(monkeypatch):
+    """It stands before index 0: the gradient of that maximum is no key's of the call."""
+    blocks = gpu.fitting(torch.float32, torch.float32, 64)
+    monkeypatch.setattr(gpu, "fitting", lambda *_: replace(blocks, columns=blocks.columns // 2))
+    x = Inputs((2, 1), 90, 1)
+    x.q *= 2
+    found = []
+    for kernel, same in (("gpu", x.like(torch.float32, DEVICE)), ("chunked", x.like(torch.float64, DEVICE))):
+        options = dict(window=5, sinks=4, phi_k_fn=same.features)
+        _, state = hybrid_attention(*same.cut(0, 30), same.mix, kernel="chunked", output_state=True, **options)
+        late = [t.detach().clone().requires_grad_() for t in same.cut(30, 90)]
+        y = hybrid_attention(*late, same.mix, state=state, kernel=kernel, **options)
+        weight = torch.cos(torch.arange(y.numel(), dtype=torch.float64, device=DEVICE)).to(y.dtype).view_as(y)
+        found.append([y.detach(), *torch.autograd.grad((y * weight).sum(), late)])
+    assert_same(*found, FP32, names=("y", "d_q", "d_k", "d_v", "d_phi_q", "d_phi_k"))
+
+
 def test_goes_on_from_a_state_with_windows_dropped_and_features_of_key_heads():
     """Whether a sink is linear depends on the query head then: the state's heads are repeated."""
     x = Inputs((4, 2), 40, 1, per_key_head=True).like(torch.float32, DEVICE)

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .gpu_forward import goes_on
 from .gpu_parts import (
+    copied,
     factors,
     head,
     over,
@@ -192,6 +193,7 @@ def _to_query(
     soft, _linear, hidden = sets(qp[:, None], qs[:, None], kp[None, :], ks[None, :], kept, anchor, o)
     key = take(k, j, k_t, ks >= 0, 0, o.width, o.width_block)
     values = take(v, j, v_t, ks >= 0, 0, o.width, o.width_block)
+    copied(j)
     a = softmax_weights(scores(query, key, scale, o), soft, top[:, None])
     dx = tl.dot(out, tl.trans(values), input_precision=o.precision)
     dx = shown(dx, hidden, o)
@@ -263,6 +265,7 @@ def query_features_gradient(
         db = shift[:, None] + tl.full([o.rows, o.columns], 0.0, tl.float32)
         if o.show_linear:
             values = take(v, j, v_t, ks >= 0, 0, o.width, o.width_block)
+            copied(j)
             db = tl.dot(out, tl.trans(values), db, input_precision=o.precision)
         db = tl.where(linear, factor[:, None] * db, 0.0)
         if o.join == "replace":

@@ -141,7 +141,7 @@ def _to_keys(
             if o.through:
                 best = tl.load(bests + at + i, mask=real, other=0)
                 row = mix * tl.load(terms + 4 * plane + i, mask=real, other=0.0)  # 0 where a row has no softmax set
-                own = tl.where(j >= q0 + lead - o.span, j, -1)
+                own = tl.where(j >= q0 + lead - o.span, j, FAR)  # sinks of a state are below 0
                 ds -= tl.where(own[:, None] == best[None, :], row[None, :], 0.0)
             return weighed(ds, query, total, o)
         else:

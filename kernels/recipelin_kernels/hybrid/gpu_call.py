@@ -66,8 +66,8 @@ class Launch:
 
 
 # Measured on an H200 (kernels/bench/tuning-h200.md): a block of 64 rows is one of 4 warps, 8 take half as long again or twice.
-# With 4 warps, Triton 3.6 made a pipeline (stages above 1) for `sum_keys` whose sums were off by a tenth, and differed from call
-# to call: with 4 warps there is one only where it gave, bit by bit, what one stage gives.
+# With 4 warps Triton 3.6 made a pipeline (stages above 1) for `sum_keys` whose sums were off by a tenth, and differed from call
+# to call: its products read what was copied without a fence (`gpu_parts.copied`; `make gpu-compile` refuses those).
 LAUNCHES = {
     "sum_keys": Launch(4, 1),
     "scan": Launch(4, 1),

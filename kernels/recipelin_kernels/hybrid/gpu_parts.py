@@ -96,6 +96,16 @@ def inverse(x):
 
 
 @triton.jit
+def copied(i):
+    """Before a product of what a pipeline has copied. Tensor cores read shared memory by a way of their own, which a fence must
+    join to that of the copies; where a loop copies ahead, Triton 3.6 has one before the loop alone."""
+    if ON_CHIP:
+        tl.inline_asm_elementwise(
+            "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [i], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def head(base, b, h, stride_b, stride_h):
     """Where head h of row b begins; a tensor may hold 2^31 elements and more."""
     return base + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
@@ -250,10 +260,12 @@ def pairs(phi, fq, fq_t, i, i_real, fk, fk_t, j, j_real, o: tl.constexpr):
     With both sides exchanged: [columns, rows].
     """
     x = take(fk, j, fk_t, j_real, 0, o.features, o.tile)
+    copied(j)
     b = tl.dot(phi, tl.trans(x), input_precision=o.precision)
     for first in range(o.tile, o.features, o.tile):
         x = take(fk, j, fk_t, j_real, first, o.features, o.tile)
         more = take(fq, i, fq_t, i_real, first, o.features, o.tile)
+        copied(j)
         b = tl.dot(more, tl.trans(x), b, input_precision=o.precision)
     return b
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..hybrid.gpu_parts import BASE2, exp2, head, inverse, pairs, places, put, scores, sets, take, weighed
+from ..hybrid.gpu_parts import BASE2, copied, exp2, head, inverse, pairs, places, put, scores, sets, take, weighed
 from .gpu_rows import CLAMP, taught_pairs, weights
 
 
@@ -17,7 +17,9 @@ def _met(
     i = q0 + tl.arange(0, o.columns)
     qp, qs = places(position, segment, i, length, o)
     real = qs >= 0
-    s = scores(key, take(q, i, q_t, real, 0, o.width, o.width_block), scale, o)
+    query = take(q, i, q_t, real, 0, o.width, o.width_block)
+    copied(i)
+    s = scores(key, query, scale, o)
     if o.features <= o.tile:
         own = take(fq, i, fq_t, real, 0, o.features, o.tile)
         x = tl.dot(phi, tl.trans(own), input_precision=o.precision)

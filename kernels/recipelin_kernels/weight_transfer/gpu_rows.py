@@ -9,6 +9,7 @@ from ..hybrid.gpu_forward import goes_on
 from ..hybrid.gpu_parts import (
     BASE2,
     HIDDEN,
+    copied,
     exp2,
     factors,
     head,
@@ -48,6 +49,7 @@ def _summed(
         b = pairs(phi, fq, fq_t, i, qs >= 0, fk, fk_t, j, ks >= 0, o)
     if SOFT:
         key = take(k, j, k_t, ks >= 0, 0, o.width, o.width_block)
+        copied(j)
         s = scores(query, key, scale, o)
         new = tl.maximum(top, tl.max(tl.where(soft, s, HIDDEN), 1))
         a_mass = a_mass * exp2(top - new) + tl.sum(softmax_weights(s, soft, new[:, None]), 1)
@@ -162,7 +164,9 @@ def _met(
     j = start + tl.arange(0, o.columns)
     kp, ks = places(position, segment, j, stop, o)
     real = ks >= 0
-    s = scores(query, take(k, j, k_t, real, 0, o.width, o.width_block), scale, o)
+    key = take(k, j, k_t, real, 0, o.width, o.width_block)
+    copied(j)
+    s = scores(query, key, scale, o)
     if o.features <= o.tile:
         own = take(fk, j, fk_t, real, 0, o.features, o.tile)
         x = tl.dot(phi, tl.trans(own), input_precision=o.precision)
@@ -325,6 +329,7 @@ def transfer_rows(
             kp, ks = places(position, segment, j, stop, o)
             soft, linear, _hidden = sets(qp[:, None], qs[:, None], kp[None, :], ks[None, :], 1, anchor, o)
             own = take(fk, j, fk_t, ks >= 0, first, o.features, o.tile)
+            copied(j)
             total += linear_term[:, None] * _counted(linear, own, o)
             if o.join == "replace":
                 total += shared[:, None] * _counted(soft & (j >= near)[None, :], own, o)
