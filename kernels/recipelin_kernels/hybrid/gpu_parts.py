@@ -98,7 +98,7 @@ def inverse(x):
 @triton.jit
 def copied(i):
     """Before a product of what a pipeline has copied. Tensor cores read shared memory by a way of their own, which a fence must
-    join to that of the copies; where a loop copies ahead, Triton 3.6 has one before the loop alone."""
+    join to that of the copies; where a loop copies ahead, Triton 3.6 has one before the loop alone, 3.7 in it."""
     if ON_CHIP:
         tl.inline_asm_elementwise(
             "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [i], dtype=tl.int32, is_pure=False, pack=1
