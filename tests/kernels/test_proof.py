@@ -116,9 +116,12 @@ def test_hybrid_attention_is_its_definition(call):
     exact = {n: t.double() for n, t in x.items()}
     dtype = call["dtype"]
     found = attended(x, options, "auto", dtype)
-    # Of a row of one key mix has no gradient: a head's difference of two products over the width.
-    mix = {list(x).index("mix") + 1: max(1e-2, 2e-3 * call["width"] * call["heads"] ** 0.5)}
-    compare(found, attended(exact, options, "reference", dtype), dtype, mix)
+    # Of a row of one key mix has no gradient, nor have q and k: a head's difference of two products over the width, which of q
+    # and k multiplies the other.
+    sizes = {"mix": 2e-3 * call["width"] * call["heads"] ** 0.5}
+    sizes |= {a: 0.05 * float(exact[b].nan_to_num().norm()) for a, b in (("q", "k"), ("k", "q"))}
+    cancels = {list(x).index(name) + 1: max(1e-2, size) for name, size in sizes.items()}
+    compare(found, attended(exact, options, "reference", dtype), dtype, cancels)
     assert all(
         torch.equal(a, b) for a, b in zip(found, attended(x, options, "auto", dtype), strict=True)
     )  # repeats to the bit
