@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 import triton
+from gpu_cache import compiles
 
 from recipelin.bars.gpu import DecodeOnGpu
 from recipelin.bench.cuda import captured, timed
 from recipelin.records import provenance
 from recipelin_kernels import SoftmaxMap, hybrid_attention, weight_transfer_loss
-from recipelin_kernels.hybrid import gpu, gpu_call, gpu_step
+from recipelin_kernels.hybrid import gpu, gpu_call, gpu_launch, gpu_step
 from recipelin_kernels.hybrid.gpu_call import Blocks, Launch
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 from recipelin_kernels.hybrid.gpu_step import StepBlocks
@@ -179,17 +180,11 @@ def compile_share(number: int, jobs: int) -> None:
                 at += 1
                 if at % jobs == number:
                     one.kernel.warmup(*one.arguments, grid=one.grid, **one.more, **launch.options)
-    plain = gpu_call.Compiled.launch
-    gpu_call.Compiled.launch = _compile_only  # type: ignore[method-assign]
+    gpu_launch.launch = compiles
     for case, _name, blocks in step_cases():
         at += 1
         if at % jobs == number:
             step_call(replace(case, steps=1), blocks)()
-    gpu_call.Compiled.launch = plain  # type: ignore[method-assign]
-
-
-def _compile_only(self: gpu_call.Compiled, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
-    kernel.warmup(*arguments, grid=grid, o=self.form, **more, **self.how(kernel.__name__))
 
 
 def microseconds(call: Callable[[], object]) -> float:

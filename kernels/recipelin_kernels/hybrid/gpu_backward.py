@@ -17,6 +17,7 @@ from .gpu_parts import (
     copied,
     factors,
     head,
+    join_of,
     over,
     places,
     put,
@@ -60,12 +61,7 @@ def row_terms(
     a_mass = tl.load(stats + plane + at + i, mask=real, other=0.0)
     b_mass = tl.load(stats + 2 * plane + at + i, mask=real, other=0.0)
     w_mass = tl.load(stats + 3 * plane + at + i, mask=real, other=0.0)
-    g = 0.0
-    c = 0.0
-    if o.join == "shared":
-        g = tl.load(mix + h).to(tl.float32)
-    if o.join == "absolute":
-        c = tl.load(log_scale + h).to(tl.float32)
+    g, c = join_of(mix, log_scale, h, o)
     a_factor, b_factor, den, live, a_weight, b_weight = factors(top, a_mass, b_mass, w_mass, g, c, o)
     sigma = -mean
     extra = total * 0.0

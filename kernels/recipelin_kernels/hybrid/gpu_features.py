@@ -48,12 +48,8 @@ def softmax_features(x, weight, out, x_b, x_h, x_t, tokens, length, heads, clamp
         u = mapped(a, w, u, COARSE)
     row = ((b.to(tl.int64) * heads + h) * length + t) * (2 * o.columns)
     to = out + row[:, None] + c[None, :]
-    if o.columns == o.block:
-        tl.store(to, softmax_of(u, None, clamp).to(out.dtype.element_ty), mask=real)
-        tl.store(to + o.columns, softmax_of(-u, None, clamp).to(out.dtype.element_ty), mask=real)
-    else:
-        tl.store(to, softmax_of(u, inside, clamp).to(out.dtype.element_ty), mask=real & inside)
-        tl.store(to + o.columns, softmax_of(-u, inside, clamp).to(out.dtype.element_ty), mask=real & inside)
+    tl.store(to, softmax_of(u, o.columns, clamp).to(out.dtype.element_ty), mask=real & inside)
+    tl.store(to + o.columns, softmax_of(-u, o.columns, clamp).to(out.dtype.element_ty), mask=real & inside)
 
 
 @triton.jit

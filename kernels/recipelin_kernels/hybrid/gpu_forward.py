@@ -10,6 +10,7 @@ from .gpu_parts import (
     features_of,
     floored,
     head,
+    join_of,
     over,
     pairs,
     places,
@@ -272,12 +273,7 @@ def output(
             )  # fmt: skip
     inside = i < length
     out = row * length
-    g = 0.0
-    c = 0.0
-    if o.join == "shared":
-        g = tl.load(mix + h).to(tl.float32)
-    if o.join == "absolute":
-        c = tl.load(log_scale + h).to(tl.float32)
+    g, c = join_of(mix, log_scale, h, o)
     if SOFT_OUT:
         mean = total * over(1.0, a_mass)[:, None]
         put(y_soft + out * o.width, i, o.width, inside, 0, o.width, o.width_block, mean)

@@ -63,6 +63,12 @@ class Form(NamedTuple):
 
 
 @triton.jit
+def _unit(x, instruction: tl.constexpr):
+    """One instruction of the special function unit on each element of float32."""
+    return tl.inline_asm_elementwise(instruction, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def exp2(x):
     """2^x of float32 by the special function unit alone, 2 ulp; 0 below 2^-126. (tl.exp2: four more instructions for those.)"""
     if ON_CHIP:
@@ -271,10 +277,10 @@ def pairs(phi, fq, fq_t, i, i_real, fk, fk_t, j, j_real, o: tl.constexpr):
 
 
 @triton.jit
-def softmax_of(u, inside, clamp):
-    """max(softmax(u), clamp) of rows, over the columns `inside`; None: all."""
-    if inside is not None:
-        u = tl.where(inside, u, HIDDEN)
+def softmax_of(u, columns: tl.constexpr, clamp):
+    """max(softmax(u), clamp) of rows, over the first `columns`."""
+    if columns < u.shape[1]:
+        u = tl.where((tl.arange(0, u.shape[1]) < columns)[None, :], u, HIDDEN)
     e = exp2((u - tl.max(u, 1)[:, None]) * BASE2)
     return tl.maximum(e * (1.0 / tl.sum(e, 1))[:, None], clamp)
 
@@ -301,7 +307,7 @@ def features_of(x, index, stride, real, weight, clamp, DEPTH: tl.constexpr, o: t
         d = first + tl.arange(0, DEPTH)
         w = tl.load(weight + d[:, None] * o.map_columns + c[None, :], mask=(d < o.width)[:, None], other=0.0)
         u = mapped(take(x, index, stride, real, first, o.width, DEPTH), w, u, True)
-    both = tl.join(softmax_of(u, None, clamp), softmax_of(-u, None, clamp))  # [rows, columns, 2]
+    both = tl.join(softmax_of(u, o.map_columns, clamp), softmax_of(-u, o.map_columns, clamp))  # [rows, columns, 2]
     return tl.reshape(tl.permute(both, (0, 2, 1)), (index.shape[0], o.tile)).to(x.dtype.element_ty)
 
 
@@ -332,6 +338,18 @@ def floored(x, o: tl.constexpr):
         return tl.where(size > 0.0, held, x), tl.where(size >= FLOOR, 1.0, 0.0)
     else:
         return x, x * 0.0 + 1.0
+
+
+@triton.jit
+def join_of(mix, log_scale, h, o: tl.constexpr):
+    """What a head's join depends on: mix of `shared` and log_scale of `absolute`, else 0."""
+    g = 0.0
+    c = 0.0
+    if o.join == "shared":
+        g = tl.load(mix + h).to(tl.float32)
+    if o.join == "absolute":
+        c = tl.load(log_scale + h).to(tl.float32)
+    return g, c
 
 
 @triton.jit

@@ -21,6 +21,7 @@ comes from L2 for every program: with ring and features 178 KB a head and row, 3
 sums take 26 us. Hence a program has two rows of a large batch: 146 KB, 27 us.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,6 +127,7 @@ def columns_of(blocks: StepBlocks, heads: int, width: int) -> int:
     return columns
 
 
+@functools.lru_cache(1024)  # as `make_form`
 def tiles_of(
     blocks: StepBlocks, columns: int, form: Form, held: Held, batch: int, size: int, map_columns: int
 ) -> Tiles:

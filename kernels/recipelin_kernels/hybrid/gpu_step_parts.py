@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .gpu_parts import head, softmax_of
+from .gpu_parts import head, join_of, softmax_of
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def made_features(x, there, begun, weight, w, clamp, t: tl.constexpr, o: tl.cons
     for first in range(t.map_depth, o.width, t.map_depth):
         u += tl.sum(map_input(x, there, first, t, o)[:, None] * map_tile(weight, first, t, o), 0)
     inside = (tl.arange(0, t.map_block) < t.map_columns)[None, :]
-    both = tl.join(softmax_of(u[None, :], inside, clamp), softmax_of(-u[None, :], inside, clamp))
+    both = tl.join(softmax_of(u[None, :], t.map_columns, clamp), softmax_of(-u[None, :], t.map_columns, clamp))
     both = tl.where(inside[:, :, None], both, 0.0)
     return tl.reshape(tl.permute(both, (0, 2, 1)), (t.block,))
 
@@ -246,12 +246,7 @@ def of_head(q, mix, log_scale, b, h, q_b, q_h, o: tl.constexpr):
     """A query, and what its head's join depends on."""
     wide = tl.arange(0, o.width_block)
     query = tl.load(head(q, b, h, q_b, q_h) + wide, mask=wide < o.width, other=0.0).to(tl.float32)
-    level = 0.0
-    if o.join == "shared":
-        level = tl.load(mix + h).to(tl.float32)
-    shift = 0.0
-    if o.join == "absolute":
-        shift = tl.load(log_scale + h).to(tl.float32)
+    level, shift = join_of(mix, log_scale, h, o)
     return query, level, shift
 
 

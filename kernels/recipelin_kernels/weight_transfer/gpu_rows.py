@@ -14,6 +14,7 @@ from ..hybrid.gpu_parts import (
     factors,
     head,
     inverse,
+    join_of,
     log2,
     over,
     pairs,
@@ -235,12 +236,7 @@ def transfer_rows(
     a_mass = tl.load(stats + plane + at + i, mask=real, other=0.0)
     b_mass = tl.load(stats + 2 * plane + at + i, mask=real, other=0.0)
     w_mass = tl.load(stats + 3 * plane + at + i, mask=real, other=0.0)
-    g = 0.0
-    c = 0.0
-    if o.join == "shared":
-        g = tl.load(mix + h).to(tl.float32)
-    if o.join == "absolute":
-        c = tl.load(log_scale + h).to(tl.float32)
+    g, c = join_of(mix, log_scale, h, o)
     a_factor, b_factor, den, live, _a_weight, b_weight = factors(top, a_mass, b_mass, w_mass, g, c, o)
     if o.join == "absolute":
         b_factor = tl.where(b_mass > 0.0, b_factor, 0.0)  # no logarithm of nothing, and no gradient to it
