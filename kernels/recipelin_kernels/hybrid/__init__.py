@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import native
 from ..autocast import ignores_autocast
 from . import gpu_support
 from .chunked import hybrid_attention_chunked
@@ -29,7 +30,7 @@ from .state import (
 from .step import is_plain, one_token, plain_token
 from .step_state import StepState, standing
 
-KERNELS = ("auto", "reference", "chunked", "gpu")
+KERNELS = ("auto", "reference", "chunked", "native", "gpu")
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,23 @@ def resolve_kernel(
     dtype: torch.dtype | None = None,
     width: int | None = None,
     features: int | None = None,
+    not_native: str | None = None,
 ) -> str:
     """The implementation that a call takes: what `auto` means here. Raises for one that cannot run.
 
     covered: the window covers the sequence and nothing else is asked for: y is causal softmax, and `auto` is `sdpa`.
     `gpu`, the Triton kernels, takes CUDA tensors (or CPU ones under TRITON_INTERPRET=1) of float32, bfloat16 and float16,
-    `width` up to 256 and up to 1024 `features`. `auto` takes it on a GPU for which it is proven (gpu_support.py); else
-    `chunked`.
+    `width` up to 256 and up to 1024 `features`. `native`, the C kernels, takes CPU tensors of the same dtypes where there is a C
+    compiler, and computes in fp32; not_native: why they do not compute what is asked for. `auto` takes `gpu` on a GPU for
+    which it is proven (gpu_support.py), `native` on a CPU where it can; else `chunked`.
     """
     one_of("kernel", kernel, KERNELS)
+    if kernel == "native" or (kernel == "auto" and not covered and torch.device(device).type == "cpu"):
+        reason = _not_native(device, dtype) or not_native
+        if not reason:
+            return "native"
+        if kernel == "native":
+            raise RuntimeError(f"kernel='native': {reason}; use 'chunked', which runs on every device")
     if kernel == "gpu":
         reason = gpu_support.why_not(device, dtype, width, features)
         if reason:
@@ -72,6 +81,17 @@ def resolve_kernel(
         takes = gpu_support.proven(device) and not gpu_support.why_not(device, dtype, width, features)
         return "gpu" if takes else "chunked"
     return kernel
+
+
+def _not_native(device: torch.device | str, dtype: torch.dtype | None) -> str | None:
+    """Why the C kernels cannot take tensors of a kind; None: they can."""
+    if torch.device(device).type != "cpu":
+        return f"the C kernels are for a CPU, found {torch.device(device).type}"
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        return f"the C kernels compute in float32, found {dtype}"
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot look into the C kernels"
+    return native.why_not()
 
 
 @ignores_autocast

@@ -1,0 +1,158 @@
+/* Float matrices in tiles of registers, and the few functions of vectors that attention needs.
+ *
+ * Vectors of 16 lanes, which the compiler lowers to what the machine has. Widths are multiples of 16; rows are any number.
+ * A product reads its left side one number at a time, by any two strides (so also transposed), and its right side a
+ * vector at a time: either rows of a matrix (step in depth: its leading dimension, from vector to vector: 16) or panels,
+ * which `pack` makes of keys: panel p holds [width][16], the keys 16 p .. 16 p + 15 side by side.
+ */
+#ifndef RECIPELIN_TILES
+#define RECIPELIN_TILES
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+typedef float vec __attribute__((vector_size(64)));
+typedef float loose __attribute__((vector_size(64), aligned(4), may_alias)); /* of memory that is not aligned */
+typedef int32_t ivec __attribute__((vector_size(64)));
+
+#if defined(__AVX512F__)
+#define ROWS 8 /* a tile: 16 of 32 registers hold sums */
+#define WIDE 2
+#else
+#define ROWS 4
+#define WIDE 1
+#endif
+
+INLINE vec load(const float *x) { return *(const loose *)x; }
+INLINE void store(float *x, vec y) { *(loose *)x = y; }
+INLINE vec all(float x) { return x - (vec){0}; }
+INLINE ivec all_int(int32_t x) { return x - (ivec){0}; }
+INLINE vec either(ivec mask, vec x, vec y) { return (vec)((mask & (ivec)x) | (~mask & (ivec)y)); }
+INLINE vec where(ivec mask, vec x) { return (vec)(mask & (ivec)x); } /* else 0, whatever x holds */
+INLINE vec larger(vec x, vec y) { return either(x > y, x, y); }
+INLINE long least(long x, long y) { return x < y ? x : y; }
+INLINE long most(long x, long y) { return x > y ? x : y; }
+INLINE long down(long x) { return x & ~(long)(LANES - 1); } /* to whole vectors, of x >= 0 */
+INLINE long up(long x) { return down(x + LANES - 1); }
+
+#define SWAP(x, n) \
+  __builtin_shufflevector(x, x, 0 ^ n, 1 ^ n, 2 ^ n, 3 ^ n, 4 ^ n, 5 ^ n, 6 ^ n, 7 ^ n, 8 ^ n, 9 ^ n, 10 ^ n, 11 ^ n, \
+                          12 ^ n, 13 ^ n, 14 ^ n, 15 ^ n)
+
+INLINE float sum_of(vec x) {
+  x += SWAP(x, 8);
+  x += SWAP(x, 4);
+  x += SWAP(x, 2);
+  x += SWAP(x, 1);
+  return x[0];
+}
+
+INLINE float most_of(vec x) {
+  x = larger(x, SWAP(x, 8));
+  x = larger(x, SWAP(x, 4));
+  x = larger(x, SWAP(x, 2));
+  x = larger(x, SWAP(x, 1));
+  return x[0];
+}
+
+/* 2^x: Taylor's series of 2^f, |f| <= 1/2, to the seventh power (1e-7 at most beside the rounding); 0 below 2^-126; NaN of NaN. */
+INLINE vec exp2_of(vec x) {
+  const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, which is then in the lowest bits */
+  vec held = either(x < -126.0f, all(-126.0f), x);
+  vec shifted = held + magic;
+  vec f = held - (shifted - magic);
+  vec p = f * 1.52527338e-5f + 1.54035304e-4f;
+  p = p * f + 1.33335581e-3f;
+  p = p * f + 9.61812911e-3f;
+  p = p * f + 5.55041087e-2f;
+  p = p * f + 2.40226507e-1f;
+  p = p * f + 6.93147181e-1f;
+  p = p * f + 1.0f;
+  ivec power = ((ivec)shifted + 127) << 23;
+  return where(~(x < -126.0f), p * (vec)power);
+}
+
+/* c [rows, 16 wide] = (add ? c : 0) + scale_r (a b), all sums in registers; called with constant rows and wide. */
+INLINE void tile(const int rows, const int wide, long depth, const float *a, long a_row, long a_step, const float *b,
+                 long b_step, long b_wide, float *c, long c_row, const float *scale, int add) {
+  vec sum[ROWS][WIDE];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+    for (int w = 0; w < wide; w++) sum[r][w] = (vec){0};
+  for (long k = 0; k < depth; k++) {
+    vec right[WIDE];
+#pragma GCC unroll 2
+    for (int w = 0; w < wide; w++) right[w] = load(b + k * b_step + w * b_wide);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+      float left = a[r * a_row + k * a_step];
+#pragma GCC unroll 2
+      for (int w = 0; w < wide; w++) sum[r][w] += left * right[w];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+    for (int w = 0; w < wide; w++) {
+      float *at = c + r * c_row + w * LANES;
+      vec found = scale ? sum[r][w] * scale[r] : sum[r][w];
+      store(at, add ? load(at) + found : found);
+    }
+}
+
+/* c [rows, width] = (add ? c : 0) + scale_r (a [rows, depth] b [depth, width]); scale may be NULL. */
+static __attribute__((noinline)) void product(long rows, long width, long depth, const float *a, long a_row, long a_step,
+                                              const float *b, long b_step, long b_wide, float *c, long c_row,
+                                              const float *scale, int add) {
+#define TILE(n, w) \
+  tile(n, w, depth, a + r * a_row, a_row, a_step, b + j / LANES * b_wide, b_step, b_wide, c + r * c_row + j, c_row, \
+       scale ? scale + r : scale, add)
+  long j = 0;
+#if WIDE == 2
+  for (; j + 2 * LANES <= width; j += 2 * LANES) {
+    long r = 0;
+    for (; r + 8 <= rows; r += 8) TILE(8, 2);
+    for (; r + 4 <= rows; r += 4) TILE(4, 2);
+    for (; r < rows; r++) TILE(1, 2);
+  }
+#endif
+  for (; j < width; j += LANES) {
+    long r = 0;
+#if ROWS == 8
+    for (; r + 8 <= rows; r += 8) TILE(8, 1);
+#endif
+    for (; r + 4 <= rows; r += 4) TILE(4, 1);
+    for (; r < rows; r++) TILE(1, 1);
+  }
+#undef TILE
+}
+
+/* Sixteen rows of 16 numbers, turned: four times, rows i and i + 8 are laced into each other. */
+INLINE void turn(vec x[LANES]) {
+  vec y[LANES];
+#define LACE(from, to) \
+  _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) { \
+    to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); \
+    to[2 * i + 1] = \
+        __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); \
+  }
+  LACE(x, y) LACE(y, x) LACE(x, y) LACE(y, x)
+#undef LACE
+}
+
+/* Panels of x [keys, width] (its rows `row` apart); keys missing in the last panel are 0. */
+static void pack(long keys, long width, const float *x, long row, float *panels) {
+  for (long p = 0; p < keys; p += LANES)
+    for (long d = 0; d < width; d += LANES) {
+      vec block[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) block[i] = p + i < keys ? load(x + (p + i) * row + d) : (vec){0};
+      turn(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) store(panels + p * width + (d + i) * LANES, block[i]);
+    }
+}
+#endif
