@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import native
 from ..autocast import ignores_autocast
-from . import gpu_support
+from . import gpu_support, native_step
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
 from .reference import hybrid_attention_reference
@@ -190,7 +191,7 @@ def hybrid_attention(
         raise ValueError("join='shared' needs mix [H]")
     if join == "absolute" and log_scale is None:
         raise ValueError("join='absolute' needs log_scale [H]")
-    options = Options(
+    options = _options(
         window=window,
         sinks=sinks,
         cover=cover,
@@ -218,29 +219,32 @@ def hybrid_attention(
     token = state is not None and length == 1 and output_state and not components and segment_ids is None
     takes = resolve_kernel(kernel, q.device, **sizes) if token or isinstance(phi_q, SoftmaxMap) else None
     steps = token and takes == "gpu" and not gpu_support.why_no_step(held, window_keep)
+    own_numbers = mix if join == "shared" else None, log_scale if join == "absolute" else None
     maps = None  # by which the kernel makes features
     if isinstance(phi_q, SoftmaxMap):
         phi_q.check(q.shape[1], q.shape[3], shaped.shape[3])
+    if isinstance(phi_k_fn, SoftmaxMap):
+        phi_k_fn.check(phi_k_fn.heads, k.shape[3], shaped.shape[3])
+    if token and not steps and kernel in ("auto", "native") and key_mask is None and is_plain(held, window_keep, state):
+        assert state is not None and phi_k_fn is not None
+        if not _learning(q, k, v, phi_q.weight if isinstance(phi_q, SoftmaxMap) else phi_q, phi_k, mix, log_scale):
+            state = standing(state, phi_k_fn)
+            check_lead(state, held)
+            if takes == "native" and native_step.takes(q, k, v, phi_q, phi_k_fn, state):
+                return native_step.native_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
+            phi_q = phi_q(q) if isinstance(phi_q, SoftmaxMap) else phi_q
+            return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
+    if isinstance(phi_q, SoftmaxMap):
         if phi_k is None and isinstance(phi_k_fn, SoftmaxMap):
-            phi_k_fn.check(phi_k_fn.heads, k.shape[3], shaped.shape[3])
             learns = _learning(q, k, v, mix, log_scale, phi_q.weight, phi_k_fn.weight)
             if not learns and takes == "gpu":
                 maps = (phi_q, phi_k_fn) if (steps if token else _makes_queries(phi_q, q, k, v)) else None
         phi_q = shaped if maps else phi_q(q)
-    if token:
+    if steps and not _learning(q, k, v, phi_q, phi_k, mix, log_scale):
         assert state is not None and phi_k_fn is not None
-        if not _learning(q, k, v, phi_q, phi_k, mix, log_scale):
-            own_numbers = mix if join == "shared" else None, log_scale if join == "absolute" else None
-            if steps:
-                from .gpu_step import hybrid_attention_step_gpu
+        from .gpu_step import hybrid_attention_step_gpu
 
-                return hybrid_attention_step_gpu(
-                    q, k, v, phi_q, *own_numbers, phi_k_fn, held, key_mask, state, maps=maps
-                )
-            if kernel == "auto" and key_mask is None and is_plain(held, window_keep, state):
-                state = standing(state, phi_k_fn)
-                check_lead(state, held)
-                return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
+        return hybrid_attention_step_gpu(q, k, v, phi_q, *own_numbers, phi_k_fn, held, key_mask, state, maps=maps)
     if state is not None:
         assert phi_k_fn is not None
         state = standing(state, phi_k_fn)
@@ -265,18 +269,17 @@ def hybrid_attention(
         q = torch.where(real[:, :, first_query:], q, 0)
         if maps is None:
             phi_q = torch.where(real[:, :, first_query:], phi_q, 0)
-    mix = mix if join == "shared" else None
-    log_scale = log_scale if join == "absolute" else None
+    mix, log_scale = own_numbers
     k_rows, past = own, None
     if state is not None:
         if segment_ids is not None:
             raise ValueError("state: a call that goes on from a state cannot hold segments")
         assert phi_k_fn is not None
         check_state(state, own, options)
-        check_heads(state.sums.shape[1], phi_k)
+        check_heads(state.sums.shape[1], phi_k.shape[1])
         tensors = (q, k, v, phi_q, phi_k, mix, log_scale)
         learns = learns or _learning(q, k, v)
-        if kernel == "auto" and length == 1 and output_state and not components and not learns:
+        if kernel in ("auto", "native") and length == 1 and output_state and not components and not learns:
             return one_token(*tensors, phi_k_fn, window_keep, options, state, own)
         state = settled(state)
         ring = state if reach is None else filled(state)
@@ -359,6 +362,9 @@ class _Beside(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
         return dy, *(x.new_zeros(()).expand(x.shape) if want else None for x, want in wanted)  # one zero in memory
+
+
+_options = lru_cache(256)(Options)  # made at every token of every layer
 
 
 def _makes_queries(phi_q: SoftmaxMap, q: Tensor, k: Tensor, v: Tensor) -> bool:

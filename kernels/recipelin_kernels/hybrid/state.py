@@ -106,12 +106,10 @@ def check_lead(state: HybridState, options: Options) -> None:
         )
 
 
-def check_heads(held: int, phi_k: Tensor) -> None:
+def check_heads(held: int, found: int) -> None:
     """Raises ValueError for features of other heads than the `held` ones that a state sums up."""
-    if phi_k.shape[1] != held:
-        raise ValueError(
-            f"state: sums the features of {held} heads, phi_k has {phi_k.shape[1]}: it was made by other calls"
-        )
+    if found != held:
+        raise ValueError(f"state: sums the features of {held} heads, phi_k has {found}: it was made by other calls")
 
 
 def check_state(state: HybridState, own: Rows, options: Options) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .block import Block, Chunk, Past
 from .chunk import HIDDEN, Inputs, Sums, dot, factors, fold, forward, weigh
-from .room import room_for
+from .room import Room, room_for
 from .rows import LOG2E, Options, Rows
 from .state import HybridState, added, check_heads, filled, late_most, settled, state_rows, whole_sums
 from .step_state import StepState
@@ -42,11 +42,7 @@ def plain_token(
 ) -> tuple[Tensor, HybridState]:
     """`one_token` where `is_plain`: features are computed for the key that leaves the window alone."""
     dtype, (batch, heads, _, width), map_heads = state.sums.dtype, q.shape, state.sums.shape[1]
-    if state.room is None or not state.room.take(state.late_phi.shape[2]):
-        state = _with_room(state, options)
-        assert state.room is not None
-        state.room.take(0)
-    room = state.room
+    state, room = placed(state, options)
     sinks, late, ring = options.sinks, state.late_phi.shape[2], options.window - 1
     oldest = sinks + late  # of the window
     newest = oldest + ring
@@ -79,27 +75,59 @@ def plain_token(
     y = torch.bmm(fold(weights, k.shape[1]), values.flatten(0, 1).to(dtype)).view(batch, heads, 1, width)
     past = held[..., :-1]
     y.add_(past if b_factor is None else past * b_factor).div_(den)
+    map_leaving(room, state, phi_k_fn, options, k.dtype)
+    return y.to(q.dtype), moved(room, state, options, state.positions + 1)
 
-    features = phi_k_fn(room.k.narrow(2, oldest, 1).to(k.dtype))
-    check_heads(map_heads, features)
+
+def placed(
+    state: HybridState, options: Options, whole: Callable[[HybridState], Tensor] = whole_sums
+) -> tuple[HybridState, Room]:
+    """The state in a room whose next place is the caller's; whole: as `whole_sums`."""
+    room = state.room
+    if room is None or not room.take(state.late_phi.shape[2]):
+        state = _with_room(state, options, whole)
+        room = state.room
+        assert room is not None
+        room.take(0)
+    return state, room
+
+
+def map_leaving(
+    room: Room, state: HybridState, phi_k_fn: Callable[[Tensor], Tensor], options: Options, dtype: torch.dtype
+) -> None:
+    """Puts the features of the key that leaves the window into the room, zeros where a row's window is still short."""
+    late = state.late_phi.shape[2]
+    features = phi_k_fn(room.k.narrow(2, options.sinks + late, 1).to(dtype))
+    check_heads(state.sums.shape[1], features.shape[1])
     room.phi.narrow(2, late, 1).copy_(features)
     if not room.full:
-        room.phi.narrow(2, late, 1).mul_((state.positions >= ring)[:, None, None, None])
-    moved = HybridState(
+        room.phi.narrow(2, late, 1).mul_((state.positions >= options.window - 1)[:, None, None, None])
+
+
+def moved(
+    room: Room,
+    state: HybridState,
+    options: Options,
+    positions: Tensor,
+    whole: Callable[[HybridState], Tensor] = whole_sums,
+) -> HybridState:
+    """The state after a token whose key, value and leaving key's features are in the room."""
+    sinks, late, ring = options.sinks, state.late_phi.shape[2] + 1, options.window - 1
+    following = HybridState(
         sums=state.sums,
         sink_k=state.sink_k,
         sink_v=state.sink_v,
-        ring_k=room.k.narrow(2, oldest + 1, ring),
-        ring_v=room.v.narrow(2, oldest + 1, ring),
-        positions=state.positions + 1,
-        late_phi=room.phi.narrow(2, 0, late + 1),
-        late_v=room.v.narrow(2, sinks, late + 1),
+        ring_k=room.k.narrow(2, sinks + late, ring),
+        ring_v=room.v.narrow(2, sinks + late, ring),
+        positions=positions,
+        late_phi=room.phi.narrow(2, 0, late),
+        late_v=room.v.narrow(2, sinks, late),
         room=room,
     )
-    return y.to(q.dtype), _with_room(moved, options) if late + 1 == room.left else moved
+    return _with_room(following, options, whole) if late == room.left else following
 
 
-def _with_room(state: HybridState, options: Options) -> HybridState:
+def _with_room(state: HybridState, options: Options, whole: Callable[[HybridState], Tensor]) -> HybridState:
     """The state in a room of its own, its late keys in the sums."""
     batch, map_heads, features, width = state.sums.shape
     sinks, ring = options.sinks, options.window - 1
@@ -108,7 +136,7 @@ def _with_room(state: HybridState, options: Options) -> HybridState:
     room = room_for((state.sink_k, state.ring_k), (state.sink_v, state.ring_v), full, phi)
     return replace(
         state,
-        sums=whole_sums(state),
+        sums=whole(state),
         ring_k=room.k.narrow(2, sinks, ring),
         ring_v=room.v.narrow(2, sinks, ring),
         late_phi=phi.narrow(2, 0, 0),

@@ -144,7 +144,7 @@ INLINE void turn(vec x[LANES]) {
 }
 
 /* Panels of x [keys, width] (its rows `row` apart); keys missing in the last panel are 0. */
-static void pack(long keys, long width, const float *x, long row, float *panels) {
+static inline void pack(long keys, long width, const float *x, long row, float *panels) {
   for (long p = 0; p < keys; p += LANES)
     for (long d = 0; d < width; d += LANES) {
       vec block[LANES];
