@@ -44,13 +44,15 @@ class Decode:
         own = {"query": self.heads, "key": self.key_heads}[self.maps]
         maps = [HeadFeatureMap(FeatureMap(), h, self.width, seed) for seed, h in enumerate((self.heads, own))]
         mix = torch.full((self.heads,), 0.1)
+        arguments = [m.softmax_map(x) for m, x in zip(maps, tokens[0], strict=False)]
         state: HybridState | StepState = self._state(normal, *maps)
 
         @torch.no_grad()
         def call() -> object:
             nonlocal state
             for q, k, v in tokens:
-                y, state = hybrid_attention_step(q, k, v, maps[0](q), maps[1], mix, state, window=self.window)
+                y, state = hybrid_attention_step(q, k, v, arguments[0] or maps[0](q), arguments[1] or maps[1], mix, state,
+                                                 window=self.window)  # fmt: skip
             return y
 
         return call

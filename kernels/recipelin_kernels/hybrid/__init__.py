@@ -173,6 +173,16 @@ def hybrid_attention(
     here. `gpu` (Triton) computes what `chunked` does, forward and backward; its precision: gpu.py. One token after a state
     has a kernel of its own, see `hybrid_attention_step`.
     """
+    asked: tuple[object, ...] = ()
+    if isinstance(state, HybridState) and output_state:
+        asked = native_step.asked_of(
+            q, k, v, phi_q, phi_k_fn, window, shape, sinks, cover, join, scale, on_drop, components, kernel, signed, reach,
+            compat, chunk, first_query, max_gradient, not ablate, key_mask is None, segment_ids is None,
+            window_keep is None, mix is None, log_scale is None,
+        )  # fmt: skip
+        call = None if state.room is None else state.room.prepared
+        if call is not None and call.asked == asked and not torch.is_grad_enabled():  # a token as the last one
+            return native_step.native_token(q, k, v, phi_q, mix, log_scale, phi_k_fn, call.options, state, asked)
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)
     one_of("join", join, JOINS)
@@ -231,7 +241,7 @@ def hybrid_attention(
             state = standing(state, phi_k_fn)
             check_lead(state, held)
             if takes == "native" and native_step.takes(q, k, v, phi_q, phi_k_fn, state):
-                return native_step.native_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
+                return native_step.native_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state, asked)
             phi_q = phi_q(q) if isinstance(phi_q, SoftmaxMap) else phi_q
             return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
     if isinstance(phi_q, SoftmaxMap):

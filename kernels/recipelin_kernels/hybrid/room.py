@@ -24,6 +24,10 @@ class Room:
     free: set[int]
     prepared: Any = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy has memory of its own, of which nothing is prepared."""
+        return {**vars(self), "prepared": None}
+
     @property
     def left(self) -> int:
         return self.phi.shape[2]

@@ -25,18 +25,13 @@ typedef struct {
   const float *weight_q, *weight_k; /* [H,D,F/2], [p,D,F/2] */
   const float *strength;  /* [H]: mix, or log_scale */
   const float *sums;      /* [B,p,F,D+1] */
+  float *next_sums;       /* with the late keys and the one that leaves now, or NULL */
   float *room_k, *room_v; /* [B,Hkv,sinks + ring + left,D] */
   float *room_phi;        /* [B,p,left,F] */
   const int64_t *positions;
   int64_t *next_positions;
   float *y; /* [B,H,D] */
 } Token;
-
-typedef struct {
-  const float *sums, *phi, *v; /* [B,p,F,D+1], [B,p,left,F], keys' values of a room */
-  float *next;
-  long key_heads, map_heads, width, features, late, left, v_head;
-} Fold;
 
 INLINE void add_row(const int wide, const int beside, float left, const float *x, vec *sum, float *after) {
 #pragma GCC unroll 8
@@ -185,6 +180,50 @@ static void late_features(const Token *t, long row, const float *keys, const flo
   }
 }
 
+/* A strip of `fold`. */
+INLINE void fold_strip(const int wide, const int rows, long late, long count, long width, const float *sums, const float *phi,
+                       const float *v, float *next) {
+  vec sum[STRIP / 4][STRIP];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+    for (int w = 0; w < wide; w++) sum[r][w] = load(sums + r * (width + 1) + w * LANES);
+  for (long j = 0; j < late; j++)
+#pragma GCC unroll 8
+    for (int w = 0; w < wide; w++) {
+      vec right = load(v + j * width + w * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; r++) sum[r][w] += phi[j * count + r] * right;
+    }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+    for (int w = 0; w < wide; w++) store(next + r * (width + 1) + w * LANES, sum[r][w]);
+}
+
+/* next [F,D+1] = sums + phi^T [v, 1], phi [late,F], v [late,D]: row after row, as memory is read. */
+static void fold(long late, long count, long width, const float *sums, const float *phi, const float *v, float *next) {
+  enum { AT_ONCE = STRIP / 4 };
+  long row = width + 1;
+  vec mass = (vec){0};
+  for (long f = 0; f < count; f += AT_ONCE) {
+    long j = 0;
+    if (f % LANES == 0) {
+      mass = (vec){0};
+      for (long i = 0; i < late; i++) mass += load(phi + i * count + f);
+    }
+#define EACH(n) \
+  for (; j + n * LANES <= width; j += n * LANES) \
+    fold_strip(n, AT_ONCE, late, count, width, sums + f * row + j, phi + f, v + j, next + f * row + j);
+#if STRIP == 8
+    EACH(8)
+#endif
+    EACH(4) EACH(2) EACH(1)
+#undef EACH
+    for (long r = f; r < f + AT_ONCE; r++) next[r * row + width] = sums[r * row + width] + mass[r % LANES];
+  }
+}
+
 typedef struct {
   long queries, places, row; /* query heads of a key head; places of a room; of weights, one a place */
   size_t q, phi, weights, size; /* in a thread's memory; before q: what one product makes */
@@ -244,31 +283,15 @@ static void token_head(const void *call, long index, float *room) {
     sum_rows(0, newest + 1, width, own, v, width, room);
     for (long d = 0; d < width; d++) y[d] = (room[d] + f.b * y[d]) / f.den;
   }
-  if (t->begin < t->end)
-    for (long m = 0; m < per_key; m++) {
-      const float *weight = t->weight_k + (head * per_key + m) * width * (count / 2);
-      late_features(t, row, k + t->sinks * width, weight, t->room_phi + (map + m) * t->left * count, room);
-    }
+  for (long m = 0; m < per_key; m++) {
+    float *late = t->room_phi + (map + m) * t->left * count;
+    long sums = (map + m) * count * (width + 1);
+    if (t->begin < t->end)
+      late_features(t, row, k + t->sinks * width, t->weight_k + (head * per_key + m) * width * (count / 2), late, room);
+    if (t->next_sums) fold(t->late + 1, count, width, t->sums + sums, late, v + t->sinks * width, t->next_sums + sums);
+  }
 }
 
 int step_token(const Token *t) {
   return deal(token_head, t, t->batch * t->key_heads, plan_of(t).size, t->threads);
 }
-
-static void fold_head(const void *call, long index, float *room) {
-  const Fold *f = call;
-  (void)room;
-  long row = f->width + 1, size = f->features * row, head = index / (f->map_heads / f->key_heads);
-  const float *phi = f->phi + index * f->left * f->features, *v = f->v + head * f->v_head;
-  float *next = f->next + index * size;
-  memcpy(next, f->sums + index * size, size * sizeof(float));
-  product(f->features, f->width, f->late, phi, 1, f->features, v, f->width, LANES, next, row, NULL, 1);
-  for (long i = 0; i < f->features; i += LANES) {
-    vec mass = (vec){0};
-    for (long j = 0; j < f->late; j++) mass += load(phi + j * f->features + i);
-    for (long lane = 0; lane < LANES; lane++) next[(i + lane) * row + f->width] += mass[lane];
-  }
-}
-
-/* The sums with `late` keys more, in memory of their own. */
-int step_fold(const Fold *f, long batch, long threads) { return deal(fold_head, f, batch * f->map_heads, 1, threads); }
