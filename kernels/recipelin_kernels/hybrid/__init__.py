@@ -173,16 +173,18 @@ def hybrid_attention(
     here. `gpu` (Triton) computes what `chunked` does, forward and backward; its precision: gpu.py. One token after a state
     has a kernel of its own, see `hybrid_attention_step`.
     """
-    asked: tuple[object, ...] = ()
+    signature: tuple[object, ...] = ()
     if isinstance(state, HybridState) and output_state:
-        asked = native_step.asked_of(
+        signature = native_step.signature_of(
             q, k, v, phi_q, phi_k_fn, window, shape, sinks, cover, join, scale, on_drop, components, kernel, signed, reach,
             compat, chunk, first_query, max_gradient, not ablate, key_mask is None, segment_ids is None,
             window_keep is None, mix is None, log_scale is None,
         )  # fmt: skip
         call = None if state.room is None else state.room.prepared
-        if call is not None and call.asked == asked and not torch.is_grad_enabled():  # a token as the last one
-            return native_step.native_token(q, k, v, phi_q, mix, log_scale, phi_k_fn, call.options, state, asked)
+        free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if call is not None and call.signature == signature and free:  # a token as the last one
+            assert phi_k_fn is not None
+            return native_step.native_token(q, k, v, phi_q, mix, log_scale, phi_k_fn, call.options, state, signature)
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)
     one_of("join", join, JOINS)
@@ -235,13 +237,14 @@ def hybrid_attention(
         phi_q.check(q.shape[1], q.shape[3], shaped.shape[3])
     if isinstance(phi_k_fn, SoftmaxMap):
         phi_k_fn.check(phi_k_fn.heads, k.shape[3], shaped.shape[3])
-    if token and not steps and kernel in ("auto", "native") and key_mask is None and is_plain(held, window_keep, state):
+    if token and not steps and kernel in ("auto", "native") and key_mask is None:
         assert state is not None and phi_k_fn is not None
-        if not _learning(q, k, v, phi_q.weight if isinstance(phi_q, SoftmaxMap) else phi_q, phi_k, mix, log_scale):
+        of_queries = phi_q.weight if isinstance(phi_q, SoftmaxMap) else phi_q
+        if is_plain(held, window_keep, state) and not _learning(q, k, v, of_queries, phi_k, mix, log_scale):
             state = standing(state, phi_k_fn)
             check_lead(state, held)
             if takes == "native" and native_step.takes(q, k, v, phi_q, phi_k_fn, state):
-                return native_step.native_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state, asked)
+                return native_step.native_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state, signature)
             phi_q = phi_q(q) if isinstance(phi_q, SoftmaxMap) else phi_q
             return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
     if isinstance(phi_q, SoftmaxMap):

@@ -29,10 +29,16 @@ class Token(ctypes.Structure):
     """As in native/step.c."""
 
     _fields_ = (
-        *((n, ctypes.c_long) for n in ("batch", "heads", "key_heads", "map_heads", "width", "features", "sinks", "ring")),
+        *(
+            (n, ctypes.c_long)
+            for n in ("batch", "heads", "key_heads", "map_heads", "width", "features", "sinks", "ring")
+        ),
         *((n, ctypes.c_long) for n in ("left", "join", "signs", "threads", "late", "begin", "end")),
         *((n, ctypes.c_float) for n in ("scale", "clamp_q", "clamp_k")),
-        *((n, ctypes.c_void_p) for n in ("q", "k", "v", "phi_q", "weight_q", "weight_k", "strength", "sums", "next_sums")),
+        *(
+            (n, ctypes.c_void_p)
+            for n in ("q", "k", "v", "phi_q", "weight_q", "weight_k", "strength", "sums", "next_sums")
+        ),
         *((n, ctypes.c_void_p) for n in ("room_k", "room_v", "room_phi", "positions", "next_positions", "y")),
     )
 
@@ -45,7 +51,7 @@ class Prepared:
     """
 
     token: Token
-    asked: tuple[object, ...]
+    signature: tuple[object, ...]
     options: Options
     sums: Tensor
     held: tuple[Maps, ...]
@@ -71,18 +77,16 @@ def takes(q: Tensor, k: Tensor, v: Tensor, phi_q: Maps, phi_k_fn: Maps, state: H
     return whole and all(w.is_contiguous() and not w.shape[2] % LANES for w in weights)
 
 
-def asked_of(*call: object) -> tuple[object, ...]:
+def signature_of(q: Tensor, k: Tensor, v: Tensor, phi_q: object, phi_k_fn: object, *options: object) -> tuple[object, ...]:
     """What two calls have in common of which the second needs no checks: their options, and the kinds of their tensors."""
-    return tuple(map(_kind, call))
+    return _kind(q), _kind(k), _kind(v), _kind(phi_q), _kind(phi_k_fn), *options
 
 
 def _kind(given: object) -> object:
     if isinstance(given, SoftmaxMap):
         weight = given.weight
         return id(weight), weight.data_ptr(), weight.dtype, given.clamp
-    if isinstance(given, Tensor):
-        return given.shape, given.dtype, given.device
-    return None if callable(given) else given
+    return (given.shape, given.dtype, given.device) if isinstance(given, Tensor) else None
 
 
 def native_token(
@@ -95,15 +99,15 @@ def native_token(
     phi_k_fn: Callable[[Tensor], Tensor],
     options: Options,
     state: HybridState,
-    asked: tuple[object, ...],
+    signature: tuple[object, ...],
 ) -> tuple[Tensor, HybridState]:
     """`plain_token` where `takes`; features of phi_q and phi_k_fn are made by the same function where they are SoftmaxMaps."""
     state = placed(state)
     room, late = state.room, state.late
     call = room.prepared
-    if call is None or call.asked != asked or call.sums is not state.sums:
+    if call is None or call.signature != signature or call.sums is not state.sums:
         token = _prepare(q, k, phi_q, phi_k_fn, options, state)
-        call = room.prepared = Prepared(token, asked, options, state.sums, (phi_q, phi_k_fn))
+        call = room.prepared = Prepared(token, signature, options, state.sums, (phi_q, phi_k_fn))
     token = call.token
     # Held by their names, as all that is made here, until the call is over.
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
@@ -163,4 +167,4 @@ def _make_ahead(call: Prepared, map_k: SoftmaxMap, late: int) -> None:
     token.weight_k, token.clamp_k = weight.data_ptr(), map_k.clamp
 
 
-__all__ = ["Prepared", "asked_of", "native_token", "takes"]
+__all__ = ["Prepared", "signature_of", "native_token", "takes"]
