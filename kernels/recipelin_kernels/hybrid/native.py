@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..native import library
-from .rows import Options, PlainRows, Rows
+from .rows import JOINS, Options, PlainRows, Rows
 
-JOINS = ("shared", "absolute", "average", "sum")
 LANES = 16  # widths are multiples of it
 INPUTS = ("q", "k", "v", "phi_q", "phi_k", "mix", "log_scale")
 
@@ -25,12 +24,6 @@ def not_native(options: Options, keep: Tensor | None, *, maps_shared: bool, lear
     """Why the C kernels do not compute a call; None: they do."""
     if past:
         return "the C kernels begin without a state"
-    if options.join not in JOINS:
-        return f"the C kernels have no join {options.join!r}"
-    if options.reach is not None:
-        return "the C kernels have no `reach`"
-    if options.signed:
-        return "the C kernels take features of at least 0"
     if options.scale <= 0:
         return f"the C kernels take a scale above 0, found {options.scale}"
     if learns and options.ablate:
@@ -52,6 +45,7 @@ class _Call(ctypes.Structure):
             for n in (
                 *("run_count", "heads", "key_heads", "map_heads", "length", "first", "width", "features"),
                 *("window", "terraced", "anchor", "sinks", "cover_all", "drop_covers_all", "join", "through"),
+                *("reach", "sums_up", "is_signed"),
                 *("has_window", "has_sinks", "has_linear", "shown_window", "shown_sinks", "shown_linear"),
             )
         ),
@@ -81,7 +75,7 @@ def _struct(given: _Given, inputs: list[Tensor | None], **others: Tensor | None)
         first=given.first, width=k.shape[3], features=phi_k.shape[3], window=min(o.window, k.shape[2]) if o.shape == "sliding" else o.window,
         terraced=o.shape == "terraced", anchor=o.anchor, sinks=min(o.sinks, k.shape[2]), cover_all=o.cover == "all",
         drop_covers_all=o.on_drop == "linear_covers_all", join=JOINS.index(o.join),
-        through=o.join == "shared" and o.max_gradient == "through",
+        through=o.join == "shared" and o.max_gradient == "through", reach=o.reach or 0, sums_up=o.sums_up, is_signed=o.signed,
         **{f"{what}_{b}": getattr(o, call)(b) for what, call in (("has", "has"), ("shown", "shown")) for b in ("window", "sinks", "linear")},
         scale=o.scale,
     )  # fmt: skip
@@ -136,10 +130,12 @@ class _Hybrid(torch.autograd.Function):
             else:
                 written = name in ("q", "phi_q") and given.whole  # each query's at once; others are added up
                 grads[name] = torch.empty_like(x) if written else torch.zeros_like(x)
+        if "log_scale" in grads and "phi_q" not in grads:
+            grads["phi_q"] = torch.empty_like(inputs[INPUTS.index("phi_q")])
         others = {f"d{n}": x for n, x in grads.items()}
         _run("hybrid_backward", _struct(given, inputs, y=y, held=held, dy=dy.contiguous(), **others))
         found = {n: x.sum(0) if n in ("mix", "log_scale") else x for n, x in grads.items()}
-        return None, None, *(found.get(n) for n in INPUTS)
+        return None, None, *(found.get(n) if w else None for n, w in zip(INPUTS, ctx.needs_input_grad[2:], strict=True))
 
 
 def _runs(rows: Rows, batch: int, length: int) -> Tensor:
@@ -156,7 +152,8 @@ def _runs(rows: Rows, batch: int, length: int) -> Tensor:
 
 
 def _whole_vectors(x: Tensor) -> Tensor:
-    return F.pad(x, (0, -x.shape[-1] % LANES))
+    missing = -x.shape[-1] % LANES
+    return F.pad(x, (0, missing)) if missing else x
 
 
 def hybrid_attention_native(

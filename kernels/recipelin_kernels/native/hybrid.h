@@ -12,9 +12,10 @@
 #define STRIDE 16 /* chunks whose states exist at once in backward */
 #define LOG2E 1.4426950408889634f
 #define LOG_TINY -69.0f /* as in chunk.py */
-#define FEW 1.17549435e-38f /* a mass below is none */
+#define FEW 1.17549435e-38f      /* a mass below is none */
+#define SIGNED_FLOOR 1e-6f       /* as in rows.py */
 
-enum { SHARED, ABSOLUTE, AVERAGE, SUM };
+enum { SHARED, ABSOLUTE, REPLACE, AVERAGE, SUM }; /* from AVERAGE on each side has a denominator of its own */
 
 /* The order is that of native.py. Tensors are contiguous; NULL: not there, or not wanted. */
 typedef struct {
@@ -23,16 +24,17 @@ typedef struct {
   const int64_t *runs; /* [runs][4]: row, first token, end, number of held states before */
   float *y, *window_y, *linear_y, *share, *held;
   const float *dy;
-  float *dq, *dk, *dv, *dphi_q, *dphi_k, *dmix, *dlog_scale; /* the last two [runs,H] */
+  float *dq, *dk, *dv, *dphi_q, *dphi_k, *dmix, *dlog_scale; /* the last two [runs,H]; dlog_scale needs dphi_q */
   int64_t run_count, heads, key_heads, map_heads, length, first, width, features; /* first: of the queries that q holds */
   int64_t window, terraced, anchor, sinks, cover_all, drop_covers_all, join, through;
+  int64_t reach, sums_up, is_signed; /* reach: 0 is none */
   int64_t has_window, has_sinks, has_linear, shown_window, shown_sinks, shown_linear;
   float scale; /* above 0 */
 } Call;
 
 typedef struct {
   float a_factor, b_factor, inverse; /* y = inverse (a_factor sum a v + b_factor sum b v) */
-  float a_mass, b_mass, a_weight, b_weight;
+  float a_mass, b_mass, a_weight, b_weight, live; /* live: 0 where a signed denominator stands at its floor */
 } Row;
 
 typedef struct {
@@ -60,16 +62,22 @@ INLINE long window_start(const Call *c, long t) {
     long at = t - c->anchor, block = at >= 0 ? at / c->window : -((-at + c->window - 1) / c->window);
     start = (block - 1) * c->window + c->anchor;
   }
+  if (c->reach) start = most(start, t - c->reach + 1);
   return most(start, 0);
 }
 
-INLINE long span_of(const Call *c) { return c->terraced ? 2 * c->window : c->window; }
+/* The first key that query t looks at one by one, sinks but for. */
+INLINE long first_column(const Call *c, long t) {
+  return least(t, c->reach ? most(0, t - c->reach + 1) : window_start(c, t));
+}
+
+INLINE long span_of(const Call *c) { return c->reach ? c->reach : c->terraced ? 2 * c->window : c->window; }
 INLINE long columns_of(const Call *c) { return up(CHUNK + least(span_of(c), c->length)) + LANES; }
 INLINE long extra_of(const Call *c) { return up(least(c->sinks, c->length)); }
 INLINE long slots_of(const Call *c) { return (columns_of(c) / LANES + 2) & ~1L; }
 /* The ring of features need not reach as far as that of keys where the window's own are not linear. */
 INLINE long linear_slots_of(const Call *c) {
-  if (c->cover_all || c->keep) return slots_of(c);
+  if (c->cover_all || c->keep || c->reach || c->join == REPLACE) return slots_of(c);
   return (up(CHUNK + (c->terraced ? c->window : 0)) / LANES + 3) & ~1L;
 }
 INLINE long chunks_of(long tokens) { return (tokens + CHUNK - 1) / CHUNK; }
@@ -94,8 +102,8 @@ static Unit unit_of(const Call *c, long run, long map_head) {
 INLINE Chunk chunk_of(const Unit *u, long number) {
   Chunk h = {.begin = number * CHUNK, .t1 = least((number + 1) * CHUNK, u->length)};
   h.t0 = least(most(h.begin, u->asked), h.t1);
-  h.gone = least(window_start(u->call, h.begin), h.begin);
-  h.next = least(window_start(u->call, h.t1), h.t1);
+  h.gone = first_column(u->call, h.begin);
+  h.next = first_column(u->call, h.t1);
   h.origin = down(h.gone);
   return h;
 }
@@ -119,11 +127,15 @@ INLINE long summed_from(const Unit *u) { return head_of(u, 0).all ? 0 : u->call-
 /* One past the last key that query t has on its linear side, of those that are columns. */
 INLINE long linear_end(const Call *c, const Head *head, long t) { return head->all ? t + 1 : least(window_start(c, t), t + 1); }
 
+/* One past the last column for which phi.phi is asked: `replace` weighs the window by it. */
+INLINE long pairs_end(const Call *c, const Head *head, long t) {
+  return c->join == REPLACE ? t + 1 : c->has_linear ? linear_end(c, head, t) : 0;
+}
+
 /* One past the last panel of phi_k that a chunk looks at; where windows are dropped, as far as any head does. */
 INLINE long linear_panels(const Unit *u, const Chunk *h, const Head *head) {
   const Call *c = u->call;
-  if (!c->has_linear) return 0;
-  return up(c->keep ? h->t1 : linear_end(c, head, h->t1 - 1)) / LANES;
+  return up(c->keep ? h->t1 : pairs_end(c, head, h->t1 - 1)) / LANES;
 }
 
 /* Packs what the ring lacks of panels [from, to) of x [keys, width]; `done`: panels packed so far. */
@@ -155,6 +167,7 @@ INLINE ivec soft_keys(const Call *c, long base, long start, long t) {
 INLINE ivec linear_keys(const Call *c, const Head *head, const Chunk *h, long base, long t) {
   ivec j = places(base);
   long from = head->all ? h->gone : most(h->gone, c->sinks);
+  if (c->reach) from = most(from, t - c->reach + 1);
   return (j >= (int32_t)from) & (j < (int32_t)linear_end(c, head, t));
 }
 
@@ -164,19 +177,27 @@ INLINE ivec hidden_keys(const Call *c, long base, long start, long t) {
   return (c->shown_window ? all_int(0) : near & ~sink) | (c->shown_sinks ? all_int(0) : sink & ~near);
 }
 
-static void set_factors(const Call *c, long head, float top, Row *r) {
+/* x kept away from 0 where it is signed. */
+INLINE float floored(const Call *c, float x, float *live) {
+  *live = !c->is_signed || fabsf(x) >= SIGNED_FLOOR;
+  return *live || x == 0 ? x : copysignf(SIGNED_FLOOR, x);
+}
+
+/* top: the largest score; window_mass: of `replace`, the sum of phi.phi over the window. */
+static void set_factors(const Call *c, long head, float top, float window_mass, Row *r) {
   float a_mass = r->a_mass, b_mass = r->b_mass;
   r->a_weight = r->b_weight = 0;
   if (c->join >= AVERAGE) {
-    int a = a_mass >= FEW, b = b_mass >= FEW;
+    int a = a_mass >= FEW, b = fabsf(b_mass) >= FEW;
     r->a_weight = c->join == SUM ? a : (float)a / (1 + b);
     r->b_weight = c->join == SUM ? b : (float)b / (1 + a);
     r->a_factor = a ? r->a_weight / a_mass : 0;
-    r->b_factor = b ? r->b_weight / b_mass : 0;
+    r->b_factor = b ? r->b_weight / floored(c, b_mass, &r->live) : 0;
+    if (!b) r->live = !c->is_signed;
     r->inverse = 1;
     return;
   }
-  r->a_factor = c->join == SHARED ? c->mix[head] : 1;
+  r->a_factor = c->join == SHARED ? c->mix[head] : c->join == REPLACE && a_mass != 0 ? window_mass / a_mass : 0;
   r->b_factor = 1;
   if (c->join == ABSOLUTE) {
     float log_scale = c->log_scale[head], level = -INFINITY;
@@ -186,32 +207,39 @@ static void set_factors(const Call *c, long head, float top, Row *r) {
     r->a_factor = expf(fminf(top - level, 0));
     r->b_factor = expf(fminf(log_scale - level, -LOG_TINY));
   }
-  float den = r->a_factor * a_mass + r->b_factor * b_mass;
+  float den = floored(c, r->a_factor * a_mass + r->b_factor * b_mass, &r->live);
   r->inverse = den == 0 ? 0 : 1 / den;
 }
 
+/* Keys and their features, turned: of the sinks, and rings of those that a chunk looks at; sink_phi: of `replace` alone. */
+typedef struct {
+  float *sink_k, *sink_phi, *k, *phi;
+} Panels;
+
 /* Of one head's queries: a = exp(score - row maximum) in s and b = phi.phi in l, 0 outside their sets, and each row's sums and
  * factors. All columns up to the chunk's last key are written. */
-static void weigh(const Unit *u, const Chunk *h, const Head *head, const float *sink_panels, const float *k_ring,
-                  const float *phi_ring, const float *mass, float *s, float *l, Row *rows) {
+static void weigh(const Unit *u, const Chunk *h, const Head *head, const Panels *panels, const float *mass, float *s, float *l,
+                  Row *rows) {
   const Call *c = u->call;
   long count = h->t1 - h->t0, last = (h->t1 + LANES - 1) / LANES, ld = u->columns;
   const float *q = c->q + query_at(u, head->head, h->t0) * c->width;
   const float *phi_q = c->phi_q + query_at(u, head->head, h->t0) * c->features;
   long sinks = least(c->sinks, h->origin), soft = head->soft && (c->has_window || c->has_sinks);
-  long linear_last = c->has_linear ? linear_end(c, head, h->t1 - 1) : 0;
+  long pairs_last = pairs_end(c, head, h->t1 - 1);
   if (soft && sinks)
-    product(count, up(sinks), c->width, q, c->width, 1, sink_panels, LANES, LANES * c->width, s, ld, NULL, 0);
+    product(count, up(sinks), c->width, q, c->width, 1, panels->sink_k, LANES, LANES * c->width, s, ld, NULL, 0);
+  if (soft && sinks && c->join == REPLACE)
+    product(count, up(sinks), c->features, phi_q, c->features, 1, panels->sink_phi, LANES, LANES * c->features, l, ld, NULL, 0);
   for (long p = h->origin / LANES, n; p < last; p += n) {
     n = p % 2 == 0 && p + 1 < last ? 2 : 1;
     long from = least(most(0, p * LANES - h->t0), count) & ~(ROWS - 1L), to = count;
     if (soft && p * LANES >= c->sinks)
       while (to > from && window_start(c, h->t0 + to - 1) >= (p + n) * LANES) to--;
-    if (soft && to > from) against(u, h, to - from, from, p, n, q, c->width, k_ring, u->slots, s);
-    if (p * LANES >= linear_last) continue;
-    for (from = 0, to = count; from < count && linear_end(c, head, h->t0 + from) <= p * LANES;) from++;
+    if (soft && to > from) against(u, h, to - from, from, p, n, q, c->width, panels->k, u->slots, s);
+    if (p * LANES >= pairs_last) continue;
+    for (from = 0, to = count; from < count && pairs_end(c, head, h->t0 + from) <= p * LANES;) from++;
     from &= ~(ROWS - 1L);
-    against(u, h, to - from, from, p, n, phi_q, c->features, phi_ring, u->linear_slots, l);
+    against(u, h, to - from, from, p, n, phi_q, c->features, panels->phi, u->linear_slots, l);
   }
   for (long r = 0; r < count; r++) {
     long t = h->t0 + r, start = window_start(c, t), end = last * LANES;
@@ -220,7 +248,8 @@ static void weigh(const Unit *u, const Chunk *h, const Head *head, const float *
     vec top = all(-INFINITY);
     const float in_base_2 = c->scale * LOG2E;
     Row *row = rows + r;
-    float highest = 0, a_mass = 0, b_mass = 0;
+    float highest = 0, window_mass = 0;
+    row->a_mass = 0;
     if (soft) {
       for (long j = 0; j < sinks; j += LANES)
         top = larger(either(soft_keys(c, j, start, t) & (places(j) < (int32_t)sinks), load(a + j), all(-INFINITY)), top);
@@ -246,25 +275,29 @@ static void weigh(const Unit *u, const Chunk *h, const Head *head, const float *
         if (!(c->shown_window && c->shown_sinks)) e = where(~hidden_keys(c, j, start, t), e);
         store(at, e);
       }
-      a_mass = sum_of(sum);
+      row->a_mass = sum_of(sum);
     } else {
       for (long j = 0; j < sinks; j += LANES) store(a + j, all(0));
       for (long j = h->origin; j < end; j += LANES) store(a + u->extra + j - h->origin, all(0));
     }
     long stop = c->has_linear ? linear_end(c, head, t) : 0;
-    vec sum = {0};
+    vec sum = {0}, held = {0};
+    if (soft && c->join == REPLACE) {
+      for (long j = 0; j < sinks; j += LANES)
+        held += where(soft_keys(c, j, start, t) & (places(j) < (int32_t)sinks), load(b + j));
+      for (long j = from; j <= t; j += LANES) held += where(soft_keys(c, j, start, t), load(b + u->extra + j - h->origin));
+      window_mass = sum_of(held);
+    }
     for (long j = h->origin; j < end; j += LANES) {
       float *at = b + u->extra + j - h->origin;
       vec found = j < stop ? where(linear_keys(c, head, h, j, t), load(at)) : all(0);
       sum += found;
       store(at, found);
     }
-    if (h->gone && c->has_linear)
+    if (h->gone && c->sums_up)
       for (long f = 0; f < c->features; f += LANES) sum += load(phi_q + r * c->features + f) * load(mass + f);
-    b_mass = sum_of(sum);
-    row->a_mass = a_mass;
-    row->b_mass = b_mass;
-    set_factors(c, head->head, highest * c->scale, row);
+    row->b_mass = sum_of(sum);
+    set_factors(c, head->head, highest * c->scale, window_mass, row);
   }
 }
 

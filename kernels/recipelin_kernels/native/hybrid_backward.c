@@ -3,14 +3,16 @@
 /* What backward holds of a unit beside its rings. */
 typedef struct {
   float *s, *l, *dx, *scaled; /* scaled: dy of the linear side, [CHUNK, D] */
-  float *sink_panels, *k_ring, *phi_ring, *v_ring, *v_sinks, *turned, *states, *d_state;
+  Panels panels;
+  float *v, *sink_v, *turned, *states, *d_state;
 } Room;
 
 static size_t room_of(const Call *c, float *room, Room *found) {
   long columns = extra_of(c) + columns_of(c), ring = slots_of(c) * LANES, size = state_size(c);
   const long sizes[] = {CHUNK * columns, CHUNK * columns, CHUNK * columns, CHUNK * c->width,
-                        extra_of(c) * c->width, ring * c->width, linear_slots_of(c) * LANES * c->features, ring * c->width,
-                        extra_of(c) * c->width, size, STRIDE * size, size};
+                        extra_of(c) * c->width, extra_of(c) * c->features, ring * c->width,
+                        linear_slots_of(c) * LANES * c->features, ring * c->width, extra_of(c) * c->width, size,
+                        STRIDE * size, size};
   float **parts = (float **)found;
   size_t at = 0;
   for (unsigned i = 0; i < sizeof sizes / sizeof *sizes; i++) {
@@ -32,14 +34,18 @@ static void through_rows(const Unit *u, const Chunk *h, const Head *head, const 
     float *a = m->s + r * ld, *b = m->l + r * ld, *dx = m->dx + r * ld;
     float soft_shift = dyy[r];
     shift[r] = dyy[r];
-    if (c->join >= AVERAGE) { /* each side has a denominator of its own */
+    if (c->join >= REPLACE) { /* softmax has a denominator of its own */
       vec sum = {0};
       SOFT_COLUMNS(j) sum += where(load(a + j) != 0.0f, load(a + j) * load(dx + j));
       soft_shift = row->a_mass > 0 ? sum_of(sum) / row->a_mass : 0;
-      shift[r] = row->b_weight > 0 ? (dyy[r] - row->a_weight * soft_shift) / row->b_weight : 0;
+    }
+    if (c->join >= AVERAGE) shift[r] = row->b_weight > 0 ? (dyy[r] - row->a_weight * soft_shift) / row->b_weight : 0;
+    if (!row->live) { /* the denominator does not follow the weights */
+      shift[r] = 0;
+      if (c->join < REPLACE) soft_shift = 0;
     }
     float soft_by = row->a_factor * row->inverse, linear_by = row->b_factor * row->inverse, to_top = 0;
-    if (c->dmix || c->dlog_scale || c->through) {
+    if (c->dmix || c->through) {
       vec total = {0}, tops = {0};
       SOFT_COLUMNS(j) {
         vec e = load(a + j);
@@ -48,18 +54,20 @@ static void through_rows(const Unit *u, const Chunk *h, const Head *head, const 
       }
       float sum = sum_of(total), equal = sum_of(tops);
       if (c->dmix) c->dmix[u->run * c->heads + head->head] += sum * row->inverse;
-      /* Both sides' gradients to their logarithms add up to 0. */
-      if (c->dlog_scale) c->dlog_scale[u->run * c->heads + head->head] -= sum * soft_by;
       /* A shared denominator does not cancel the row's maximum; keys that are equally large share its gradient. */
       if (c->through && equal > 0) to_top = sum / equal;
     }
-    float by = soft_by * c->scale;
+    float by = soft_by * c->scale, to_window = (soft_shift - shift[r]) * linear_by;
     SOFT_COLUMNS(j) {
       vec e = load(a + j), d = load(dx + j), weight = e * soft_by;
       if (j >= u->extra) {
         weight += load(b + j) * linear_by;
         ivec set = c->has_linear ? linear_keys(c, head, h, h->origin + j - u->extra, h->t0 + r) : all_int(0);
-        store(b + j, where(set, (d - shift[r]) * linear_by));
+        vec db = where(set, (d - shift[r]) * linear_by);
+        if (c->join == REPLACE) db += where(e != 0.0f, all(to_window));
+        store(b + j, db);
+      } else if (c->join == REPLACE) {
+        store(b + j, where(e != 0.0f, all(to_window)));
       }
       store(dx + j, weight);
       store(a + j, by * (where(e != 0.0f, e * (d - soft_shift)) - where(e == 1.0f, all(to_top))));
@@ -77,12 +85,12 @@ static void chunk_backward(const Unit *u, const Chunk *h, const Head *head, cons
   const float *mass = state + features * width;
   float dyy[CHUNK], shift[CHUNK];
   Row rows[CHUNK];
-  weigh(u, h, head, m->sink_panels, m->k_ring, m->phi_ring, mass, m->s, m->l, rows);
-  if (sinks) product(count, up(sinks), width, dy, width, 1, m->v_sinks, LANES, LANES * width, m->dx, ld, NULL, 0);
+  weigh(u, h, head, &m->panels, mass, m->s, m->l, rows);
+  if (sinks) product(count, up(sinks), width, dy, width, 1, m->sink_v, LANES, LANES * width, m->dx, ld, NULL, 0);
   for (long p = h->origin / LANES, n; p < last; p += n) {
     n = p % 2 == 0 && p + 1 < last ? 2 : 1;
     long from = least(most(0, p * LANES - h->t0), count) & ~(ROWS - 1L);
-    against(u, h, count - from, from, p, n, dy, width, m->v_ring, u->slots, m->dx);
+    against(u, h, count - from, from, p, n, dy, width, m->v, u->slots, m->dx);
   }
   for (long r = 0; r < count; r++) {
     float by = rows[r].b_factor * rows[r].inverse;
@@ -107,8 +115,8 @@ static void chunk_backward(const Unit *u, const Chunk *h, const Head *head, cons
     product(keys, width, count, span, 1, ld, q, width, LANES, dk + h->origin * width, width, NULL, 1);
     if (sinks) product(sinks, width, count, m->s, 1, ld, q, width, LANES, dk, width, NULL, 1);
   }
-  long linear = c->has_linear ? most(0, linear_end(c, head, h->t1 - 1) - h->origin) : 0;
-  int past = h->gone && c->has_linear;
+  long pairs = most(0, pairs_end(c, head, h->t1 - 1) - h->origin), pair_sinks = c->join == REPLACE ? sinks : 0;
+  int past = h->gone && c->sums_up;
   if (c->dq) {
     float *dq = c->dq + at * width;
     for (long r = 0; r < count; r += ROWS) {
@@ -122,10 +130,11 @@ static void chunk_backward(const Unit *u, const Chunk *h, const Head *head, cons
     float *dphi_q = c->dphi_q + at * features;
     if (past) product(count, features, width, m->scaled, width, 1, m->turned, LANES, LANES * width, dphi_q, features, NULL, 0);
     for (long r = 0; r < count; r += ROWS) {
-      long n = least(ROWS, count - r), some = c->has_linear ? most(0, linear_end(c, head, h->t0 + r + n - 1) - h->origin) : 0;
+      long n = least(ROWS, count - r), some = most(0, pairs_end(c, head, h->t0 + r + n - 1) - h->origin);
       product(n, features, some, db + r * ld, ld, 1, u->phi_k + h->origin * features, features, LANES, dphi_q + r * features,
               features, NULL, past);
     }
+    if (pair_sinks) product(count, features, sinks, m->l, ld, 1, u->phi_k, features, LANES, dphi_q, features, NULL, 1);
     for (long r = 0; past && r < count; r++) {
       float by = rows[r].b_factor * rows[r].inverse * shift[r];
       for (long f = 0; f < features; f += LANES) {
@@ -133,10 +142,16 @@ static void chunk_backward(const Unit *u, const Chunk *h, const Head *head, cons
         store(to, load(to) - by * load(mass + f));
       }
     }
+    if (c->dlog_scale) { /* the linear side is as linear in phi_q as in exp(log_scale) */
+      vec sum = {0};
+      for (long f = 0; f < count * features; f += LANES) sum += load(phi_q + f) * load(dphi_q + f);
+      c->dlog_scale[u->run * c->heads + head->head] += sum_of(sum);
+    }
   }
-  if (c->dphi_k && linear) {
+  if (c->dphi_k) {
     float *dphi_k = c->dphi_k + ((u->row * c->map_heads + u->map_head) * c->length + u->start) * features;
-    product(linear, features, count, db, 1, ld, phi_q, features, LANES, dphi_k + h->origin * features, features, NULL, 1);
+    product(pairs, features, count, db, 1, ld, phi_q, features, LANES, dphi_k + h->origin * features, features, NULL, 1);
+    if (pair_sinks) product(sinks, features, count, m->l, 1, ld, phi_q, features, LANES, dphi_k, features, NULL, 1);
   }
   if (past && (c->dphi_k || c->dv)) {
     product(features, width, count, phi_q, 1, features, m->scaled, width, LANES, m->d_state, width, NULL, 1);
@@ -184,8 +199,9 @@ static void unit_backward(const Unit *u, const Room *m) {
   const float *held = c->held + (c->runs[4 * u->run + 3] * c->map_heads + u->map_head * groups) * size;
   memset(m->d_state, 0, size * sizeof(float));
   if (c->sinks) {
-    pack(least(c->sinks, u->length), width, u->k, width, m->sink_panels);
-    pack(least(c->sinks, u->length), width, u->v, width, m->v_sinks);
+    pack(least(c->sinks, u->length), width, u->k, width, m->panels.sink_k);
+    pack(least(c->sinks, u->length), width, u->v, width, m->sink_v);
+    pack(least(c->sinks, u->length), c->features, u->phi_k, c->features, m->panels.sink_phi);
   }
   for (long group = groups; group-- > 0;) {
     long first = group * STRIDE, stop = least(first + STRIDE, chunks);
@@ -194,21 +210,21 @@ static void unit_backward(const Unit *u, const Room *m) {
       Chunk h = chunk_of(u, number);
       float *next = m->states + (number + 1 - first) * size;
       memcpy(next, next - size, size * sizeof(float));
-      if (c->has_linear) add_to_state(u, h.gone, h.next, next);
+      if (c->sums_up) add_to_state(u, h.gone, h.next, next);
     }
     for (long number = stop; number-- > first;) {
       Chunk h = chunk_of(u, number);
       const float *state = m->states + (number - first) * size;
-      if (number + 1 < chunks && c->has_linear && (c->dphi_k || c->dv)) leave_state(u, h.gone, h.next, m);
+      if (number + 1 < chunks && c->sums_up && (c->dphi_k || c->dv)) leave_state(u, h.gone, h.next, m);
       if (h.t0 == h.t1) continue;
       long from = h.origin / LANES, to = (h.t1 + LANES - 1) / LANES;
-      fill_back(u->k, u->length, width, from, to, u->slots, m->k_ring, &packed_k);
-      fill_back(u->v, u->length, width, from, to, u->slots, m->v_ring, &packed_v);
-      if (h.gone && c->has_linear && c->dphi_q) pack(c->features, width, state, width, m->turned);
+      fill_back(u->k, u->length, width, from, to, u->slots, m->panels.k, &packed_k);
+      fill_back(u->v, u->length, width, from, to, u->slots, m->v, &packed_v);
+      if (h.gone && c->sums_up && c->dphi_q) pack(c->features, width, state, width, m->turned);
       for (long i = 0; i < u->each; i++) {
         Head head = head_of(u, i);
         long linear = linear_panels(u, &h, &head);
-        fill_back(u->phi_k, u->length, c->features, from, linear, u->linear_slots, m->phi_ring, &packed_phi);
+        fill_back(u->phi_k, u->length, c->features, from, linear, u->linear_slots, m->panels.phi, &packed_phi);
         chunk_backward(u, &h, &head, m, state);
       }
     }

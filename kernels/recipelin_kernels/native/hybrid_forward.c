@@ -13,7 +13,8 @@ static void outputs(const Unit *u, const Chunk *h, const Head *head, const float
     float a = row->a_factor * row->inverse, b = c->shown_linear ? row->b_factor * row->inverse : 0;
     linear_scale[r] = b;
     if (c->linear_y) { /* each branch divided by its own mass */
-      linear_scale[r] = c->shown_linear && row->b_mass != 0 ? 1 / row->b_mass : 0;
+      float live, mass = floored(c, row->b_mass, &live);
+      linear_scale[r] = c->shown_linear && mass != 0 ? 1 / mass : 0;
       window_scale[r] = row->a_mass != 0 ? 1 / row->a_mass : 0;
       continue;
     }
@@ -22,7 +23,7 @@ static void outputs(const Unit *u, const Chunk *h, const Head *head, const float
     to += u->extra;
     for (long j = 0; j < end; j += LANES) store(to + j, load(to + j) * a + load(from + j) * b);
   }
-  int past = h->gone && c->has_linear && c->shown_linear;
+  int past = h->gone && c->sums_up && c->shown_linear;
   if (past)
     product(count, width, c->features, phi_q, c->features, 1, state, width, LANES, linear_y, width, linear_scale, 0);
   else
@@ -49,45 +50,49 @@ static void outputs(const Unit *u, const Chunk *h, const Head *head, const float
   }
   for (long r = 0; r < count; r++) {
     const Row *row = rows + r;
-    float a = row->a_factor * row->inverse * row->a_mass, b = row->b_factor * row->inverse * row->b_mass;
-    for (long d = r * width; d < (r + 1) * width; d += LANES) store(y + d, a * load(window_y + d) + b * load(linear_y + d));
+    float live, a = row->a_factor * row->inverse * row->a_mass, b = row->b_factor * row->inverse;
+    for (long d = r * width; d < (r + 1) * width; d += LANES) store(y + d, a * load(window_y + d) + b * floored(c, row->b_mass, &live) * load(linear_y + d));
     float weights = row->a_weight + row->b_weight;
-    c->share[at + r] = c->join >= AVERAGE ? row->b_weight / fmaxf(weights, 0.5f) : b;
+    c->share[at + r] = c->join >= AVERAGE ? row->b_weight / fmaxf(weights, 0.5f) : b * row->b_mass;
   }
 }
 
 static size_t forward_room(const Call *c) {
   long columns = extra_of(c) + columns_of(c);
-  return 2 * CHUNK * columns + (extra_of(c) + slots_of(c) * LANES) * c->width + linear_slots_of(c) * LANES * c->features +
-         state_size(c);
+  return 2 * CHUNK * columns + (extra_of(c) + slots_of(c) * LANES) * c->width +
+         (extra_of(c) + linear_slots_of(c) * LANES) * c->features + state_size(c);
 }
 
 static void forward_unit(const void *given, long index, float *room) {
   const Call *c = given;
   Unit u = unit_of(c, index / c->map_heads, index % c->map_heads);
   long size = state_size(c), chunks = chunks_of(u.length), packed = 0, packed_phi = 0;
-  float *s = room, *l = s + CHUNK * u.columns, *sink_panels = l + CHUNK * u.columns;
-  float *k_ring = sink_panels + u.extra * c->width, *phi_ring = k_ring + u.slots * LANES * c->width;
-  float *state = phi_ring + u.linear_slots * LANES * c->features;
+  float *s = room, *l = s + CHUNK * u.columns;
+  Panels panels = {.sink_k = l + CHUNK * u.columns};
+  panels.sink_phi = panels.sink_k + u.extra * c->width;
+  panels.k = panels.sink_phi + u.extra * c->features;
+  panels.phi = panels.k + u.slots * LANES * c->width;
+  float *state = panels.phi + u.linear_slots * LANES * c->features;
   float *held = c->held ? c->held + (c->runs[4 * u.run + 3] * c->map_heads + u.map_head * ((chunks + STRIDE - 1) / STRIDE)) * size
                         : NULL;
   memset(state, 0, size * sizeof(float));
-  if (c->sinks) pack(least(c->sinks, u.length), c->width, u.k, c->width, sink_panels);
+  if (c->sinks) pack(least(c->sinks, u.length), c->width, u.k, c->width, panels.sink_k);
+  if (c->sinks) pack(least(c->sinks, u.length), c->features, u.phi_k, c->features, panels.sink_phi);
   for (long number = 0; number < chunks; number++) {
     Chunk h = chunk_of(&u, number);
     if (held && number % STRIDE == 0) memcpy(held + number / STRIDE * size, state, size * sizeof(float));
     if (h.t0 < h.t1) {
-      fill_ring(u.k, u.length, c->width, h.origin / LANES, (h.t1 + LANES - 1) / LANES, u.slots, k_ring, &packed);
+      fill_ring(u.k, u.length, c->width, h.origin / LANES, (h.t1 + LANES - 1) / LANES, u.slots, panels.k, &packed);
       for (long i = 0; i < u.each; i++) {
         Head head = head_of(&u, i);
         Row rows[CHUNK];
         long linear = linear_panels(&u, &h, &head);
-        fill_ring(u.phi_k, u.length, c->features, h.origin / LANES, linear, u.linear_slots, phi_ring, &packed_phi);
-        weigh(&u, &h, &head, sink_panels, k_ring, phi_ring, state + c->features * c->width, s, l, rows);
+        fill_ring(u.phi_k, u.length, c->features, h.origin / LANES, linear, u.linear_slots, panels.phi, &packed_phi);
+        weigh(&u, &h, &head, &panels, state + c->features * c->width, s, l, rows);
         outputs(&u, &h, &head, state, s, l, rows);
       }
     }
-    if (c->has_linear && number + 1 < chunks) add_to_state(&u, h.gone, h.next, state);
+    if (c->sums_up && number + 1 < chunks) add_to_state(&u, h.gone, h.next, state);
   }
 }
 
