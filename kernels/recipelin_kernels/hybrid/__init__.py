@@ -259,13 +259,7 @@ def hybrid_attention(
     if state is None and reach is not None and (length <= reach or int(own.position.max()) < reach):
         options = replace(options, reach=None)  # no key of the call is that far
     covered = plain and not asked and options.reach is None and length <= options.span
-    not_native = why_not_native(
-        options,
-        window_keep,
-        maps_shared=phi_k.shape[1] < q.shape[1],
-        learns=learns or _learning(q, k, v),
-        past=state is not None,
-    )
+    not_native = why_not_native(options, past=state is not None)
     ran = resolve_kernel(kernel, q.device, covered=covered, not_native=not_native, **sizes)
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
     if key_mask is not None:

@@ -20,16 +20,12 @@ LANES = 16  # widths are multiples of it
 INPUTS = ("q", "k", "v", "phi_q", "phi_k", "mix", "log_scale")
 
 
-def not_native(options: Options, keep: Tensor | None, *, maps_shared: bool, learns: bool, past: bool) -> str | None:
+def not_native(options: Options, *, past: bool) -> str | None:
     """Why the C kernels do not compute a call; None: they do."""
     if past:
         return "the C kernels begin without a state"
     if options.scale <= 0:
         return f"the C kernels take a scale above 0, found {options.scale}"
-    if learns and options.ablate:
-        return "the C kernels have no gradient of an ablated branch"
-    if keep is not None and options.sinks and maps_shared:
-        return "the C kernels keep one sum of the sinks' features for heads whose windows are dropped alike"
     return None
 
 
@@ -173,6 +169,8 @@ def hybrid_attention_native(
 ) -> list[Tensor]:
     """y, and with `components` the three parts, as `hybrid_attention_chunked` has them; what it takes: `not_native`."""
     dtype = q.dtype
+    if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
+        phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)  # a dropped head's sums hold the sinks too
     tensors = [_whole_vectors(x.float()).contiguous() for x in (q, k, v, phi_q, phi_k)]
     numbers = [None if x is None else x.float().contiguous() for x in (mix, log_scale)]
     keep = None if window_keep is None else window_keep.to(torch.uint8).contiguous()

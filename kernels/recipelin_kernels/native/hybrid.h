@@ -262,7 +262,7 @@ static void weigh(const Unit *u, const Chunk *h, const Head *head, const Panels 
         ivec set = soft_keys(c, j, start, t) & (places(j) < (int32_t)sinks);
         vec e = where(set, exp2_of((load(a + j) - highest) * in_base_2));
         sum += e;
-        store(a + j, c->shown_sinks ? e : all(0));
+        store(a + j, e);
       }
       for (long j = h->origin; j < end; j += LANES) {
         float *at = a + u->extra + j - h->origin;
@@ -272,7 +272,6 @@ static void weigh(const Unit *u, const Chunk *h, const Head *head, const Panels 
         }
         vec e = where(soft_keys(c, j, start, t), exp2_of((load(at) - highest) * in_base_2));
         sum += e;
-        if (!(c->shown_window && c->shown_sinks)) e = where(~hidden_keys(c, j, start, t), e);
         store(at, e);
       }
       row->a_mass = sum_of(sum);

@@ -22,6 +22,14 @@ static size_t room_of(const Call *c, float *room, Room *found) {
   return at;
 }
 
+/* dy.v of columns j of a row, 0 where softmax keys do not count in the numerator. */
+INLINE vec shown_part(const Unit *u, const Chunk *h, long j, long t, vec x) {
+  const Call *c = u->call;
+  if (c->shown_window && c->shown_sinks) return x;
+  long base = j < u->extra ? j : h->origin + j - u->extra;
+  return where(~hidden_keys(c, base, window_start(c, t), t), x);
+}
+
 /* Turns, row by row, a into the gradient of q k^T, b into that of phi.phi, and dx = dy.v into the weights that y had.
  * shift [rows]: what dy.v of a linear key is compared with. */
 static void through_rows(const Unit *u, const Chunk *h, const Head *head, const Room *m, const Row *rows, const float *dyy,
@@ -32,11 +40,12 @@ static void through_rows(const Unit *u, const Chunk *h, const Head *head, const 
   for (long r = 0; r < h->t1 - h->t0; r++) {
     const Row *row = rows + r;
     float *a = m->s + r * ld, *b = m->l + r * ld, *dx = m->dx + r * ld;
+    long t = h->t0 + r;
     float soft_shift = dyy[r];
     shift[r] = dyy[r];
     if (c->join >= REPLACE) { /* softmax has a denominator of its own */
       vec sum = {0};
-      SOFT_COLUMNS(j) sum += where(load(a + j) != 0.0f, load(a + j) * load(dx + j));
+      SOFT_COLUMNS(j) sum += where(load(a + j) != 0.0f, load(a + j) * shown_part(u, h, j, t, load(dx + j)));
       soft_shift = row->a_mass > 0 ? sum_of(sum) / row->a_mass : 0;
     }
     if (c->join >= AVERAGE) shift[r] = row->b_weight > 0 ? (dyy[r] - row->a_weight * soft_shift) / row->b_weight : 0;
@@ -44,12 +53,13 @@ static void through_rows(const Unit *u, const Chunk *h, const Head *head, const 
       shift[r] = 0;
       if (c->join < REPLACE) soft_shift = 0;
     }
+    if (c->join >= AVERAGE && !c->shown_linear) shift[r] = 0;
     float soft_by = row->a_factor * row->inverse, linear_by = row->b_factor * row->inverse, to_top = 0;
     if (c->dmix || c->through) {
       vec total = {0}, tops = {0};
       SOFT_COLUMNS(j) {
         vec e = load(a + j);
-        total += where(e != 0.0f, e * (load(dx + j) - soft_shift));
+        total += where(e != 0.0f, e * (shown_part(u, h, j, t, load(dx + j)) - soft_shift));
         tops += where(e == 1.0f, all(1));
       }
       float sum = sum_of(total), equal = sum_of(tops);
@@ -59,11 +69,11 @@ static void through_rows(const Unit *u, const Chunk *h, const Head *head, const 
     }
     float by = soft_by * c->scale, to_window = (soft_shift - shift[r]) * linear_by;
     SOFT_COLUMNS(j) {
-      vec e = load(a + j), d = load(dx + j), weight = e * soft_by;
+      vec e = load(a + j), x = load(dx + j), d = shown_part(u, h, j, t, x), weight = shown_part(u, h, j, t, e * soft_by);
       if (j >= u->extra) {
-        weight += load(b + j) * linear_by;
-        ivec set = c->has_linear ? linear_keys(c, head, h, h->origin + j - u->extra, h->t0 + r) : all_int(0);
-        vec db = where(set, (d - shift[r]) * linear_by);
+        if (c->shown_linear) weight += load(b + j) * linear_by;
+        ivec set = c->has_linear ? linear_keys(c, head, h, h->origin + j - u->extra, t) : all_int(0);
+        vec db = where(set, ((c->shown_linear ? x : all(0)) - shift[r]) * linear_by);
         if (c->join == REPLACE) db += where(e != 0.0f, all(to_window));
         store(b + j, db);
       } else if (c->join == REPLACE) {
@@ -93,7 +103,7 @@ static void chunk_backward(const Unit *u, const Chunk *h, const Head *head, cons
     against(u, h, count - from, from, p, n, dy, width, m->v, u->slots, m->dx);
   }
   for (long r = 0; r < count; r++) {
-    float by = rows[r].b_factor * rows[r].inverse;
+    float by = c->shown_linear ? rows[r].b_factor * rows[r].inverse : 0;
     vec sum = {0};
     for (long d = r * width; d < (r + 1) * width; d += LANES) {
       sum += load(dy + d) * load(y + d);

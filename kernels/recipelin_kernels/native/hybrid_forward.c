@@ -7,6 +7,14 @@ static void outputs(const Unit *u, const Chunk *h, const Head *head, const float
   long sinks = least(c->sinks, h->origin), end = up(h->t1 - h->origin);
   const float *phi_q = c->phi_q + at * c->features, *v = u->v + h->origin * width;
   float *y = c->y + at * width, *linear_y = c->linear_y ? c->linear_y + at * width : y;
+  int hides = !(c->shown_window && c->shown_sinks);
+  for (long r = 0; hides && r < count; r++) {
+    long t = h->t0 + r, start = window_start(c, t);
+    for (long j = sinks ? 0 : u->extra; j < u->extra + end; j = j + LANES == up(sinks) ? u->extra : j + LANES) {
+      float *a = s + r * ld + j;
+      store(a, where(~hidden_keys(c, j < u->extra ? j : h->origin + j - u->extra, start, t), load(a)));
+    }
+  }
   float linear_scale[CHUNK], window_scale[CHUNK];
   for (long r = 0; r < count; r++) {
     const Row *row = rows + r;
