@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import native
+from ..native import why_not as why_no_native
 from ..autocast import ignores_autocast
 from . import gpu_support, native_step
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
+from .native import hybrid_attention_native
+from .native import not_native as why_not_native
 from .reference import hybrid_attention_reference
 from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, check_shapes, one_of, rows
 from .softmax_map import SoftmaxMap
@@ -92,7 +94,7 @@ def _not_native(device: torch.device | str, dtype: torch.dtype | None) -> str | 
         return f"the C kernels compute in float32, found {dtype}"
     if torch.compiler.is_compiling():
         return "torch.compile cannot look into the C kernels"
-    return native.why_not()
+    return why_no_native()
 
 
 @ignores_autocast
@@ -274,7 +276,8 @@ def hybrid_attention(
     if state is None and reach is not None and (length <= reach or int(own.position.max()) < reach):
         options = replace(options, reach=None)  # no key of the call is that far
     covered = plain and not asked and options.reach is None and length <= options.span
-    ran = resolve_kernel(kernel, q.device, covered=covered, **sizes)
+    not_native = why_not_native(options, past=state is not None)
+    ran = resolve_kernel(kernel, q.device, covered=covered, not_native=not_native, **sizes)
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
     if key_mask is not None:
         real = key_mask[:, None, :, None]
@@ -324,6 +327,10 @@ def hybrid_attention(
             *arguments, own, k_rows, past=past, plain=plain, segmented=packed, components=components,
             map_q=maps[0] if maps else None,
         )  # fmt: skip
+    elif ran == "native":
+        if chunk is not None:
+            raise ValueError(f"chunk={chunk}: kernel 'native' has chunks of its own; chunks are of 'chunked'")
+        parts = hybrid_attention_native(*arguments, own, components=components, first_query=first_query)
     else:
         parts = hybrid_attention_chunked(
             *arguments, own, k_rows, past=past, plain=plain, components=components, chunk=chunk, first_query=first_query

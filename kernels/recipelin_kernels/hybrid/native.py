@@ -1,0 +1,185 @@
+"""Hybrid attention by the C kernels: what `chunked` computes, in float32 on a CPU, in products that stay in registers.
+
+The chunked form of chunked.py in chunks of 32 queries (native/hybrid.h). A run of real tokens is a row of its own, so that
+padding is never read. Backward reads the states before every 512th token, which forward leaves, and computes the rest anew.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..native import library
+from .rows import JOINS, Options, PlainRows, Rows
+
+LANES = 16  # widths are multiples of it
+INPUTS = ("q", "k", "v", "phi_q", "phi_k", "mix", "log_scale")
+
+
+def not_native(options: Options, *, past: bool) -> str | None:
+    """Why the C kernels do not compute a call; None: they do."""
+    if past:
+        return "the C kernels begin without a state"
+    if options.scale <= 0:
+        return f"the C kernels take a scale above 0, found {options.scale}"
+    return None
+
+
+class _Call(ctypes.Structure):
+    """`Call` of native/hybrid.h."""
+
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in INPUTS),
+        *((n, ctypes.c_void_p) for n in ("keep", "runs", "y", "window_y", "linear_y", "share", "held", "dy")),
+        *((f"d{n}", ctypes.c_void_p) for n in ("q", "k", "v", "phi_q", "phi_k", "mix", "log_scale")),
+        *(
+            (n, ctypes.c_int64)
+            for n in (
+                *("run_count", "heads", "key_heads", "map_heads", "length", "first", "width", "features"),
+                *("window", "terraced", "anchor", "sinks", "cover_all", "drop_covers_all", "join", "through"),
+                *("reach", "sums_up", "is_signed"),
+                *("has_window", "has_sinks", "has_linear", "shown_window", "shown_sinks", "shown_linear"),
+            )
+        ),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """One call but for its tensors: runs [n,4] int64 (row, first token, end, held states before), keep [B,H] uint8."""
+
+    runs: Tensor
+    keep: Tensor | None
+    options: Options
+    first: int
+    whole: bool  # every token is in a run
+
+
+def _struct(given: _Given, inputs: list[Tensor | None], **others: Tensor | None) -> _Call:
+    q, k, _, phi_q, phi_k, *_ = inputs
+    assert q is not None and k is not None and phi_q is not None and phi_k is not None
+    o = given.options
+    named = dict(zip(INPUTS, inputs, strict=True)) | {"keep": given.keep, "runs": given.runs} | others
+    return _Call(
+        **{n: x.data_ptr() for n, x in named.items() if x is not None},
+        run_count=len(given.runs), heads=q.shape[1], key_heads=k.shape[1], map_heads=phi_k.shape[1], length=k.shape[2],
+        first=given.first, width=k.shape[3], features=phi_k.shape[3], window=min(o.window, k.shape[2]) if o.shape == "sliding" else o.window,
+        terraced=o.shape == "terraced", anchor=o.anchor, sinks=min(o.sinks, k.shape[2]), cover_all=o.cover == "all",
+        drop_covers_all=o.on_drop == "linear_covers_all", join=JOINS.index(o.join),
+        through=o.join == "shared" and o.max_gradient == "through", reach=o.reach or 0, sums_up=o.sums_up, is_signed=o.signed,
+        **{f"{what}_{b}": getattr(o, call)(b) for what, call in (("has", "has"), ("shown", "shown")) for b in ("window", "sinks", "linear")},
+        scale=o.scale,
+    )  # fmt: skip
+
+
+def _run(name: str, call: _Call) -> None:
+    if getattr(library(), name)(ctypes.byref(call), ctypes.c_long(torch.get_num_threads())):
+        raise MemoryError(f"{name}: no memory for its chunks")
+
+
+def _forward(given: _Given, inputs: list[Tensor | None], *, components: bool, learns: bool) -> list[Tensor]:
+    """y, with components their three parts, and where it learns the held states."""
+    q, _, _, _, phi_k, *_ = inputs
+    assert q is not None and phi_k is not None
+    new = torch.empty_like if given.whole else torch.zeros_like  # padding gives 0
+    outputs = [new(q) for _ in range(3 if components else 1)]
+    if components:
+        outputs.append(new(q[..., 0]))
+    held = None
+    if learns:
+        sizes = (ctypes.c_int64 * 2)()
+        library().hybrid_held(ctypes.byref(_struct(given, inputs)), sizes)
+        tokens = given.runs[:, 2] - given.runs[:, 1]
+        counts = (tokens + sizes[1] - 1) // sizes[1]
+        given.runs[:, 3] = counts.cumsum(0) - counts
+        held = q.new_empty(int(counts.sum()) * phi_k.shape[1] * sizes[0])
+    names = ("y", "window_y", "linear_y", "share")
+    _run("hybrid_forward", _struct(given, inputs, held=held, **dict(zip(names, outputs, strict=False))))
+    return outputs if held is None else [*outputs, held]
+
+
+class _Hybrid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, given: _Given, components: bool, *inputs: Any) -> Any:
+        *outputs, held = _forward(given, list(inputs), components=components, learns=True)
+        ctx.given = given
+        ctx.save_for_backward(*inputs, outputs[0], held)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
+        *inputs, y, held = ctx.saved_tensors
+        given: _Given = ctx.given
+        grads: dict[str, Tensor] = {}
+        for name, x, want in zip(INPUTS, inputs, ctx.needs_input_grad[2:], strict=True):
+            if not want:
+                continue
+            if name in ("mix", "log_scale"):
+                grads[name] = x.new_zeros(len(given.runs), len(x))
+            else:
+                written = name in ("q", "phi_q") and given.whole  # each query's at once; others are added up
+                grads[name] = torch.empty_like(x) if written else torch.zeros_like(x)
+        if "log_scale" in grads and "phi_q" not in grads:
+            grads["phi_q"] = torch.empty_like(inputs[INPUTS.index("phi_q")])
+        others = {f"d{n}": x for n, x in grads.items()}
+        _run("hybrid_backward", _struct(given, inputs, y=y, held=held, dy=dy.contiguous(), **others))
+        found = {n: x.sum(0) if n in ("mix", "log_scale") else x for n, x in grads.items()}
+        return None, None, *(found.get(n) if w else None for n, w in zip(INPUTS, ctx.needs_input_grad[2:], strict=True))
+
+
+def _runs(rows: Rows, batch: int, length: int) -> Tensor:
+    """Runs of real tokens that see each other [n,4] int64; the last column is still to be filled."""
+    if isinstance(rows, PlainRows):
+        found = torch.zeros(batch, 4, dtype=torch.int64)
+        found[:, 0], found[:, 2] = torch.arange(batch), length
+        return found
+    segment = F.pad(rows.segment, (1, 1), value=-1)
+    edge = segment[:, 1:] != segment[:, :-1]
+    begins, ends = (edge & (segment[:, s] >= 0) for s in (slice(1, None), slice(None, -1)))
+    row, start = begins.nonzero().unbind(1)
+    return torch.stack((row, start, ends.nonzero()[:, 1], torch.zeros_like(row)), 1).contiguous()
+
+
+def _whole_vectors(x: Tensor) -> Tensor:
+    missing = -x.shape[-1] % LANES
+    return F.pad(x, (0, missing)) if missing else x
+
+
+def hybrid_attention_native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    mix: Tensor | None,
+    log_scale: Tensor | None,
+    window_keep: Tensor | None,
+    options: Options,
+    rows: Rows,
+    *,
+    components: bool,
+    first_query: int = 0,
+) -> list[Tensor]:
+    """y, and with `components` the three parts, as `hybrid_attention_chunked` has them; what it takes: `not_native`."""
+    dtype = q.dtype
+    if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
+        phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)  # a dropped head's sums hold the sinks too
+    tensors = [_whole_vectors(x.float()).contiguous() for x in (q, k, v, phi_q, phi_k)]
+    numbers = [None if x is None else x.float().contiguous() for x in (mix, log_scale)]
+    keep = None if window_keep is None else window_keep.to(torch.uint8).contiguous()
+    runs = _runs(rows, q.shape[0], k.shape[2])
+    whole = int((runs[:, 2] - runs[:, 1]).sum()) == q.shape[0] * k.shape[2]
+    given = _Given(runs, keep, options, first_query, whole)
+    inputs = [*tensors, *numbers]
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        found = list(_Hybrid.apply(given, components, *inputs))
+    else:
+        found = _forward(given, inputs, components=components, learns=False)
+    return [x[..., : q.shape[3]].to(dtype) if x.ndim == 4 else x.to(dtype) for x in found]
