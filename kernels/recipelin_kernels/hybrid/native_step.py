@@ -77,7 +77,9 @@ def takes(q: Tensor, k: Tensor, v: Tensor, phi_q: Maps, phi_k_fn: Maps, state: H
     return whole and all(w.is_contiguous() and not w.shape[2] % LANES for w in weights)
 
 
-def signature_of(q: Tensor, k: Tensor, v: Tensor, phi_q: object, phi_k_fn: object, *options: object) -> tuple[object, ...]:
+def signature_of(
+    q: Tensor, k: Tensor, v: Tensor, phi_q: object, phi_k_fn: object, *options: object
+) -> tuple[object, ...]:
     """What two calls have in common of which the second needs no checks: their options, and the kinds of their tensors."""
     return _kind(q), _kind(k), _kind(v), _kind(phi_q), _kind(phi_k_fn), *options
 
@@ -167,4 +169,4 @@ def _make_ahead(call: Prepared, map_k: SoftmaxMap, late: int) -> None:
     token.weight_k, token.clamp_k = weight.data_ptr(), map_k.clamp
 
 
-__all__ = ["Prepared", "signature_of", "native_token", "takes"]
+__all__ = ["Prepared", "native_token", "signature_of", "takes"]
