@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from recipelin_kernels import SoftmaxMap, resolve_kernel, without_autocast
+from recipelin_kernels.hybrid import native_features
 
 from .config import FeatureMap
 
@@ -75,7 +76,10 @@ class HeadFeatureMap(nn.Module):
         return SoftmaxMap(self, self.weight, self.config.clamp) if takes else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._kernel(x) == "gpu":
+        takes = self._kernel(x)
+        if takes == "native" and native_features.takes(self.weight):
+            return native_features.softmax_features_native(x, self.weight, self.config.clamp)
+        if takes == "gpu":
             from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 
             return softmax_features_gpu(x, self.weight, self.config.clamp)
