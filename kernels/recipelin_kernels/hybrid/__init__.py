@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..native import why_not as why_no_native
 from ..autocast import ignores_autocast
+from ..native import why_not as why_no_native
 from . import gpu_support
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
