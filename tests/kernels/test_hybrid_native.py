@@ -96,7 +96,9 @@ def test_signed_features(join):
     x.phi_k[:, :, 9:11] *= 1e-9
     options = {"window": 5, "join": join, "signed": True}
     exact = with_gradients(x, kernel="reference", **options)
-    found, chunked = ([t.double() for t in with_gradients(x.like(torch.float32), kernel=n, **options)] for n in ("native", "chunked"))  # fmt: skip
+    found, chunked = (
+        [t.double() for t in with_gradients(x.like(torch.float32), kernel=n, **options)] for n in ("native", "chunked")
+    )
     for one, other, expected in zip(found, chunked, exact, strict=True):
         least = 1e-5 * max(float(expected.norm()), 1e-2)
         assert float((one - expected).norm()) <= max(least, 20 * float((other - expected).norm()))
