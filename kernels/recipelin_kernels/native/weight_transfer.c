@@ -15,7 +15,8 @@
 #include "tiles.h"
 
 #define QUERIES 128
-#define KEYS 64
+#define KEYS 128
+#define EDGE 32 /* keys of the edges at a time: beside the diagonal, each time fewer queries see them */
 #define LEAST 1e-12f /* of reference.py */
 #define LOG2E 1.44269504f
 
@@ -119,28 +120,45 @@ static void lay_out(const Head *head, Block *block) {
       head->keys[block->columns / LANES] = (int32_t)key;
 }
 
-/* Scores times log2 e, and pairs X, of some keys, each `row` numbers after the row before. */
+/* Scores times log2 e, and pairs X, of some keys and the queries that are not before them all; rows lie `row` apart. */
 static void multiply(const Head *head, const Block *block, Range keys, float *scores, float *pairs, long row) {
   const Call *call = head->call;
-  float scale[QUERIES];
-  for (long r = 0; r < block->rows; r++) scale[r] = call->scale * LOG2E;
+  long first = most(block->first, keys.from), skipped = first - block->first, rows = block->rows - skipped;
   long count = keys.to - keys.from, width = call->width, features = call->features;
-  product(block->rows, count, width, head->q + block->first * call->q.token, call->q.token, 1,
-          head->k_panels + keys.from * width, LANES, LANES * width, scores, row, scale, 0);
-  product(block->rows, count, features, head->phi_q + block->first * call->phi_q.token, call->phi_q.token, 1,
-          head->phi_panels + keys.from * features, LANES, LANES * features, pairs, row, NULL, 0);
+  float scale[QUERIES];
+  for (long r = 0; r < rows; r++) scale[r] = call->scale * LOG2E;
+  product(rows, count, width, head->q + first * call->q.token, call->q.token, 1, head->k_panels + keys.from * width, LANES,
+          LANES * width, scores + skipped * row, row, scale, 0);
+  product(rows, count, features, head->phi_q + first * call->phi_q.token, call->phi_q.token, 1,
+          head->phi_panels + keys.from * features, LANES, LANES * features, pairs + skipped * row, row, NULL, 0);
 }
 
-/* Gradients of phi_q and phi_k from those of the pairs of some keys. */
+/* Gradients of phi_q and phi_k from those of the same pairs. */
 static void spread(const Head *head, const Block *block, Range keys, const float *grads, long row) {
   const Call *call = head->call;
+  long first = most(block->first, keys.from), skipped = first - block->first, rows = block->rows - skipped;
   long count = least(keys.to, head->tokens) - keys.from, features = call->features;
+  grads += skipped * row;
   if (head->grad_phi_q)
-    product(block->rows, features, count, grads, row, 1, head->phi_k + keys.from * call->phi_k.token, call->phi_k.token,
-            LANES, head->grad_phi_q + block->first * features, features, NULL, 1);
+    product(rows, features, count, grads, row, 1, head->phi_k + keys.from * call->phi_k.token, call->phi_k.token, LANES,
+            head->grad_phi_q + first * features, features, NULL, 1);
   if (head->grad_phi_k)
-    product(count, features, block->rows, grads, 1, row, head->phi_q + block->first * call->phi_q.token,
-            call->phi_q.token, LANES, head->grad_phi_k + keys.from * features, features, NULL, 1);
+    product(count, features, rows, grads, 1, row, head->phi_q + first * call->phi_q.token, call->phi_q.token, LANES,
+            head->grad_phi_k + keys.from * features, features, NULL, 1);
+}
+
+/* Either of both at all edges. */
+static void at_edges(const Head *head, const Block *block, int backward) {
+  long at = 0;
+  for (int i = 0; i < 3; i++)
+    for (long key = block->edges[i].from; key < block->edges[i].to; key += EDGE) {
+      Range keys = {key, least(key + EDGE, block->edges[i].to)};
+      if (backward)
+        spread(head, block, keys, head->pairs + at, block->columns);
+      else
+        multiply(head, block, keys, head->scores + at, head->pairs + at, block->columns);
+      at += keys.to - keys.from;
+    }
 }
 
 /* How much the sides of a row weigh: `student` of chunked.py. linear: sum of X; held: the same over the softmax side. */
@@ -277,7 +295,7 @@ static void spread_last(const Head *head, const Block *block, const float *last,
 /* room: 2 F + 2 QUERIES KEYS numbers. */
 static void meet(Head *head, long first, float *room) {
   const Call *call = head->call;
-  long features = call->features, at = 0;
+  long features = call->features;
   float *sums = room, *turned = sums + features, *scores = turned + features, *pairs = scores + QUERIES * KEYS;
   float last[QUERIES];
   Block block = {.first = first, .rows = least(QUERIES, head->tokens - first)};
@@ -287,8 +305,7 @@ static void meet(Head *head, long first, float *room) {
   Range whole = block.whole;
   product(1, features, (whole.to - whole.from) / LANES, &one, 0, 0, head->sums + whole.from / LANES * features, features,
           LANES, sums, features, NULL, 0);
-  for (int i = 0; i < 3; at += block.edges[i].to - block.edges[i].from, i++)
-    multiply(head, &block, block.edges[i], head->scores + at, head->pairs + at, block.columns);
+  at_edges(head, &block, 0);
   for (long r = 0; r < block.rows; r++) {
     know(head, &block, r, &block.query[r], sums);
     meet_edges(head, &block, r);
@@ -300,9 +317,7 @@ static void meet(Head *head, long first, float *room) {
     spread(head, &block, keys, pairs, KEYS);
   }
   finish(head, &block, last);
-  at = 0;
-  for (int i = 0; i < 3; at += block.edges[i].to - block.edges[i].from, i++)
-    spread(head, &block, block.edges[i], head->pairs + at, block.columns);
+  at_edges(head, &block, 1);
   spread_last(head, &block, last, sums, turned);
 }
 

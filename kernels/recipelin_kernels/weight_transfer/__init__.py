@@ -136,9 +136,9 @@ def weight_transfer_loss(
     phi_q [B,H,T,F], phi_k [B,H or Hkv,T,F], lse [B,H,T] from `teacher_attention`. Gradients reach phi_q, phi_k, mix and
     log_scale; they are computed in the same pass, and not at all under no_grad. Memory O(T).
 
-    kernel: as of `hybrid_attention`; `gpu` (Triton) computes what `chunked` does, its precision: gpu.py; so does `native` (C,
-    in fp32), but for signed features, which `auto` leaves to `chunked`. Raises ValueError
-    for unknown options and shapes that do not fit, RuntimeError for a kernel that cannot run here.
+    kernel: as of `hybrid_attention`; `gpu` (Triton) computes what `chunked` does, its precision: gpu.py. So does
+    `native` (C), but for signed features, which `auto` leaves to `chunked`. Raises ValueError for unknown options and shapes
+    that do not fit, RuntimeError for a kernel that cannot run here.
     """
     one_of("target", target, TARGETS)
     options = _options(window, shape, sinks, cover, join, scale, reach, q.shape[-1], signed=signed)
@@ -163,10 +163,11 @@ def weight_transfer_loss(
     own = rows(1 if alike else batch, length, q.device, key_mask, segment_ids)
     count = batch * length
     if key_mask is not None:
-        real = key_mask[:, None, :, None]
-        q, k, phi_q, phi_k = (torch.where(real, x, 0) for x in (q, k, phi_q, phi_k))
-        lse = torch.where(key_mask[:, None, :], lse, 0)
         count = int(key_mask.sum())
+        if ran != "native":  # which never reads padding
+            real = key_mask[:, None, :, None]
+            q, k, phi_q, phi_k = (torch.where(real, x, 0) for x in (q, k, phi_q, phi_k))
+            lse = torch.where(key_mask[:, None, :], lse, 0)
     mix = mix if target == "hybrid" and join == "shared" else None
     log_scale = log_scale if target == "hybrid" and join == "absolute" else None
     learned = (phi_q, phi_k, mix, log_scale)
