@@ -63,8 +63,8 @@ _SDPA = Attention("sdpa", 4096, True)
 BARS: list[Bar | Fact] = [
     Bar("weight_transfer/sdpa", "T 4096, 8 heads, d 64, F 128: time of loss and gradients over SDPA forward and backward",
         {"ours": Transfer("auto", 4096), "sdpa": _SDPA}, ("ours", "sdpa"), 1.15, at_most=True, slow=True,
-        bound="both do 896 FLOP a pair (2 d + 6 F against 14 d), 60 GFLOP; what comes on top of the products is an exponential, a "
-        "logarithm and a division a pair, a tenth of the whole."),
+        bound="both do 896 FLOP a pair (2 d + 6 F against 14 d), 60 GFLOP; what comes on top is an exponential, a logarithm "
+        "and a division a pair, a tenth of the whole."),
     Bar("weight_transfer/hybrid-sdpa", "the same of the hybrid's row, window 64, join absolute",
         {"ours": Transfer("auto", 4096, "hybrid"), "sdpa": _SDPA}, ("ours", "sdpa"), None, at_most=True, slow=True),
     Bar("weight_transfer/quadratic", "T 2048: times as fast as T x T matrices, the teacher included in both",

@@ -12,7 +12,7 @@ from recipelin_kernels import log_scale_closed_form, teacher_attention, weight_t
 JOINS = ("shared", "absolute", "replace", "average", "sum")
 GROUPS = ((2, 2), (6, 2), (4, 1))
 WINDOWS = ((1, "sliding"), (9, "sliding"), (400, "sliding"), (9, "terraced"), (70, "terraced"))
-BLOCKED = {"chunked": 1e-10, "native": 1e-5}  # kernels, and how far they may be off: the C kernel is in single precision
+BLOCKED = {"chunked": 1e-10, "native": 1e-5}  # kernels, and how far they may be off; the C kernel is in fp32
 REACHES = ((None, None), (21, 21), (None, 21), (21, None))  # the student's, the teacher's
 
 
@@ -189,7 +189,7 @@ def test_what_the_c_kernel_cannot_do_is_said_and_left_to_chunked():
     given = (x["q"], x["k"], x["phi_q"], x["phi_k"], lse)
     with pytest.raises(RuntimeError, match="takes no signed features; use 'chunked'"):
         weight_transfer_loss(*given, signed=True, kernel="native")
-    with pytest.raises(RuntimeError, match="float32, found torch.float64"):
+    with pytest.raises(RuntimeError, match=r"float32, found torch\.float64"):
         weight_transfer_loss(*(t.double() for t in given), kernel="native")
     auto, chunked = (weight_transfer_loss(*given, signed=True, kernel=kernel) for kernel in ("auto", "chunked"))
     assert torch.equal(auto, chunked)
