@@ -6,7 +6,7 @@
  *     dloss / dX = kept c - u P / X = (c - u P / X) + (kept - 1) c
  *
  * The last term is the same for all these keys of a query: it needs no product of pairs but sums of phi_k and of phi_q over
- * 16 keys (a panel) at a time. So does the linear mass, phi_q . sum phi_k, which is thus known before the pass begins, and
+ * a panel of keys at a time. So does the linear mass, phi_q . sum phi_k, which is thus known before the pass begins, and
  * `kept`, which only ends with it, is not needed within. kept = 1 wherever the teacher's weights add up to 1 and none is
  * clamped: what is left for the sums is rounding. The other keys (the diagonal, the window, the sinks, the edges of what is
  * cut) stand in `edge` columns, a row's scores and pairs of which are held until `kept` is known.
@@ -99,7 +99,7 @@ INLINE ivec softmax_side(const Seen *seen, ivec keys) {
 }
 
 INLINE ivec keys_from(int32_t first) {
-  return first + (ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return first + (ivec){COUNT};
 }
 
 /* Which keys are whole, and which stand in columns: as every bound of Seen grows with the query, the first and the last tell. */

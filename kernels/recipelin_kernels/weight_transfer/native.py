@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import native
 from ..hybrid.rows import SEPARATE, Options, PlainRows, Rows
 
-LANES = 16  # of tiles.h: widths are multiples of it
+MULTIPLE = 16  # widths are multiples of it: tiles.h
 JOINS = ("shared", "absolute", "replace")  # in the C enumeration's order, from 1
 
 
@@ -56,7 +56,7 @@ def runs_of(rows: Rows, batch: int) -> Iterator[tuple[int, int, int]]:
 def _ready(x: Tensor) -> Tensor:
     """In fp32, its last dimension without gaps and padded with zeros to whole vectors."""
     x = x.float()
-    over = -x.shape[-1] % LANES
+    over = -x.shape[-1] % MULTIPLE
     if over:
         return F.pad(x, (0, over))
     return x if x.stride(-1) == 1 else x.contiguous()
