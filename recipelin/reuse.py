@@ -159,7 +159,7 @@ def _digest_of(patterns: tuple[str, ...], *, operators: bool) -> str:
     kernels = _kernels()
     files = {f for pattern in patterns for f in PACKAGE.glob(pattern)}
     if operators:
-        files |= set(kernels.rglob("*.py"))
+        files |= {f for kind in ("py", "c", "h") for f in kernels.rglob(f"*.{kind}")}
     named = {f"{root.name}/{f.relative_to(root)}": f for root in (PACKAGE, kernels) for f in files if root in f.parents}
     return digest({name: digest_file(f) for name, f in named.items()})
 

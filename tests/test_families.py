@@ -18,6 +18,7 @@ from recipelin.losses import hidden_states, token_loss
 from recipelin.states import State, resolve
 from recipelin.steps import Loss, Swap
 from recipelin.swap import architecture_of, forms, recording, restore, swap, switch
+from recipelin_kernels import resolve_kernel
 from tests.rows import left_padded, logits, poison_memory, tokens
 
 LLAMA3 = {
@@ -84,8 +85,13 @@ def student(teacher, tokenizer, tmp_path):
 # --- parity -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "least"), [(torch.float32, 3e-6), (torch.float64, 1e-14)])
-@pytest.mark.parametrize("kernel", ["auto", "chunked"])
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "least"),
+    [
+        *((kernel, torch.float32, 3e-6) for kernel in ("auto", "chunked", "native")),
+        *((kernel, torch.float64, 1e-14) for kernel in ("auto", "chunked")),
+    ],
+)
 def test_a_covering_window_is_the_teacher(teacher, kernel, dtype, least):
     """`auto` takes SDPA where it can: the operator's own arithmetic is held too."""
     model = teacher(dtype)
@@ -375,7 +381,7 @@ def test_a_whole_lolcats_run(corpus, tiny, tmp_path, home, case, dtype):
     out = run(load(tmp_path / "recipe.yaml"), out=tmp_path / "run", device="cpu")
     record = read_record(out)
     assert record.status == "finished" and {r.state for r in record.rows} >= {"teacher", "hybrid", "linear", "none"}
-    assert record.kernels == dict.fromkeys(("hybrid_attention", "weight_transfer_loss"), "chunked")
+    assert record.kernels == dict.fromkeys(("hybrid_attention", "weight_transfer_loss"), resolve_kernel("auto", "cpu"))
     merge = next(s.report["merge"] for s in record.steps if s.step == "tune")
     assert merge["dtype"] == dtype and (merge["rounding"] < 1e-3) == (dtype == "float32")
     student, _ = hf.load_student(out / "model", dtype=dtype, device="cpu")

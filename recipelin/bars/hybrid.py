@@ -59,12 +59,12 @@ def _without_gradient(attend: Callable[..., Any], inputs: list[torch.Tensor], op
     return attend(*inputs, **options)
 
 
-def _both(other: str, length: int, backward: bool, kind: str = "chunked", **shape: Any) -> dict[str, Attention]:
-    return {name: Attention(k, length, backward, **shape) for name, k in ((other, other), ("ours", kind))}
+def _both(other: str, length: int, backward: bool, **shape: Any) -> dict[str, Attention]:
+    return {name: Attention(k, length, backward, **shape) for name, k in ((other, other), ("ours", "auto"))}
 
 
 def _growth(backward: bool) -> dict[str, Attention]:
-    return {str(length): Attention("chunked", length, backward) for length in (4096, 8192)}
+    return {str(length): Attention("auto", length, backward) for length in (4096, 8192)}
 
 
 _GROUPED: dict[str, Any] = {"key_heads": 2, "width": 128}
@@ -73,18 +73,12 @@ _FROM = ("reference", "ours")
 _OVER = ("sdpa", "ours")
 
 _BOUND = (
-    "a chunk of 64 queries and 8 heads is 5 batched products of 8.4 MFLOP: 0.48 to 0.54 ms on one core of an EPYC (78 to 87 "
-    "GFLOP/s), 0.42 ms of a Xeon (100, where SDPA's own run at 107): 27 to 35 ms of a forward at T 4096, and 18 / 5 of it, 97 to "
-    "124 ms, with backward. The rest is some 20 passes over 32 to 64 Ki numbers (0.15 ms from the cache), 55 calls, views "
-    "included (0.2 ms), and 0.9 MB of inputs a chunk from beyond a core's cache, features most of all; SDPA is one kernel. "
-    "Chunks of 32 (a fifth fewer products) and several chunks side by side (half the calls) were built and measured: not "
-    "faster, as copies of spans and a working set beyond the cache take back what they save."
+    "a query and head takes 4 (w + 16) d for scores and values, some 48 F for pairs of features and 4 F d for the state, 60 kFLOP: "
+    "2 GFLOP at T 4096, 18 ms at 110 and 12 at 165 GFLOP/s, which is all that a core of the Xeon gives, at one clock or another; "
+    "18 / 5 of it with backward. The rest is exponentials and masks (a tenth), keys and features that are turned (a tenth), and "
+    "memory that is written for the first time."
 )
-_SHORT = (
-    "the batched products alone take 17 of 29 ms at T 128 on a Xeon where SDPA, one fused kernel, takes 15 in all: so small, and "
-    "of inputs beyond the cache, they run at 62 GFLOP/s, and each chunk makes some 55 calls. To give the first window to SDPA, "
-    "which is exact, was measured: 29.2 and 29.4 ms at T 128, 6.5 and 6.3 at T 512."
-)
+_SHORT = "of 128 queries as of the first 128 of a long row; in memory that is written for the first time, half of the time."
 
 _CHECKS = "the call is SDPA itself; what is left is the check of shapes and options, 0.1 ms."
 _ZEROS = (
@@ -116,16 +110,20 @@ BARS: list[Bar | Fact] = [
         _both("sdpa", 4096, False, maps="key", **_GROUPED), _OVER, None, slow=True),
     Bar("hybrid/shared-both", "the same, forward and backward",
         _both("sdpa", 4096, True, maps="key", **_GROUPED), _OVER, None, slow=True),
+    Bar("hybrid/chunked-forward", f"T 4096, {_SHAPE}: times as fast as `chunked`, which is plain torch, forward",
+        _both("chunked", 4096, False), ("chunked", "ours"), None),
+    Bar("hybrid/chunked-both", "the same, forward and backward",
+        _both("chunked", 4096, True), ("chunked", "ours"), None),
     Bar("hybrid/short-64", "T 64, B 32, window 64: speed beside SDPA, forward",
-        _both("sdpa", 64, False, "auto", batch=32), _OVER, 0.95,
+        _both("sdpa", 64, False, batch=32), _OVER, 0.95,
         bound=_CHECKS),
     Bar("hybrid/short-64-both", "the same, forward and backward",
-        _both("sdpa", 64, True, "auto", batch=32), _OVER, 0.95,
+        _both("sdpa", 64, True, batch=32), _OVER, 0.95,
         bound=_ZEROS),
     Bar("hybrid/short-128", "T 128, B 32: speed beside SDPA, forward",
-        _both("sdpa", 128, False, "auto", batch=32), _OVER, 0.85, bound=_SHORT),
+        _both("sdpa", 128, False, batch=32), _OVER, 0.85, bound=_SHORT),
     Bar("hybrid/short-512", "T 512, B 1: times as fast as SDPA, forward",
-        _both("sdpa", 512, False, "auto"), _OVER, 1.4, bound=_SHORT),
+        _both("sdpa", 512, False), _OVER, 1.4, bound=_SHORT),
     Bar("hybrid/growth-forward", "T 8192 over T 4096, time, forward",
         _growth(False), ("8192", "4096"), 2.1, at_most=True),
     Bar("hybrid/growth-memory-forward", "T 8192 over T 4096, peak memory, forward",
@@ -133,7 +131,7 @@ BARS: list[Bar | Fact] = [
     Bar("hybrid/growth-memory-both", "the same, forward and backward",
         _growth(True), ("8192", "4096"), 2.1, at_most=True, peak=True),
     Bar("hybrid/components", "T 2048: both branches and the share beside the output, over one forward",
-        {"with": Attention("chunked", 2048, components=True), "without": Attention("chunked", 2048)},
+        {"with": Attention("auto", 2048, components=True), "without": Attention("auto", 2048)},
         ("with", "without"), 1.12, at_most=True,
         bound=_PARTS),
 ]  # fmt: skip

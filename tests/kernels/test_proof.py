@@ -137,15 +137,15 @@ def transferred(x: dict[str, Tensor], options, masks, kernel: str) -> list[Tenso
 
 
 @often
-@given(calls(), st.sampled_from(["linear", "hybrid"]))
-def test_the_transfer_loss_is_its_definition(call, target):
+@given(calls(), st.sampled_from(["linear", "hybrid"]), st.sampled_from(["auto", "auto", "chunked"]))
+def test_the_transfer_loss_is_its_definition(call, target, kernel):
     x, masks = tensors(call)
     options = {n: call[n] for n in ("window", "shape", "sinks", "cover", "join")} | {"target": target}
     exact = {n: t.double() for n, t in x.items()}
-    found = transferred(x, options, masks, "auto")
+    found = transferred(x, options, masks, kernel)
     compare(found, transferred(exact, options, masks, "reference"), call["dtype"])
     assert all(
-        torch.equal(a, b) for a, b in zip(found, transferred(x, options, masks, "auto"), strict=True)
+        torch.equal(a, b) for a, b in zip(found, transferred(x, options, masks, kernel), strict=True)
     )  # repeats to the bit
 
 
@@ -172,7 +172,9 @@ def test_wide_and_long_calls_in_single_precision(length, window, width, features
         options = {"window": window, "join": join}
         found, expected = (attended(y, options, n, torch.float32) for y, n in ((x, "auto"), (exact, "reference")))
         compare(found, expected, torch.float32)
-    compare(transferred(x, {}, {}, "auto"), transferred(exact, {}, {}, "reference"), torch.float32)
+    for options in ({}, {"target": "hybrid", "window": window, "join": "absolute"}):
+        found, expected = (transferred(y, options, {}, n) for y, n in ((x, "auto"), (exact, "reference")))
+        compare(found, expected, torch.float32)
 
 
 @pytest.mark.parametrize("length", [4097, 32768])

@@ -29,21 +29,23 @@ def not_native(options: Options, *, past: bool) -> str | None:
     return None
 
 
+OUTPUTS = ("y", "window_y", "linear_y", "share")
+BRANCHES = ("window", "sinks", "linear")
+SIZES = ("run_count", "heads", "key_heads", "map_heads", "length", "first", "width", "features")
+OPTIONS = (
+    *("window", "terraced", "anchor", "sinks", "cover_all", "drop_covers_all", "join", "through"),
+    *("reach", "sums_up", "is_signed"),
+)
+
+
 class _Call(ctypes.Structure):
-    """`Call` of native/hybrid.h."""
+    """`Call` of native/hybrid.h. It holds addresses, not tensors: whoever calls keeps these alive."""
 
     _fields_ = [
-        *((n, ctypes.c_void_p) for n in INPUTS),
-        *((n, ctypes.c_void_p) for n in ("keep", "runs", "y", "window_y", "linear_y", "share", "held", "dy")),
-        *((f"d{n}", ctypes.c_void_p) for n in ("q", "k", "v", "phi_q", "phi_k", "mix", "log_scale")),
+        *((n, ctypes.c_void_p) for n in (*INPUTS, "keep", "runs", *OUTPUTS, "held", "dy", *(f"d{n}" for n in INPUTS))),
         *(
             (n, ctypes.c_int64)
-            for n in (
-                *("run_count", "heads", "key_heads", "map_heads", "length", "first", "width", "features"),
-                *("window", "terraced", "anchor", "sinks", "cover_all", "drop_covers_all", "join", "through"),
-                *("reach", "sums_up", "is_signed"),
-                *("has_window", "has_sinks", "has_linear", "shown_window", "shown_sinks", "shown_linear"),
-            )
+            for n in (*SIZES, *OPTIONS, *(f"{has}_{b}" for has in ("has", "shown") for b in BRANCHES))
         ),
         ("scale", ctypes.c_float),
     ]
@@ -61,20 +63,33 @@ class _Given:
 
 
 def _struct(given: _Given, inputs: list[Tensor | None], **others: Tensor | None) -> _Call:
-    q, k, _, phi_q, phi_k, *_ = inputs
-    assert q is not None and k is not None and phi_q is not None and phi_k is not None
+    q, k, _, _, phi_k, *_ = inputs
+    assert q is not None and k is not None and phi_k is not None
     o = given.options
     named = dict(zip(INPUTS, inputs, strict=True)) | {"keep": given.keep, "runs": given.runs} | others
+    sizes = (
+        len(given.runs),
+        q.shape[1],
+        k.shape[1],
+        phi_k.shape[1],
+        k.shape[2],
+        given.first,
+        k.shape[3],
+        phi_k.shape[3],
+    )
+    terraced = o.shape == "terraced"
+    options = (
+        *(o.window if terraced else min(o.window, k.shape[2]), terraced, o.anchor, min(o.sinks, k.shape[2])),
+        *(o.cover == "all", o.on_drop == "linear_covers_all", JOINS.index(o.join)),
+        *(o.join == "shared" and o.max_gradient == "through", o.reach or 0, o.sums_up, o.signed),
+    )
     return _Call(
         **{n: x.data_ptr() for n, x in named.items() if x is not None},
-        run_count=len(given.runs), heads=q.shape[1], key_heads=k.shape[1], map_heads=phi_k.shape[1], length=k.shape[2],
-        first=given.first, width=k.shape[3], features=phi_k.shape[3], window=min(o.window, k.shape[2]) if o.shape == "sliding" else o.window,
-        terraced=o.shape == "terraced", anchor=o.anchor, sinks=min(o.sinks, k.shape[2]), cover_all=o.cover == "all",
-        drop_covers_all=o.on_drop == "linear_covers_all", join=JOINS.index(o.join),
-        through=o.join == "shared" and o.max_gradient == "through", reach=o.reach or 0, sums_up=o.sums_up, is_signed=o.signed,
-        **{f"{what}_{b}": getattr(o, call)(b) for what, call in (("has", "has"), ("shown", "shown")) for b in ("window", "sinks", "linear")},
+        **dict(zip(SIZES, sizes, strict=True)),
+        **dict(zip(OPTIONS, options, strict=True)),
+        **{f"{has}_{b}": getattr(o, has)(b) for has in ("has", "shown") for b in BRANCHES},
         scale=o.scale,
-    )  # fmt: skip
+    )
 
 
 def _run(name: str, call: _Call) -> None:
@@ -98,8 +113,7 @@ def _forward(given: _Given, inputs: list[Tensor | None], *, components: bool, le
         counts = (tokens + sizes[1] - 1) // sizes[1]
         given.runs[:, 3] = counts.cumsum(0) - counts
         held = q.new_empty(int(counts.sum()) * phi_k.shape[1] * sizes[0])
-    names = ("y", "window_y", "linear_y", "share")
-    _run("hybrid_forward", _struct(given, inputs, held=held, **dict(zip(names, outputs, strict=False))))
+    _run("hybrid_forward", _struct(given, inputs, held=held, **dict(zip(OUTPUTS, outputs, strict=False))))
     return outputs if held is None else [*outputs, held]
 
 
@@ -129,7 +143,8 @@ class _Hybrid(torch.autograd.Function):
         if "log_scale" in grads and "phi_q" not in grads:
             grads["phi_q"] = torch.empty_like(inputs[INPUTS.index("phi_q")])
         others = {f"d{n}": x for n, x in grads.items()}
-        _run("hybrid_backward", _struct(given, inputs, y=y, held=held, dy=dy.contiguous(), **others))
+        dy = dy.contiguous()  # held here for as long as C reads it
+        _run("hybrid_backward", _struct(given, inputs, y=y, held=held, dy=dy, **others))
         found = {n: x.sum(0) if n in ("mix", "log_scale") else x for n, x in grads.items()}
         return None, None, *(found.get(n) if w else None for n, w in zip(INPUTS, ctx.needs_input_grad[2:], strict=True))
 

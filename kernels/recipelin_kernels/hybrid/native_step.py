@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .rows import LOG2E, Options
+from .rows import JOINS, LOG2E, Options
 from .softmax_map import SoftmaxMap
 from .state import HybridState, RoomState, check_heads
 from .step import map_leaving, moved, placed
 
-JOINS = {"shared": 0, "absolute": 1, "average": 2, "sum": 3}
 LANES = 16  # widths are multiples of it
 WORTH_A_THREAD = 1 << 20  # bytes of the sums: to start a thread takes as long as to read some 0.3 MB
 
@@ -33,7 +32,7 @@ class Token(ctypes.Structure):
             (n, ctypes.c_long)
             for n in ("batch", "heads", "key_heads", "map_heads", "width", "features", "sinks", "ring")
         ),
-        *((n, ctypes.c_long) for n in ("left", "join", "signs", "threads", "late", "begin", "end")),
+        *((n, ctypes.c_long) for n in ("left", "join", "is_signed", "threads", "late", "begin", "end")),
         *((n, ctypes.c_float) for n in ("scale", "clamp_q", "clamp_k")),
         *(
             (n, ctypes.c_void_p)
@@ -152,7 +151,7 @@ def _prepare(q: Tensor, k: Tensor, phi_q: Maps, phi_k_fn: Maps, options: Options
         check_heads(sums.shape[1], phi_k_fn.heads)
     return Token(
         batch=batch, heads=heads, key_heads=key_heads, map_heads=sums.shape[1], width=width, features=features,
-        sinks=options.sinks, ring=state.ring, left=room.left, join=JOINS[options.join], signs=options.signed,
+        sinks=options.sinks, ring=state.ring, left=room.left, join=JOINS.index(options.join), is_signed=options.signed,
         threads=min(torch.get_num_threads(), max(1, sums.nbytes // WORTH_A_THREAD)), scale=options.scale * LOG2E,
         sums=sums.data_ptr(), room_k=room.k.data_ptr(), room_v=room.v.data_ptr(), room_phi=room.phi.data_ptr(),
     )  # fmt: skip

@@ -20,7 +20,9 @@ HERE = Path(__file__).parent
 def compiler() -> str | None:
     """The C compiler: what CC names, else cc, gcc or clang."""
     named = os.environ.get("CC")
-    return next((found for name in ([named] if named else ["cc", "gcc", "clang"]) if (found := shutil.which(name))), None)
+    return next(
+        (found for name in ([named] if named else ["cc", "gcc", "clang"]) if (found := shutil.which(name))), None
+    )
 
 
 @cache

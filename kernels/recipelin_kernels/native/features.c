@@ -1,5 +1,5 @@
-/* The standard feature map of whole rows (hybrid/native_features.py), a block of tokens at a time: what the product leaves is
- * still in a core's cache when the softmax reads it. */
+/* The standard feature map of whole rows (hybrid/native_features.py), a block of tokens at a time: what the product leaves
+ * is still in a core's cache when the softmax reads it. */
 #include "features.h"
 #include "threads.h"
 

@@ -2,7 +2,6 @@
 #ifndef RECIPELIN_FEATURES
 #define RECIPELIN_FEATURES
 #include "tiles.h"
-#define LOG2E 1.4426950408889634f
 
 /* u [columns], columns > 0 a multiple of 16. */
 INLINE void both_softmax(long columns, const float *u, float least, float *phi) {

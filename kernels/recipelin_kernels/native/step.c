@@ -1,23 +1,15 @@
 /* One more token of every row of hybrid attention (hybrid/native_step.py): the past is read once, and nothing is copied. */
 #include "features.h"
+#include "joins.h"
 #include "threads.h"
 
-enum { SHARED, ABSOLUTE, AVERAGE, SUM };
-#define TINY 1.17549435e-38f
-#define SIGNED_FLOOR 1e-6f
-#define LOG_MOST 69.0f
-
-#if defined(__AVX512F__)
 #define STRIP 8 /* vectors of sums in registers */
-#else
-#define STRIP 4
-#endif
 
 /* As class Token in hybrid/native_step.py. Places of a room: sinks, late keys, ring, the token's own. */
 typedef struct {
-  long batch, heads, key_heads, map_heads, width, features, sinks, ring, left, join, signs, threads;
+  long batch, heads, key_heads, map_heads, width, features, sinks, ring, left, join, is_signed, threads;
   long late;           /* keys that have left the ring and are not in the sums, before this token */
-  long begin, end;      /* of which late keys features are made now */
+  long begin, end;     /* of which late keys features are made now */
   float scale;         /* of scores, for powers of two */
   float clamp_q, clamp_k;
   const float *q, *k, *v; /* [B,H,D], [B,Hkv,D] */
@@ -70,10 +62,7 @@ INLINE float sum_rows(const int beside, long rows, long width, const float *a, c
   float found = 0;
 #define EACH(n, deep) \
   for (; j + n * LANES <= width; j += n * LANES) found = strip(n, deep, beside, rows, a, b + j, row, y + j);
-#if STRIP == 8
-  EACH(8, 1)
-#endif
-  EACH(4, STRIP / 4) EACH(2, STRIP / 2) EACH(1, STRIP)
+  EACH(8, 1) EACH(4, 2) EACH(2, 4) EACH(1, 8)
 #undef EACH
   return found;
 }
@@ -102,7 +91,7 @@ static void scores(long queries, long keys, long width, const float *q, const fl
     }
 }
 
-static const ivec LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static const ivec LANE = {COUNT};
 
 INLINE float top_of(long n, const float *x, float top) {
   vec found = all(top);
@@ -132,41 +121,6 @@ INLINE void scaled(long n, float *x, float scale) {
   for (long j = 0; j < n; j++) x[j] *= scale;
 }
 
-INLINE float floored(float x) {
-  float size = fabsf(x);
-  size = size < SIGNED_FLOOR ? SIGNED_FLOOR : size; /* NaN stays */
-  return x > 0 ? size : x < 0 ? -size : x * size;
-}
-
-typedef struct {
-  float a, b, den; /* factors of softmax and linear weights, and what the sum is divided by */
-} Factors;
-
-/* `factors` of hybrid/chunk.py. top: the largest score, for powers of two. */
-static Factors factors(const Token *t, float strength, float top, float a_mass, float b_mass) {
-  Factors f = {strength, 1, 1};
-  if (t->join == AVERAGE || t->join == SUM) {
-    float linear = t->signs ? floored(b_mass) : b_mass;
-    float a = fabsf(a_mass) >= TINY, b = fabsf(b_mass) >= TINY;
-    float a_weight = t->join == AVERAGE ? a / (1 + b) : a, b_weight = t->join == AVERAGE ? b / (1 + a) : b;
-    f.a = a_weight == 0 ? 0 : a_weight / a_mass;
-    f.b = b_weight == 0 ? 0 : b_weight / linear;
-    return f;
-  }
-  if (t->join == ABSOLUTE) {
-    top /= LOG2E;
-    float soft = a_mass > 0 ? top : -INFINITY, size = fabsf(b_mass);
-    float linear = b_mass != 0 ? strength + logf(size < TINY ? TINY : size) : -INFINITY;
-    float level = soft > linear ? soft : linear;
-    if (level == -INFINITY) level = 0;
-    f.a = expf(top - level > 0 ? 0 : top - level);
-    f.b = expf(strength - level > LOG_MOST ? LOG_MOST : strength - level);
-  }
-  f.den = f.a * a_mass + f.b * b_mass;
-  if (t->signs) f.den = floored(f.den);
-  return f;
-}
-
 /* Features of late keys from .. to of a map head; of rows whose ring is not full yet, zeros for its empty places. */
 static void late_features(const Token *t, long row, const float *keys, const float *weight, float *phi, float *u) {
   long n = t->end - t->begin, columns = t->features / 2, empty = t->ring + t->late - t->positions[row];
@@ -183,7 +137,7 @@ static void late_features(const Token *t, long row, const float *keys, const flo
 /* A strip of `fold`. */
 INLINE void fold_strip(const int wide, const int rows, long late, long count, long width, const float *sums, const float *phi,
                        const float *v, float *next) {
-  vec sum[STRIP / 4][STRIP];
+  vec sum[ROWS / 4][STRIP];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
@@ -203,7 +157,7 @@ INLINE void fold_strip(const int wide, const int rows, long late, long count, lo
 
 /* next [F,D+1] = sums + phi^T [v, 1], phi [late,F], v [late,D]: row after row, as memory is read. */
 static void fold(long late, long count, long width, const float *sums, const float *phi, const float *v, float *next) {
-  enum { AT_ONCE = STRIP / 4 };
+  enum { AT_ONCE = ROWS / 4 };
   long row = width + 1;
   vec mass = (vec){0};
   for (long f = 0; f < count; f += AT_ONCE) {
@@ -215,10 +169,7 @@ static void fold(long late, long count, long width, const float *sums, const flo
 #define EACH(n) \
   for (; j + n * LANES <= width; j += n * LANES) \
     fold_strip(n, AT_ONCE, late, count, width, sums + f * row + j, phi + f, v + j, next + f * row + j);
-#if STRIP == 8
-    EACH(8)
-#endif
-    EACH(4) EACH(2) EACH(1)
+    EACH(8) EACH(4) EACH(2) EACH(1)
 #undef EACH
     for (long r = f; r < f + AT_ONCE; r++) next[r * row + width] = sums[r * row + width] + mass[r % LANES];
   }
@@ -276,12 +227,12 @@ static void token_head(const void *call, long index, float *room) {
     const float *sums = t->sums + (map + h * per_key / p.queries) * count * (width + 1);
     long seen = newest + 1 - first;
     float top = top_of(seen, window, top_of(t->sinks, own, -INFINITY));
-    float a_mass = powers(t->sinks, own, top) + powers(seen, window, top);
-    float b_mass = sum_rows(1, count, width, phi + h * count, sums, width + 1, y) + sum_over(t->late, own + t->sinks);
-    Factors f = factors(t, t->strength ? t->strength[head * p.queries + h] : 1, top, a_mass, b_mass);
-    scaled(t->sinks, own, f.a), scaled(t->late, own + t->sinks, f.b), scaled(seen, window, f.a);
+    Row r = {.a_mass = powers(t->sinks, own, top) + powers(seen, window, top)};
+    r.b_mass = sum_rows(1, count, width, phi + h * count, sums, width + 1, y) + sum_over(t->late, own + t->sinks);
+    set_factors(t->join, t->is_signed, t->strength ? t->strength[head * p.queries + h] : 0, top / LOG2E, 0, &r);
+    scaled(t->sinks, own, r.a_factor), scaled(t->late, own + t->sinks, r.b_factor), scaled(seen, window, r.a_factor);
     sum_rows(0, newest + 1, width, own, v, width, room);
-    for (long d = 0; d < width; d++) y[d] = (room[d] + f.b * y[d]) / f.den;
+    for (long d = 0; d < width; d++) y[d] = (room[d] + r.b_factor * y[d]) * r.inverse;
   }
   for (long m = 0; m < per_key; m++) {
     float *late = t->room_phi + (map + m) * t->left * count;

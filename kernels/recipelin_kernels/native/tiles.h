@@ -1,9 +1,9 @@
 /* Float matrices in tiles of registers, and the few functions of vectors that attention needs.
  *
- * Vectors of 16 lanes, which the compiler lowers to what the machine has. Widths are multiples of 16; rows are any number.
- * A product reads its left side one number at a time, by any two strides (so also transposed), and its right side a
- * vector at a time: either rows of a matrix (step in depth: its leading dimension, from vector to vector: 16) or panels,
- * which `pack` makes of keys: panel p holds [width][16], the keys 16 p .. 16 p + 15 side by side.
+ * Vectors are of the machine's size, LANES numbers: wider ones gcc keeps in memory. Widths are multiples of 16; rows are any
+ * number. A product reads its left side one number at a time, by any two strides (so also transposed), and its right side a
+ * vector at a time: either rows of a matrix (step in depth: its leading dimension, from vector to vector: LANES) or panels,
+ * which `pack` makes of keys: panel p holds [width][LANES], the keys LANES p .. LANES p + LANES - 1 side by side.
  */
 #ifndef RECIPELIN_TILES
 #define RECIPELIN_TILES
@@ -11,19 +11,32 @@
 #include <stdint.h>
 #include <string.h>
 
-#define LANES 16
-#define INLINE static inline __attribute__((always_inline))
-typedef float vec __attribute__((vector_size(64)));
-typedef float loose __attribute__((vector_size(64), aligned(4), may_alias)); /* of memory that is not aligned */
-typedef int32_t ivec __attribute__((vector_size(64)));
-
+/* A tile is of ROWS rows and two vectors: half the machine's registers hold its sums. COUNT: the lanes' numbers. Of two
+ * vectors x and y, LACED_LOW is x0 y0 x1 y1 .. and LACED_HIGH goes on. */
 #if defined(__AVX512F__)
-#define ROWS 8 /* a tile: 16 of 32 registers hold sums */
-#define WIDE 2
-#else
+#define LANES 16
+#define ROWS 8
+#define COUNT 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#define LACED_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define LACED_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX__)
+#define LANES 8
 #define ROWS 4
-#define WIDE 1
+#define COUNT 0, 1, 2, 3, 4, 5, 6, 7
+#define LACED_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define LACED_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define LANES 4
+#define ROWS 4
+#define COUNT 0, 1, 2, 3
+#define LACED_LOW 0, 4, 1, 5
+#define LACED_HIGH 2, 6, 3, 7
 #endif
+#define LOG2E 1.4426950408889634f
+#define INLINE static inline __attribute__((always_inline))
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* of memory that is not aligned */
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 
 INLINE vec load(const float *x) { return *(const loose *)x; }
 INLINE void store(float *x, vec y) { *(loose *)x = y; }
@@ -37,23 +50,20 @@ INLINE long most(long x, long y) { return x > y ? x : y; }
 INLINE long down(long x) { return x & ~(long)(LANES - 1); } /* to whole vectors, of x >= 0 */
 INLINE long up(long x) { return down(x + LANES - 1); }
 
-#define SWAP(x, n) \
-  __builtin_shufflevector(x, x, 0 ^ n, 1 ^ n, 2 ^ n, 3 ^ n, 4 ^ n, 5 ^ n, 6 ^ n, 7 ^ n, 8 ^ n, 9 ^ n, 10 ^ n, 11 ^ n, \
-                          12 ^ n, 13 ^ n, 14 ^ n, 15 ^ n)
+/* Halves, quarters, .. are joined by lacing: lanes i and i + LANES / 2 come to lie beside each other. */
+INLINE vec laced(vec x, vec y, int high) {
+  return high ? __builtin_shufflevector(x, y, LACED_HIGH) : __builtin_shufflevector(x, y, LACED_LOW);
+}
 
 INLINE float sum_of(vec x) {
-  x += SWAP(x, 8);
-  x += SWAP(x, 4);
-  x += SWAP(x, 2);
-  x += SWAP(x, 1);
+#pragma GCC unroll 4
+  for (int n = 1; n < LANES; n *= 2) x = laced(x, x, 0) + laced(x, x, 1);
   return x[0];
 }
 
 INLINE float most_of(vec x) {
-  x = larger(x, SWAP(x, 8));
-  x = larger(x, SWAP(x, 4));
-  x = larger(x, SWAP(x, 2));
-  x = larger(x, SWAP(x, 1));
+#pragma GCC unroll 4
+  for (int n = 1; n < LANES; n *= 2) x = larger(laced(x, x, 0), laced(x, x, 1));
   return x[0];
 }
 
@@ -74,16 +84,32 @@ INLINE vec exp2_of(vec x) {
   return where(~(x < -126.0f), p * (vec)power);
 }
 
-/* c [rows, 16 wide] = (add ? c : 0) + scale_r (a b), all sums in registers; called with constant rows and wide. */
+/* log2 x of normal numbers x > 0: x = 2^n m, m within sqrt(1/2) .. sqrt(2); log2 m = (m - 1) p(m - 1), p fitted for the least
+ * relative error (3e-8; with the rounding 1.5e-7), also beside 1, where the logarithm is small. NaN of NaN. */
+INLINE vec log2_of(vec x) {
+  ivec power = ((ivec)x - 0x3f3504f3) >> 23;
+  vec f = (vec)((ivec)x - (power << 23)) - 1.0f;
+  vec p = f * 0.125837043f - 0.207269818f;
+  p = p * f + 0.215715632f;
+  p = p * f - 0.238944814f;
+  p = p * f + 0.287916243f;
+  p = p * f - 0.360703677f;
+  p = p * f + 0.480910629f;
+  p = p * f - 0.721347332f;
+  p = p * f + 1.44269502f;
+  return f * p + __builtin_convertvector(power, vec);
+}
+
+/* c [rows, LANES wide] = (add ? c : 0) + scale_r (a b), all sums in registers; called with constant rows and wide. */
 INLINE void tile(const int rows, const int wide, long depth, const float *a, long a_row, long a_step, const float *b,
                  long b_step, long b_wide, float *c, long c_row, const float *scale, int add) {
-  vec sum[ROWS][WIDE];
+  vec sum[ROWS][2];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
     for (int w = 0; w < wide; w++) sum[r][w] = (vec){0};
   for (long k = 0; k < depth; k++) {
-    vec right[WIDE];
+    vec right[2];
 #pragma GCC unroll 2
     for (int w = 0; w < wide; w++) right[w] = load(b + k * b_step + w * b_wide);
 #pragma GCC unroll 8
@@ -111,14 +137,14 @@ static __attribute__((noinline)) void product(long rows, long width, long depth,
   tile(n, w, depth, a + r * a_row, a_row, a_step, b + j / LANES * b_wide, b_step, b_wide, c + r * c_row + j, c_row, \
        scale ? scale + r : scale, add)
   long j = 0;
-#if WIDE == 2
   for (; j + 2 * LANES <= width; j += 2 * LANES) {
     long r = 0;
+#if ROWS == 8
     for (; r + 8 <= rows; r += 8) TILE(8, 2);
+#endif
     for (; r + 4 <= rows; r += 4) TILE(4, 2);
     for (; r < rows; r++) TILE(1, 2);
   }
-#endif
   for (; j < width; j += LANES) {
     long r = 0;
 #if ROWS == 8
@@ -130,17 +156,16 @@ static __attribute__((noinline)) void product(long rows, long width, long depth,
 #undef TILE
 }
 
-/* Sixteen rows of 16 numbers, turned: four times, rows i and i + 8 are laced into each other. */
+/* LANES rows, turned: as often as LANES can be halved, rows i and i + LANES / 2 are laced into each other. */
 INLINE void turn(vec x[LANES]) {
-  vec y[LANES];
-#define LACE(from, to) \
-  _Pragma("GCC unroll 8") for (int i = 0; i < 8; i++) { \
-    to[2 * i] = __builtin_shufflevector(from[i], from[i + 8], 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); \
-    to[2 * i + 1] = \
-        __builtin_shufflevector(from[i], from[i + 8], 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); \
+#pragma GCC unroll 4
+  for (int n = 1; n < LANES; n *= 2) {
+    vec y[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) y[i] = laced(x[i / 2], x[i / 2 + LANES / 2], i % 2);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) x[i] = y[i];
   }
-  LACE(x, y) LACE(y, x) LACE(x, y) LACE(y, x)
-#undef LACE
 }
 
 /* Panels of x [keys, width] (its rows `row` apart); keys missing in the last panel are 0. */

@@ -9,6 +9,7 @@ from ..hybrid.compat import check_compat, whole_rows
 from ..hybrid.rows import COVERS, JOINS, SHAPES, Options, check_shapes, one_of, rows, visible
 from .chunked import BLOCK, cut, sets, weight_transfer_chunked
 from .made import learning, made
+from .native import weight_transfer_native, why_not
 from .reference import weight_transfer_loss_reference
 
 TARGETS = ("linear", "hybrid")
@@ -135,14 +136,17 @@ def weight_transfer_loss(
     phi_q [B,H,T,F], phi_k [B,H or Hkv,T,F], lse [B,H,T] from `teacher_attention`. Gradients reach phi_q, phi_k, mix and
     log_scale; they are computed in the same pass, and not at all under no_grad. Memory O(T).
 
-    kernel: as of `hybrid_attention`; `gpu` (Triton) computes what `chunked` does, its precision: gpu.py. Raises ValueError
-    for unknown options and shapes that do not fit, RuntimeError for a kernel that cannot run here.
+    kernel: as of `hybrid_attention`; `gpu` (Triton) computes what `chunked` does, its precision: gpu.py. So does
+    `native` (C), but for signed features, which `auto` leaves to `chunked`. Raises ValueError for unknown options and shapes
+    that do not fit, RuntimeError for a kernel that cannot run here.
     """
     one_of("target", target, TARGETS)
-    ran = resolve_kernel(kernel, q.device, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1])
+    options = _options(window, shape, sinks, cover, join, scale, reach, q.shape[-1], signed=signed)
+    ran = resolve_kernel(
+        kernel, q.device, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1], not_native=why_not(options)
+    )
     if q.requires_grad or k.requires_grad:
         raise ValueError("weight_transfer_loss: q and k are the teacher's and get no gradient; detach them")
-    options = _options(window, shape, sinks, cover, join, scale, reach, q.shape[-1], signed=signed)
     if compat is not None:
         check_compat(compat, options, key_mask, segment_ids)
         options = whole_rows(options, q.shape[2])
@@ -159,10 +163,11 @@ def weight_transfer_loss(
     own = rows(1 if alike else batch, length, q.device, key_mask, segment_ids)
     count = batch * length
     if key_mask is not None:
-        real = key_mask[:, None, :, None]
-        q, k, phi_q, phi_k = (torch.where(real, x, 0) for x in (q, k, phi_q, phi_k))
-        lse = torch.where(key_mask[:, None, :], lse, 0)
         count = int(key_mask.sum())
+        if ran != "native":  # which never reads padding
+            real = key_mask[:, None, :, None]
+            q, k, phi_q, phi_k = (torch.where(real, x, 0) for x in (q, k, phi_q, phi_k))
+            lse = torch.where(key_mask[:, None, :], lse, 0)
     mix = mix if target == "hybrid" and join == "shared" else None
     log_scale = log_scale if target == "hybrid" and join == "absolute" else None
     learned = (phi_q, phi_k, mix, log_scale)
@@ -175,7 +180,8 @@ def weight_transfer_loss(
 
         sums = made(lambda: weight_transfer_gpu(q, k, *learned, lse, *row, learn, plain=alike), *learned)
     else:
-        sums = made(lambda: weight_transfer_chunked(q, k, *learned, lse, *row, learn), *learned)
+        compute = weight_transfer_native if ran == "native" else weight_transfer_chunked
+        sums = made(lambda: compute(q, k, *learned, lse, *row, learn), *learned)
     return sums / count if per_head else sums.sum() / (count * heads)
 
 

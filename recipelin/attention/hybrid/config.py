@@ -97,8 +97,10 @@ class Config(Form):
         description="where the teacher has a window of its own (Mistral): `cut` ends the linear branch there too, exact, with "
         "a state of that many keys; `ignore` lets it see all keys, with a small state",
     )
-    kernel: Literal["auto", "reference", "chunked", "gpu"] = Field(
-        "auto", description="the operator's implementation; gpu: Triton kernels, unproven on a GPU so far"
+    kernel: Literal["auto", "reference", "chunked", "native", "gpu"] = Field(
+        "auto",
+        description="the operator's implementation; native: C kernels of a CPU, which `auto` takes where there is a C compiler; "
+        "gpu: Triton kernels, unproven on a GPU so far",
     )
 
     def features(self, architecture: Architecture) -> int:

@@ -141,7 +141,7 @@ class HybridAttention(SwappedAttention):
         if self.drop is not None:
             options |= {"window_keep": self.drop.keep, "on_drop": self.drop.on_drop}
         previous = None if layer is None else layer.state
-        first = self.asked_from if layer is None and self.kernel == "chunked" else 0
+        first = self.asked_from if layer is None and self.kernel in ("chunked", "native") else 0
         q = q[:, :, first:]
         phi_q: Tensor | SoftmaxMap
         phi_k: Tensor | None

@@ -1,0 +1,129 @@
+"""The C kernel of the weight transfer loss: native/weight_transfer.c, its layout of a call, and what it leaves to `chunked`."""
+
+import ctypes
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import native
+from ..hybrid.rows import SEPARATE, Options, PlainRows, Rows
+
+MULTIPLE = 16  # widths are multiples of it: tiles.h
+JOINS = ("shared", "absolute", "replace")  # in the C enumeration's order, from 1
+
+
+class _Given(ctypes.Structure):
+    _fields_ = (("at", ctypes.c_void_p), *((name, ctypes.c_long) for name in ("row", "head", "token")))
+
+
+class _Call(ctypes.Structure):
+    """`Call` of weight_transfer.c."""
+
+    _fields_ = (
+        *((name, _Given) for name in ("q", "k", "phi_q", "phi_k")),
+        *((name, ctypes.c_void_p) for name in ("lse", "mix", "log_scale", "runs")),
+        *((name, ctypes.c_void_p) for name in ("grad_phi_q", "grad_phi_k", "loss", "grad_mix", "grad_log_scale")),
+        *((name, ctypes.c_long) for name in ("heads", "key_heads", "feature_heads", "length")),
+        *((name, ctypes.c_long) for name in ("width", "features", "longest")),
+        *((name, ctypes.c_long) for name in ("join", "window", "terraced", "anchor", "sinks", "cover_all")),
+        *((name, ctypes.c_long) for name in ("reach", "teacher_window")),
+        ("scale", ctypes.c_float),
+    )
+
+
+def why_not(options: Options) -> str | None:
+    """Why the C kernel does not compute a call of these options; None: it does."""
+    return "the C kernel takes no signed features" if options.signed else None
+
+
+def runs_of(rows: Rows, batch: int) -> Iterator[tuple[int, int, int]]:
+    """(row, first token, tokens) of every run of real tokens of one segment."""
+    length = rows.segment.shape[-1]
+    if isinstance(rows, PlainRows):
+        yield from ((row, 0, length) for row in range(batch))
+        return
+    for row, segments in enumerate(rows.segment):
+        numbers, counts = (x.tolist() for x in torch.unique_consecutive(segments, return_counts=True))
+        first = 0
+        for number, count in zip(numbers, counts, strict=True):
+            if number >= 0:
+                yield row, first, count
+            first += count
+
+
+def _ready(x: Tensor) -> Tensor:
+    """In fp32, its last dimension without gaps and padded with zeros to whole vectors."""
+    x = x.float()
+    over = -x.shape[-1] % MULTIPLE
+    if over:
+        return F.pad(x, (0, over))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _given(x: Tensor) -> _Given:
+    return _Given(x.data_ptr(), *x.stride()[:3])
+
+
+@torch.no_grad()
+def weight_transfer_native(
+    q: Tensor,
+    k: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    mix: Tensor | None,
+    log_scale: Tensor | None,
+    lse: Tensor,
+    target: str,
+    options: Options,
+    rows: Rows,
+    teacher_window: int | None,
+    learn: frozenset[str],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `weight_transfer_chunked`. A run of real tokens is a row of its own; a piece of a thread's work is a key head of one.
+
+    Raises MemoryError where a thread finds no room: about T (D + F + 256) numbers.
+    """
+    (batch, heads, length, _), features = q.shape, phi_q.shape[-1]
+    hybrid = target == "hybrid"
+    runs = torch.tensor([*runs_of(rows, batch)], dtype=torch.long).view(-1, 3)
+    given = {n: _ready(x) for n, x in (("q", q), ("k", k), ("phi_q", phi_q), ("phi_k", phi_k))}
+    plain = (("lse", lse), ("mix", mix), ("log_scale", log_scale))
+    numbers = {n: x.float().contiguous() for n, x in plain if x is not None}
+    grads: dict[str, Tensor] = {n: torch.zeros(given[n].shape) for n in ("phi_q", "phi_k") if n in learn}
+    sums = {n: torch.zeros(len(runs), heads, dtype=torch.float64) for n in ("loss", "mix", "log_scale")}
+    call = _Call(
+        **{n: _given(x) for n, x in given.items()},
+        **{n: x.data_ptr() for n, x in numbers.items()},
+        runs=runs.data_ptr(),
+        **{f"grad_{n}": x.data_ptr() for n, x in grads.items()},
+        loss=sums["loss"].data_ptr(),
+        grad_mix=sums["mix"].data_ptr(),
+        grad_log_scale=sums["log_scale"].data_ptr(),
+        heads=heads,
+        key_heads=k.shape[1],
+        feature_heads=phi_k.shape[1],
+        length=length,
+        width=given["q"].shape[-1],
+        features=given["phi_q"].shape[-1],
+        longest=int(runs[:, 2].max()) if len(runs) else 0,
+        join=(4 if options.join in SEPARATE else 1 + JOINS.index(options.join)) if hybrid else 0,
+        window=options.window if hybrid else 0,
+        terraced=options.shape == "terraced",
+        anchor=options.anchor,
+        sinks=options.sinks if hybrid else 0,
+        cover_all=not hybrid or options.cover == "all",
+        reach=min(length, options.reach or length),
+        teacher_window=min(length, teacher_window or length),
+        scale=options.scale,
+    )
+    threads = ctypes.c_long(torch.get_num_threads())
+    if native.library().weight_transfer(ctypes.byref(call), ctypes.c_long(len(runs)), threads):
+        raise MemoryError("weight_transfer_loss: no memory for a thread of the C kernel")
+    found = {n: x[..., :features] for n, x in grads.items()}
+    found |= {n: sums[n].sum(0).float() for n in ("mix", "log_scale") if n in learn}
+    return sums["loss"].sum(0).float(), found
+
+
+__all__ = ["runs_of", "weight_transfer_native", "why_not"]

@@ -1,0 +1,220 @@
+"""Hybrid attention by the C kernels: against the definition in float64, over every option and their pairs."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from recipelin_kernels import hybrid_attention, resolve_kernel
+from recipelin_kernels.hybrid.chunked import hybrid_attention_chunked
+from tests.kernels.hybrid_inputs import (
+    COVERS,
+    HEADS,
+    JOINS,
+    OUTCOMES,
+    SHAPES,
+    Inputs,
+    attend,
+    empty_is_nan,
+    padding,
+    with_gradients,
+)
+
+SINGLE = 3e-5  # relative; sums of float32
+CHOICES = {
+    "join": JOINS,
+    "shape": SHAPES,
+    "cover": COVERS,
+    "sinks": [0, 3, 20],  # fewer than a vector, and more
+    "window": [0, 1, 16, 33, 200],
+    "reach": [None, None, 7, 40],
+    "max_gradient": ["through", "detached"],
+    "heads": HEADS,
+    "per_key_head": [False, True],
+    "length": [1, 15, 32, 33, 97, 150],  # of chunks of 32 queries and vectors of 16 keys
+    "dim": [8, 16, 40],
+    "features": [6, 32, 48],
+    "rows": ["none", "none", "left", "right", "segments"],
+    "ablate": [{}, {}, {"window": "mass"}, {"window": "output"}, {"linear": "mass"}, {"linear": "output"},
+               {"sinks": "mass"}, {"sinks": "output"}],
+    "drop": [None, None, "linear_covers_all", "linear_outside"],
+}  # fmt: skip
+
+
+def calls(seed: int, count: int) -> list[dict]:
+    """Random calls such that each option's values come equally often, each beside every other option's."""
+    draw = random.Random(seed)
+    columns = {}
+    for name, values in CHOICES.items():
+        column = list(itertools.islice(itertools.cycle(values), count))
+        draw.shuffle(column)
+        columns[name] = column
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def outcomes(call: dict, kernel: str, dtype: torch.dtype) -> list[Tensor]:
+    x = Inputs(
+        call["heads"], call["length"], per_key_head=call["per_key_head"], dim=call["dim"], features=call["features"]
+    ).like(dtype)
+    real = padding(call["rows"], 2, call["length"])
+    options = {n: call[n] for n in ("join", "shape", "cover", "sinks", "window", "reach", "max_gradient", "ablate")}
+    if call["drop"]:
+        options |= {"window_keep": torch.arange(2 * call["heads"][0]).view(2, -1) % 3 > 0, "on_drop": call["drop"]}
+    found = with_gradients(x, real.get("key_mask"), kernel=kernel, **options, **real)
+    return [t.double() for t in found]
+
+
+def close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """In norm. A gradient that is 0 (of a single key, say) is a sum of terms that cancel, those of features of the size of
+    1 / phi; it leaves their rounding.
+    """
+    for name, one, other in zip(OUTCOMES, found, expected, strict=True):
+        size = float(other.norm())
+        least = 1e-2 if name[:2] != "d_" else 0.3 if size > 1e-9 else 200.0
+        assert float((one - other).norm()) <= tolerance * max(size, least), name
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_c_kernels_are_the_definition(seed):
+    seen = set()
+    for call in calls(seed, 60):
+        found = outcomes(call, "native", torch.float32)
+        close(found, outcomes(call, "reference", torch.float64), SINGLE)
+        seen |= {(n, str(v)) for n, v in call.items()}
+    assert len(seen) == sum(len({str(v) for v in values}) for values in CHOICES.values())
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_signed_features(join):
+    """A denominator near 0 multiplies rounding: what `chunked` has in float32 is the measure."""
+    x = Inputs((6, 2), 97, batch=1, per_key_head=True)
+    make = torch.Generator().manual_seed(3)
+    x.phi_q, x.phi_k = (torch.randn(t.shape, generator=make, dtype=torch.float64) for t in (x.phi_q, x.phi_k))
+    x.phi_k[:, :, :9] = 0  # a row without linear mass; behind it one at the floor
+    x.phi_k[:, :, 9:11] *= 1e-9
+    options = {"window": 5, "join": join, "signed": True}
+    exact = with_gradients(x, kernel="reference", **options)
+    found, chunked = (
+        [t.double() for t in with_gradients(x.like(torch.float32), kernel=n, **options)] for n in ("native", "chunked")
+    )
+    for one, other, expected in zip(found, chunked, exact, strict=True):
+        least = 1e-5 * max(float(expected.norm()), 1e-2)
+        assert float((one - expected).norm()) <= max(least, 20 * float((other - expected).norm()))
+
+
+def test_long_rows_by_held_states():
+    """2,000 tokens: several held states, rings that go round, and a run that begins in the middle of a row."""
+    for options in ({"window": 64}, {"window": 64, "sinks": 4, "shape": "terraced", "join": "absolute"}):
+        x = Inputs((4, 2), 2000, batch=1, dim=16, features=16, per_key_head=True)
+        mask = torch.arange(2000)[None] >= 37
+        exact = with_gradients(x, mask, kernel="chunked", key_mask=mask, **options)
+        found = with_gradients(x.like(torch.float32), mask, kernel="native", key_mask=mask, **options)
+        close([t.double() for t in found], exact, SINGLE)
+
+
+def test_large_scores_and_nan_in_padding():
+    x = Inputs((6, 2), 130, dim=16, features=16)
+    for scale in (50.0, 5000.0):
+        x.q *= scale / float((x.q @ x.k.repeat_interleave(3, 1).mT).abs().max() * 16**-0.5)
+        mask = padding("left", 2, 130)["key_mask"]
+        poisoned = x.like(torch.float32)
+        for name in ("q", "k", "v", "phi_q", "phi_k"):
+            value = getattr(poisoned, name)
+            value.masked_fill_(~mask[:, None, :, None], torch.nan)
+        with empty_is_nan():
+            found = with_gradients(poisoned, mask, kernel="native", key_mask=mask, window=9, join="absolute")
+        exact = with_gradients(x, mask, kernel="reference", key_mask=mask, window=9, join="absolute")
+        # Rounding of a score is a relative error of its weight.
+        close([t.double() for t in found], exact, scale * 2e-6)
+
+
+def test_nan_of_a_real_token_is_seen():
+    x = Inputs(dtype=torch.float32)
+    x.k[0, 0, 20] = torch.nan
+    y = attend(x, kernel="native")
+    assert y[0, :3, 20:25].isnan().all() and y.isnan().sum() == 3 * 5 * 8  # the queries whose window it is in
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_computed_in_float32(dtype):
+    x = Inputs((6, 2), 100, dtype=dtype)
+    y = attend(x, window=32, kernel="native")
+    assert y.dtype == dtype
+    expected = attend(x.like(torch.float64), window=32, kernel="reference")
+    assert ((y.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("first", [1, 40, 64, 96])
+def test_queries_from_a_position_on(first):
+    x = Inputs((6, 2), 97, dtype=torch.float32)
+    for where in ({}, padding("left", 2, 97), padding("segments", 2, 97)):
+        whole = hybrid_attention(*x.cut(0, 97), x.mix, window=9, sinks=2, kernel="native", **where)
+        q, phi_q = x.q[:, :, first:], x.phi_q[:, :, first:]
+        some = hybrid_attention(
+            q, x.k, x.v, phi_q, x.phi_k, x.mix, window=9, sinks=2, kernel="native", first_query=first, **where
+        )
+        assert (some - whole[:, :, first:]).abs().max() < 1e-6
+
+
+def test_threads_and_repetition_change_no_bit():
+    x = Inputs((6, 2), 150, dtype=torch.float32)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            found.append(with_gradients(x, kernel="native", window=9, **padding("segments", 2, 150)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_tensors_that_lie_apart_and_gradients_that_are_not_asked_for():
+    x = Inputs((6, 2), 70, dtype=torch.float32)
+    apart = [t.transpose(1, 2).contiguous().transpose(1, 2) if t.ndim == 4 else t for t in x.tensors()]
+    expected = with_gradients(x, kernel="native", components=False, window=9, join="absolute")
+    for wanted in itertools.chain([(6,), (3, 4), (0,), (2,)], [(4, 6), (1, 5)]):
+        leaves = [t.detach().clone().requires_grad_(i in wanted) for i, t in enumerate(apart)]
+        y = hybrid_attention(*leaves[:6], log_scale=leaves[6], window=9, join="absolute", kernel="native")
+        weight = torch.cos(torch.arange(y.numel(), dtype=torch.float64)).to(y.dtype).view_as(y)
+        (y * weight).sum().backward()
+        for i, (leaf, grad) in enumerate(zip(leaves, expected[1:], strict=True)):
+            assert (leaf.grad is None) == (i not in wanted or i == 5)
+            if leaf.grad is not None:
+                assert torch.allclose(leaf.grad, grad, atol=1e-6)
+
+
+def test_no_run_and_no_query():
+    x = Inputs((6, 2), 20, dtype=torch.float32)
+    nothing = torch.zeros(2, 20, dtype=torch.bool)
+    for found in with_gradients(x, nothing, kernel="native", key_mask=nothing, window=5):
+        assert not found.any()
+    empty = [t[:, :, :0] for t in (x.q, x.k, x.v, x.phi_q, x.phi_k)]
+    assert hybrid_attention(*empty, x.mix, window=5, kernel="native").shape == (2, 6, 0, 8)
+
+
+def test_what_auto_takes_on_a_cpu(monkeypatch):
+    assert resolve_kernel("auto", "cpu") == resolve_kernel("native", "cpu", dtype=torch.bfloat16) == "native"
+    assert resolve_kernel("auto", "cpu", dtype=torch.float64) == "chunked"
+    assert resolve_kernel("auto", "cpu", covered=True) == "sdpa"
+    with pytest.raises(RuntimeError, match=r"native.*float32, found torch.float64; use 'chunked'"):
+        attend(Inputs(), kernel="native")
+    with pytest.raises(RuntimeError, match=r"native.*scale above 0, found -1.0"):
+        attend(Inputs(dtype=torch.float32), kernel="native", scale=-1.0)
+    with pytest.raises(ValueError, match=r"chunk=8: kernel 'native' has chunks of its own"):
+        attend(Inputs(dtype=torch.float32), kernel="native", chunk=8)
+    with pytest.raises(RuntimeError, match=r"native.*for a CPU, found meta"):
+        resolve_kernel("native", "meta")
+    x = Inputs(dtype=torch.float32)
+    by_c = attend(x)
+    assert torch.equal(by_c, attend(x, kernel="native")) and not torch.equal(by_c, attend(x, kernel="chunked"))
+    ran = []
+    monkeypatch.setattr(
+        "recipelin_kernels.hybrid.hybrid_attention_chunked",
+        lambda *a, **o: ran.append(1) or hybrid_attention_chunked(*a, **o),
+    )
+    attend(x, scale=-1.0)
+    assert ran == [1]  # what the C kernels do not take
