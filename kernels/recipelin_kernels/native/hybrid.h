@@ -143,7 +143,7 @@ INLINE void against(const Unit *u, const Chunk *h, long rows, long first_row, lo
 }
 
 INLINE ivec places(long base) {
-  return (ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (int32_t)base;
+  return (ivec){COUNT} + (int32_t)base;
 }
 
 /* Which of the keys from `base` on query t sees by softmax, by its linear side among the columns. */

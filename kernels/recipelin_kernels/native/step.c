@@ -67,7 +67,7 @@ INLINE float sum_rows(const int beside, long rows, long width, const float *a, c
   return found;
 }
 
-/* s [queries, keys] = q k^T, its rows and what they have room for multiples of 16. */
+/* s [queries, keys] = q k^T; of each row whole vectors are written. */
 static void scores(long queries, long keys, long width, const float *q, const float *k, float *s, long s_row) {
   enum { AT_ONCE = 4 };
   for (long p = 0; p < keys; p += LANES)
