@@ -159,8 +159,9 @@ def hybrid_attention(
     does not cancel, carries gradient. state: goes on from there (no gradient into it); needs `phi_k_fn`, keys
     [B,Hkv,n,D] -> features, for the ring's keys. phi_k may be None, and is computed by `phi_k_fn` where it is needed. Then
     phi_q and `phi_k_fn` may be SoftmaxMaps: without gradient `gpu` makes features of queries, and in decoding those of keys,
-    in the launch that uses them; elsewhere maps are called. In a forward pass both are then rounded to the dtype of q: it
-    makes up to 128 in bf16 (64 for D above 128, and in fp32; none in fp16) of a W whose columns are a power of two from 16 on.
+    in the launch that uses them, `native` both in decoding; elsewhere maps are called. In a forward pass of `gpu` both are
+    then rounded to the dtype of q: it makes up to 128 in bf16 (64 for D above 128, and in fp32; none in fp16) of a W whose
+    columns are a power of two from 16 on.
 
     reach: the teacher's own window; W but for the sinks, and L, then hold only keys less than `reach` positions back.
     Where no key of the call is that far, it costs nothing; else, and from a state, time is O(T reach), as the teacher's,
@@ -357,6 +358,9 @@ def hybrid_attention_step(
     """One token a row: q [B,H,1,D], k, v [B,Hkv,1,D], phi_q [B,H,1,F] or its map -> (y [B,H,1,D], the next state).
 
     Options as `hybrid_attention`. Features of a key are computed by `phi_k_fn` when it leaves the window.
+
+    kernel `native` in fp32, widths multiples of 16, without gradient, of what `plain_token` takes (step.py): one C function,
+    which makes the features too where they are of SoftmaxMaps, those of some keys at once before they leave.
 
     kernel `gpu` without gradient, `reach` and `window_keep`: one Triton launch, which makes the features too if phi_q and
     phi_k_fn are SoftmaxMaps. Given a HybridState, it returns a StepState;

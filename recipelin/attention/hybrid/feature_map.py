@@ -21,7 +21,7 @@ class HeadFeatureMap(nn.Module):
     u = x W (+ b), W [H, d, columns]; `fixed`: u = x. softmax: [softmax(u), softmax(-u)] over features; exp:
     [exp(u - max u), exp(-u + min u)], maximum over the features of one token; relu, elu (1 + ELU), none: [act(u), act(-u)],
     or act(u) alone (t2r, `as_lolcats`). Then clamped below (not `none`), and times exp(u_h.x) with `token_scale`.
-    Computed in fp32 (fp64 for fp64). kernel: of the form; `gpu` makes softmax features by Triton.
+    Computed in fp32 (fp64 for fp64). kernel: of the form; `gpu` makes softmax features by Triton, `native` in C.
     Source: LoLCATs' feature_map.py (softmax_dim, exp_dim, relu, pos_elu), arXiv 2510.05901 §3.4, T2R: arXiv 2103.13076.
     """
 
