@@ -72,7 +72,7 @@ def close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None
     """
     for name, one, other in zip(OUTCOMES, found, expected, strict=True):
         size = float(other.norm())
-        least = 1e-2 if name[:2] != "d_" else 0.3 if size > 1e-9 else 200.0
+        least = 1e-2 if name[:2] != "d_" else 1.0 if size > 1e-9 else 200.0
         assert float((one - other).norm()) <= tolerance * max(size, least), name
 
 

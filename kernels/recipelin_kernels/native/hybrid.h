@@ -153,7 +153,7 @@ INLINE void against(const Unit *u, const Chunk *h, long rows, long first_row, lo
 }
 
 INLINE ivec places(long base) {
-  return (ivec){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (int32_t)base;
+  return (ivec){COUNT} + (int32_t)base;
 }
 
 /* Which of the keys from `base` on query t sees by softmax, by its linear side among the columns. */
@@ -310,9 +310,9 @@ static void add_to_state(const Unit *u, long from, long to, float *state) {
           1);
   float *mass = state + c->features * c->width;
   for (long f = 0; f < c->features; f += LANES) {
-    vec sum = load(mass + f);
+    vec sum = {0}; /* of few keys first: a long row's mass is large beside one of them */
     for (long j = 0; j < to - from; j++) sum += load(phi + j * c->features + f);
-    store(mass + f, sum);
+    store(mass + f, load(mass + f) + sum);
   }
 }
 
