@@ -78,7 +78,9 @@ _BOUND = (
     "18 / 5 of it with backward. The rest is exponentials and masks (a tenth), keys and features that are turned (a tenth), and "
     "memory that is written for the first time."
 )
-_SHORT = "of 128 queries as of the first 128 of a long row; in memory that is written for the first time, half of the time."
+_SHORT = (
+    "of 128 queries as of the first 128 of a long row; in memory that is written for the first time, half of the time."
+)
 
 _CHECKS = "the call is SDPA itself; what is left is the check of shapes and options, 0.1 ms."
 _ZEROS = (

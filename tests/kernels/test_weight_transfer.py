@@ -305,6 +305,15 @@ def test_padding_may_hold_anything(kernel):
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(clean, found, strict=True))
 
 
+@pytest.mark.parametrize("kernel", BLOCKED)
+@pytest.mark.parametrize("name", ["q", "k", "phi_q", "phi_k"])
+def test_what_is_not_a_number_is_no_loss(name, kernel):
+    x = inputs(2, 1, 301)
+    with torch.no_grad():
+        x[name][0, 0, 3] = torch.nan
+    assert loss_and_gradients(x, kernel)[0].isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["chunked", "native"])
 def test_no_gradients_are_made_under_no_grad(monkeypatch, dtype):
     x = rounded(inputs(4, 2, 61), dtype)

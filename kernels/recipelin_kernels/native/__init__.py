@@ -13,7 +13,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+MACHINE = "-march=native"
+FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 HERE = Path(__file__).parent
 
 
@@ -48,8 +49,8 @@ def library() -> ctypes.CDLL:
     if cc is None:
         raise OSError("no C compiler")
     sources = sorted(HERE.glob("*.[ch]"))
-    machine = _said(cc, "--version") + _said(cc, "-march=native", "-dM", "-E", "-x", "c", os.devnull)
-    name = hashlib.sha256(b"\0".join([*(s.read_bytes() for s in sources), machine, " ".join(FLAGS).encode()]))
+    machine = _said(cc, "--version") + _said(cc, MACHINE, "-dM", "-E", "-x", "c", os.devnull)
+    name = hashlib.sha256(b"\0".join([*(s.read_bytes() for s in sources), machine.encode(), " ".join(FLAGS).encode()]))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recipelin"
     path = folder / f"native-{name.hexdigest()[:16]}.so"
     if not path.exists():
@@ -58,13 +59,15 @@ def library() -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=folder) as made:
             new = Path(made) / path.name
             units = [str(s) for s in sources if s.suffix == ".c"]
-            subprocess.run([cc, *FLAGS, *units, "-lm", "-o", str(new)], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [cc, MACHINE, *FLAGS, *units, "-lm", "-o", str(new)], check=True, capture_output=True, text=True
+            )
             new.replace(path)
     return ctypes.CDLL(str(path))
 
 
-def _said(*command: str) -> bytes:
-    return subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL).stdout
+def _said(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
 
 
 __all__ = ["compiler", "library", "why_not"]

@@ -267,9 +267,9 @@ static void add_to_state(const Unit *u, long from, long to, float *state) {
           1);
   float *mass = state + c->features * c->width;
   for (long f = 0; f < c->features; f += LANES) {
-    vec sum = load(mass + f);
+    vec sum = {0}; /* of few keys first: a long row's mass is large beside one of them */
     for (long j = 0; j < to - from; j++) sum += load(phi + j * c->features + f);
-    store(mass + f, sum);
+    store(mass + f, load(mass + f) + sum);
   }
 }
 

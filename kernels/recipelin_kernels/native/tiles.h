@@ -84,8 +84,8 @@ INLINE vec exp2_of(vec x) {
   return where(~(x < -126.0f), p * (vec)power);
 }
 
-/* log2 x of normal numbers x > 0: x = 2^n m, m within sqrt(1/2) .. sqrt(2); log2 m = (m - 1) p(m - 1), p fitted for the least
- * relative error (3e-8; with the rounding 1.5e-7), also beside 1, where the logarithm is small. NaN of NaN. */
+/* log2 x of normal numbers x > 0: x = 2^n m, m within sqrt(1/2) .. sqrt(2); log2 m = (m - 1) p(m - 1), p fitted for the
+ * least relative error (3e-8; with the rounding 1.5e-7), also beside 1, where the logarithm is small. NaN of NaN. */
 INLINE vec log2_of(vec x) {
   ivec power = ((ivec)x - 0x3f3504f3) >> 23;
   vec f = (vec)((ivec)x - (power << 23)) - 1.0f;
@@ -97,7 +97,8 @@ INLINE vec log2_of(vec x) {
   p = p * f + 0.480910629f;
   p = p * f - 0.721347332f;
   p = p * f + 1.44269502f;
-  return f * p + __builtin_convertvector(power, vec);
+  /* x - x: what was done to the bits has made a number of a NaN. */
+  return f * p + (__builtin_convertvector(power, vec) + (x - x));
 }
 
 /* c [rows, LANES wide] = (add ? c : 0) + scale_r (a b), all sums in registers; called with constant rows and wide. */

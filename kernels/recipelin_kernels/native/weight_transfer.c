@@ -47,11 +47,12 @@ typedef struct {
   long sinks;                 /* keys 0 .. sinks - 1, beside the window */
 } Seen;
 
-/* A query: what of its row is known before the whole keys are met. lse, top: times log2 e, top relative to lse. */
+/* A query: what of its row is known before the whole keys are met. lse, top: times log2 e, top relative to lse. mass, weight,
+ * scale, inverse: of e; of a = weight e; of b = scale X; 1 / N. */
 typedef struct {
   Seen seen;
-  float lse, top, mass, weight, scale, inverse, pull; /* mass, weight, scale, inverse: of e, a = weight e, b = scale X, 1 / N */
-  int present;                                        /* whether the softmax side has any key */
+  float lse, top, mass, weight, scale, inverse, pull;
+  int present; /* whether the softmax side has any key */
 } Query;
 
 /* A query head of a run, with the memory of its thread. */
@@ -101,7 +102,7 @@ INLINE ivec keys_from(int32_t first) {
   return first + (ivec){COUNT};
 }
 
-/* Which keys are whole, and which stand in columns: as every bound of Seen grows with the query, the first and the last tell. */
+/* Which keys are whole, and which stand in columns: every bound of Seen grows with the query, so the first and last tell. */
 static void lay_out(const Head *head, Block *block) {
   const Seen *low = &block->query[0].seen, *high = &block->query[block->rows - 1].seen;
   long sinks = up(high->sinks), stop = up(block->first + block->rows);
@@ -255,7 +256,7 @@ static void meet_whole(Block *block, long count, const float *scores, float *pai
   }
 }
 
-/* What needs `kept`: the gradients of mix and log_scale, those of the edges' pairs, and (last) the whole keys' last terms. */
+/* What needs `kept`: gradients of mix and log_scale, those of the edges' pairs, and (last) the whole keys' last terms. */
 static void finish(Head *head, Block *block, float *last) {
   long join = head->call->join;
   for (long r = 0; r < block->rows; r++) {
@@ -350,7 +351,8 @@ static void work(const void *given, long index, float *room) {
     if (h * each % group == 0) {
       head.phi_k = tokens_of(&call->phi_k, run, feature_head);
       if (call->grad_phi_k)
-        head.grad_phi_k = call->grad_phi_k + ((run[0] * call->feature_heads + feature_head) * call->length + run[1]) * features;
+        head.grad_phi_k =
+            call->grad_phi_k + ((run[0] * call->feature_heads + feature_head) * call->length + run[1]) * features;
       pack(run[2], features, head.phi_k, call->phi_k.token, head.phi_panels);
       memset(head.turned, 0, panels * features * sizeof(float));
       for (long p = 0; p < panels; p++)
