@@ -28,18 +28,13 @@ class Token(ctypes.Structure):
     """As in native/step.c."""
 
     _fields_ = (
-        *(
-            (n, ctypes.c_long)
-            for n in ("batch", "heads", "key_heads", "map_heads", "width", "features", "sinks", "ring")
-        ),
+        *((n, ctypes.c_long) for n in ("batch", "heads", "key_heads", "map_heads", "width", "features", "sinks", "ring")),
         *((n, ctypes.c_long) for n in ("left", "join", "is_signed", "threads", "late", "begin", "end")),
         *((n, ctypes.c_float) for n in ("scale", "clamp_q", "clamp_k")),
-        *(
-            (n, ctypes.c_void_p)
-            for n in ("q", "k", "v", "phi_q", "weight_q", "weight_k", "strength", "sums", "next_sums")
-        ),
-        *((n, ctypes.c_void_p) for n in ("room_k", "room_v", "room_phi", "positions", "next_positions", "y")),
-    )
+        *((n, ctypes.c_void_p) for n in ("q", "k", "v", "phi_q", "weight_q", "weight_k", "strength", "sums")),
+        *((n, ctypes.c_void_p) for n in ("next_sums", "next_k", "next_v", "room_k", "room_v", "room_phi")),
+        *((n, ctypes.c_void_p) for n in ("positions", "next_positions", "y")),
+    )  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -121,12 +116,15 @@ def native_token(
         token.phi_q = phi_q.data_ptr()
     else:
         token.weight_q, token.clamp_q = phi_q.weight.data_ptr(), phi_q.clamp
-    by_map, sums = isinstance(phi_k_fn, SoftmaxMap), None
+    by_map, following = isinstance(phi_k_fn, SoftmaxMap), None
+    positions, y = torch.empty_like(state.positions), torch.empty_like(q)
     if isinstance(phi_k_fn, SoftmaxMap):
         _make_ahead(call, phi_k_fn, late)
-        sums = torch.empty_like(state.sums) if late + 1 == room.left else None
-        token.next_sums = None if sums is None else sums.data_ptr()
-    positions, y = torch.empty_like(state.positions), torch.empty_like(q)
+        if late + 1 == room.left:
+            full = room.full or int(state.positions.min()) + 1 >= state.ring
+            sums, after = torch.empty_like(state.sums), room.empty(full)
+            token.next_sums, token.next_k, token.next_v = sums.data_ptr(), after.k.data_ptr(), after.v.data_ptr()
+            following = RoomState(sums, state.sink_k, state.sink_v, positions, after, 0)
     token.q, token.k, token.v, token.y = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
     token.late, token.positions, token.next_positions = late, state.positions.data_ptr(), positions.data_ptr()
     if _library().step_token(ctypes.byref(token)):
@@ -135,7 +133,7 @@ def native_token(
         call.made = token.end
     else:
         map_leaving(state, phi_k_fn, k.dtype)
-    return y, moved(state, positions, sums)
+    return y, following or moved(state, positions)
 
 
 def _prepare(q: Tensor, k: Tensor, phi_q: Maps, phi_k_fn: Maps, options: Options, state: RoomState) -> Token:

@@ -36,6 +36,11 @@ class Room:
     def bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (self.k, self.v, self.phi))
 
+    def empty(self, full: bool) -> "Room":
+        """A room of the same sizes, which the caller fills: it begins with sinks and ring."""
+        k, v, phi = (torch.empty_like(x) for x in (self.k, self.v, self.phi))
+        return Room(k, v, phi, full, set(range(self.left)))
+
     def take(self, place: int) -> bool:
         """Whether the place is the caller's from now on. Outside inference mode nobody may write what was made in it."""
         if self.k.is_inference() and not torch.is_inference_mode_enabled():

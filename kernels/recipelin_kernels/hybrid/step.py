@@ -98,15 +98,10 @@ def map_leaving(state: RoomState, phi_k_fn: Callable[[Tensor], Tensor], dtype: t
         room.phi.narrow(2, late, 1).mul_((state.positions >= state.ring)[:, None, None, None])
 
 
-def moved(state: RoomState, positions: Tensor, sums: Tensor | None = None) -> RoomState:
-    """The state after a token, whose key and value are in the room as are the features of the key that leaves.
-
-    sums: those with all late keys of the room in them, where the room is full and they have been made.
-    """
+def moved(state: RoomState, positions: Tensor) -> RoomState:
+    """The state after a token, whose key and value are in the room as are the features of the key that leaves."""
     following = RoomState(state.sums, state.sink_k, state.sink_v, positions, state.room, state.late + 1)
-    if following.late < state.room.left:
-        return following
-    return _in_room(following, whole_sums(following) if sums is None else sums)
+    return following if following.late < state.room.left else _in_room(following, whole_sums(following))
 
 
 def _in_room(state: HybridState, sums: Tensor) -> RoomState:

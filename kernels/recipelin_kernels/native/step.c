@@ -17,7 +17,8 @@ typedef struct {
   const float *weight_q, *weight_k; /* [H,D,F/2], [p,D,F/2] */
   const float *strength;  /* [H]: mix, or log_scale */
   const float *sums;      /* [B,p,F,D+1] */
-  float *next_sums;       /* with the late keys and the one that leaves now, or NULL */
+  /* Where the room is full now, else NULL: the sums with its late keys, and the next room's sinks and ring. */
+  float *next_sums, *next_k, *next_v;
   float *room_k, *room_v; /* [B,Hkv,sinks + ring + left,D] */
   float *room_phi;        /* [B,p,left,F] */
   const int64_t *positions;
@@ -190,6 +191,12 @@ static Plan plan_of(const Token *t) {
   return p;
 }
 
+/* Sinks and ring of a key head, after the token, to where the next room has them. */
+static void move_on(const Token *t, long oldest, const float *from, float *to) {
+  memcpy(to, from, t->sinks * t->width * sizeof(float));
+  memcpy(to + t->sinks * t->width, from + (oldest + 1) * t->width, t->ring * t->width * sizeof(float));
+}
+
 /* A key head of a row, with its query heads. */
 static void token_head(const void *call, long index, float *room) {
   const Token *t = call;
@@ -240,6 +247,10 @@ static void token_head(const void *call, long index, float *room) {
     if (t->begin < t->end)
       late_features(t, row, k + t->sinks * width, t->weight_k + (head * per_key + m) * width * (count / 2), late, room);
     if (t->next_sums) fold(t->late + 1, count, width, t->sums + sums, late, v + t->sinks * width, t->next_sums + sums);
+  }
+  if (t->next_sums) {
+    move_on(t, oldest, k, t->next_k + index * p.places * width);
+    move_on(t, oldest, v, t->next_v + index * p.places * width);
   }
 }
 
