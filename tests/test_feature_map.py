@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from recipelin.attention.hybrid import feature_map
 from recipelin.attention.hybrid.config import FeatureMap
 from recipelin.attention.hybrid.feature_map import HeadFeatureMap
+from recipelin_kernels import native
 
 MAPS = {
     "t2r": FeatureMap(name="t2r", activation="relu", bias="feature", init="random", width=2),
@@ -106,3 +107,38 @@ def test_features_do_not_hang_on_how_many_rows_are_taken_at_once(monkeypatch):
         found.append((phi, *torch.autograd.grad((phi * phi.detach().cos()).sum(), made.parameters())))
     for one in found[1:]:
         assert all(map(torch.equal, one, found[0]))
+
+
+@pytest.mark.skipif(native.why_not() is not None, reason="no C compiler")
+@pytest.mark.parametrize(("heads", "x_heads", "width", "columns"), [(4, 4, 32, 32), (4, 2, 48, 48), (6, 1, 16, 64)])
+@pytest.mark.parametrize("clamp", [1e-12, 0.02])
+def test_the_c_kernels_make_the_map_and_its_gradients(heads, x_heads, width, columns, clamp, monkeypatch):
+    """Against float64, in rows of any number, with heads beside each other in memory; the same bits for any threads."""
+    calls = []
+    kernel = feature_map.native_features.softmax_features_native
+    monkeypatch.setattr(
+        feature_map.native_features, "softmax_features_native", lambda *a: calls.append(1) or kernel(*a)
+    )
+    generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    config = FeatureMap(width=columns * 2 // width, clamp=clamp)
+    made = HeadFeatureMap(config, heads, width, seed=3)
+    for length in (1, 37, 64):
+        x = torch.randn(3, length, x_heads, width, generator=generator).transpose(1, 2).requires_grad_()
+        weight = torch.randn(3, heads, length, 2 * columns, generator=generator)
+        found = {}
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            phi = made(x)
+            found[count] = phi, *torch.autograd.grad(phi, [x, made.weight], weight)
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, found[1], found[2]))
+        for given in ([x], [made.weight]):  # the other one's gradient is not asked for
+            alone = torch.autograd.grad(made(x), given, weight)[0]
+            assert torch.equal(alone, found[1][1 if given[0] is x else 2])
+        exact = x.detach().double().requires_grad_()
+        other = HeadFeatureMap(config, heads, width, seed=3).double()
+        phi = other(exact)
+        expected = phi, *torch.autograd.grad(phi, [exact, other.weight], weight.double())
+        for one, both in zip(found[1], expected, strict=True):
+            assert (one.double() - both).norm() < 1e-6 * both.norm()
+    assert len(calls) == 3 * 4

@@ -5,12 +5,43 @@ import itertools
 import pytest
 import torch
 
-from recipelin_kernels import empty_state, hybrid_attention, hybrid_attention_step
+from recipelin_kernels import empty_state, hybrid_attention, hybrid_attention_step, native
+from recipelin_kernels.hybrid import native_step
 from recipelin_kernels.hybrid import state as states
 from recipelin_kernels.hybrid.state import settled
 from tests.kernels.hybrid_inputs import COVERS, DIM, EXACT, FEATURES, JOINS, Inputs, attend, empty_is_nan
 
-# states
+
+class Double(Inputs):
+    tolerance = EXACT
+
+    def token(self, t, rows=slice(None)):
+        """A token's arguments before mix."""
+        return *(x[rows] for x in self.cut(t, t + 1)[:4]), self.features
+
+    def whole(self, at=slice(None), **options):
+        """y of tokens in float64."""
+        exact = self.like(torch.float64)
+        x = (t[:, :, at] for t in exact.tensors()[:5])
+        return hybrid_attention(*x, exact.mix, **{**options, "log_scale": exact.log_scale})
+
+
+class Single(Double):
+    """In fp32, of widths that the C function of a token takes, which makes their features by standard maps."""
+
+    tolerance = 1e-5
+
+    def __init__(self, **sizes):
+        super().__init__(dim=16, **sizes)
+        self.by_maps(16)
+        vars(self).update(vars(self.like(torch.float32)))
+
+    def token(self, t, rows=slice(None)):
+        return *(x[rows] for x in self.cut(t, t + 1)[:3]), *self.maps
+
+
+NATIVE = pytest.mark.skipif(native.why_not() is not None, reason="no C compiler")
+both_kinds = pytest.mark.parametrize("kind", [Double, pytest.param(Single, marks=NATIVE)])
 
 
 GEOMETRIES = [
@@ -207,89 +238,87 @@ def test_one_token_at_once_equals_the_chunked_form(options):
             assert a.shape == b.shape and torch.allclose(a, b, atol=EXACT, rtol=0)
 
 
+@both_kinds
 @pytest.mark.parametrize("per_key_head", [False, True])
 @pytest.mark.parametrize("join", JOINS)
-def test_late_keys_count_before_they_are_in_the_sums(join, per_key_head, monkeypatch):
+def test_late_keys_count_before_they_are_in_the_sums(join, per_key_head, kind, monkeypatch):
     """Decoding over several times as many tokens as may be late, and what goes on in between: steps, parts, a beam."""
     monkeypatch.setattr(states, "LATE_SHARE", 1)
-    x = Inputs(length=75, per_key_head=per_key_head)
+    x = kind(length=75, per_key_head=per_key_head)
     options = dict(window=4, join=join, log_scale=x.log_scale)
-    whole = hybrid_attention(*x.cut(0, 75), x.mix, **options)
+    whole = x.whole(**options)
     state = hybrid_attention(*x.cut(0, 3), x.mix, output_state=True, **options)[1]
-    plain, held = state.bytes, set()
+    plain, held, dim, size = state.bytes, set(), x.q.shape[3], x.q.element_size()
     for t in range(3, 60):
-        q, k, v, phi_q, _ = x.cut(t, t + 1)
-        y, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
-        assert (y - whole[:, :, t : t + 1]).abs().max() < EXACT
+        y, state = hybrid_attention_step(*x.token(t), x.mix, state, **options)
+        assert (y - whole[:, :, t : t + 1]).abs().max() < x.tolerance
         held.add(state.late_phi.shape[2])
         # a place in the room for each token until then: features of each head, key and value of each of two
-        assert plain <= state.bytes <= plain + DIM * 8 * 2 * (x.phi_k.shape[1] * FEATURES + 2 * 2 * DIM)
+        assert plain <= state.bytes <= plain + dim * size * 2 * (x.phi_k.shape[1] * x.phi_k.shape[3] + 2 * 2 * dim)
         if t % 19 == 0:
             rest = dict(options, phi_k_fn=x.features, state=state.select(torch.tensor([1, 0])))
             part = hybrid_attention(*(c.flip(0) for c in x.cut(t + 1, 75)), x.mix, **rest)
-            assert (part.flip(0) - whole[:, :, t + 1 :]).abs().max() < EXACT
-    assert held == (set(range(DIM)) if join != "replace" else {0})
+            assert (part.flip(0) - whole[:, :, t + 1 :]).abs().max() < x.tolerance
+    assert held == (set(range(dim)) if join != "replace" else {0})
 
 
+@both_kinds
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (5, 0), (4, 3)])
-def test_a_state_from_which_decoding_goes_on_twice_stays_as_it_was(window, sinks, monkeypatch):
+def test_a_state_from_which_decoding_goes_on_twice_stays_as_it_was(window, sinks, kind, monkeypatch):
     """States share the buffers that their keys are put into: each branch is what it is alone, in any order, with no place read
     before it is written.
     """
     monkeypatch.setattr(states, "LATE_SHARE", 2)
-    x = Inputs(length=40)
+    x = kind(length=40)
     options = dict(window=window, sinks=sinks, join="absolute", log_scale=x.log_scale)
     order = {branch: [*range(12), *(t + branch for t in range(12, 24))] for branch in (0, 7, 14)}
     with empty_is_nan():
         state = hybrid_attention(*x.cut(0, 3), x.mix, output_state=True, **options)[1]
         held = {}
         for t in range(3, 12):
-            q, k, v, phi_q, _ = x.cut(t, t + 1)
-            _, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
+            _, state = hybrid_attention_step(*x.token(t), x.mix, state, **options)
             held[t] = {n: tensor.clone() for n, tensor in state.tensors.items()}, state
         found = {branch: (state, []) for branch in order}
         for at in range(12, 24):  # the branches take turns
             for branch, tokens in order.items():
-                q, k, v, phi_q, _ = x.cut(tokens[at], tokens[at] + 1)
                 was, parts = found[branch]
-                y, now = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, was, **options)
+                y, now = hybrid_attention_step(*x.token(tokens[at]), x.mix, was, **options)
                 found[branch] = now, [*parts, y]
     for branch, tokens in order.items():
-        q, k, v, phi_q, phi_k = (tensor[:, :, tokens] for tensor in x.cut(0, 40))
-        expected = hybrid_attention(q, k, v, phi_q, phi_k, x.mix, **options)[:, :, 12:]
-        assert (torch.cat(found[branch][1], 2) - expected).abs().max() < EXACT, branch
+        expected = x.whole(tokens, **options)[:, :, 12:]
+        assert (torch.cat(found[branch][1], 2) - expected).abs().max() < x.tolerance, branch
     for before, was in held.values():
         assert all(torch.equal(tensor, was.tensors[n]) for n, tensor in before.items())
 
 
-def begun(monkeypatch, length, sinks=0):
+def begun(monkeypatch, length, sinks=0, kind=Double):
     """(inputs, options, y of all, the state after 10 tokens), with late keys of eight tokens at once."""
     monkeypatch.setattr(states, "LATE_SHARE", 1)
-    x = Inputs(length=length)
+    x = kind(length=length)
     options = dict(window=5, sinks=sinks, join="absolute", log_scale=x.log_scale)
-    expected = hybrid_attention(*x.cut(0, length), x.mix, **options)
+    expected = x.whole(**options)
     return x, options, expected, hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)[1]
 
 
-def test_decoding_goes_on_outside_inference_mode(monkeypatch):
-    x, options, expected, state = begun(monkeypatch, 24)
+@both_kinds
+def test_decoding_goes_on_outside_inference_mode(kind, monkeypatch):
+    x, options, expected, state = begun(monkeypatch, 24, kind=kind)
     for t in range(10, 24):
-        q, k, v, phi_q, _ = x.cut(t, t + 1)
         with torch.inference_mode(t % 3 > 0):
-            y, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
-        assert (y - expected[:, :, t : t + 1]).abs().max() < EXACT
+            y, state = hybrid_attention_step(*x.token(t), x.mix, state, **options)
+        assert (y - expected[:, :, t : t + 1]).abs().max() < x.tolerance
 
 
+@both_kinds
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_step_within_a_step_takes_no_place_of_it(fails, monkeypatch):
+def test_a_step_within_a_step_takes_no_place_of_it(fails, kind, monkeypatch):
     """As two threads that go on from one prompt would: the second finds its place taken before the first has filled it."""
-    x, options, expected, state = begun(monkeypatch, 24)
+    x, options, expected, state = begun(monkeypatch, 24, kind=kind)
     for t in range(10, 24):
         q, k, v, phi_q, _ = x.cut(t, t + 1)
 
         def features(keys, state=state):
-            other_q, other_k, other_v, other_phi, _ = x.cut(0, 1)
-            hybrid_attention_step(other_q, other_k, other_v, other_phi, x.features, x.mix, state, **options)
+            hybrid_attention_step(*x.token(0), x.mix, state, **options)
             return 1 / 0 if fails else x.features(keys)
 
         if fails:
@@ -297,21 +326,65 @@ def test_a_step_within_a_step_takes_no_place_of_it(fails, monkeypatch):
                 hybrid_attention_step(q, k, v, phi_q, features, x.mix, state, **options)
             features = x.features
         y, state = hybrid_attention_step(q, k, v, phi_q, features, x.mix, state, **options)
-        assert (y - expected[:, :, t : t + 1]).abs().max() < EXACT
+        assert (y - expected[:, :, t : t + 1]).abs().max() < x.tolerance
 
 
+@both_kinds
 @pytest.mark.parametrize("sinks", [0, 2])
-def test_a_beam_goes_on_token_by_token_and_bytes_are_those_in_memory(sinks, monkeypatch):
-    x, options, expected, state = begun(monkeypatch, 60, sinks)
+def test_a_beam_goes_on_token_by_token_and_bytes_are_those_in_memory(sinks, kind, monkeypatch):
+    x, options, expected, state = begun(monkeypatch, 60, sinks, kind)
     order, sizes = [0, 1], set()
     for t in range(10, 60):
         if t % 7 == 0:
             state, order = state.select(torch.tensor([1, 0])), order[::-1]
-        q, k, v, phi_q, _ = (part[order] for part in x.cut(t, t + 1))
-        y, state = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, state, **options)
-        assert (y - expected[order, :, t : t + 1]).abs().max() < EXACT
+        y, state = hybrid_attention_step(*x.token(t, order), x.mix, state, **options)
+        assert (y - expected[order, :, t : t + 1]).abs().max() < x.tolerance
         for one in (state, settled(state)):
             memory = {s.data_ptr(): s.nbytes() for s in (n.untyped_storage() for n in one.tensors.values())}
             assert one.bytes == sum(memory.values())
         sizes.add(state.bytes)
     assert len(sizes) == 1 and state.room is not None
+
+
+@NATIVE
+@pytest.mark.parametrize("join", [j for j in JOINS if j != "replace"])
+@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (9, 0), (5, 3), (64, 2)])
+def test_a_token_of_the_c_function_is_its_definition_for_any_threads(window, sinks, join, monkeypatch):
+    """Rows of two lengths, one of whose windows is short at first; maps, and features that are made before."""
+    monkeypatch.setattr(native_step, "WORTH_A_THREAD", 1)
+    calls, threads = [], torch.get_num_threads()
+    step = native_step.native_token
+    monkeypatch.setattr(native_step, "native_token", lambda *a: calls.append(1) or step(*a))
+    for dim, columns, heads, per_key_head in (
+        (128, 64, (8, 2), False),
+        (48, 16, (6, 3), True),
+        (16, 32, (2, 2), False),
+    ):
+        exact = Inputs(heads, 110, per_key_head=per_key_head, dim=dim).by_maps(columns)
+        options = dict(window=window, sinks=sinks, join=join)
+        expected = [
+            hybrid_attention(*exact.cut(a, 110, slice(r, r + 1)), exact.mix, log_scale=exact.log_scale, **options)
+            for r, a in ((0, 9), (1, 0))
+        ]
+        x, first = exact.like(torch.float32), 20
+        mask = (torch.arange(first) >= 9) | torch.tensor([[False], [True]])
+        found = {}
+        for name, count in (("maps", 1), ("maps", 2), ("features", 1)):
+            torch.set_num_threads(count)
+            options["log_scale"] = x.log_scale
+            with torch.no_grad(), empty_is_nan():
+                _, state = hybrid_attention(*x.cut(0, first), x.mix, key_mask=mask, output_state=True, **options)
+                calls.clear()
+                parts = []
+                for t in range(first, 110):
+                    q, k, v, phi_q, _ = x.cut(t, t + 1)
+                    maps = x.maps if name == "maps" else (phi_q, x.maps[1].make)
+                    y, state = hybrid_attention_step(q, k, v, *maps, x.mix, state, **options)
+                    parts.append(y)
+            assert len(calls) >= 110 - first - (sinks + window if sinks else 0)
+            y = torch.cat(parts, 2)
+            for row, other in zip(y.double(), expected, strict=True):
+                assert (row - other[0, :, first - 110 :]).norm() < 1e-5 * other.norm()
+            found[name, count] = [y, *settled(state).tensors.values()]
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, found["maps", 1], found["maps", 2]))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..autocast import ignores_autocast
 from ..native import why_not as why_no_native
-from . import gpu_support
+from . import gpu_support, native_step
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
 from .native import hybrid_attention_native
@@ -158,8 +159,9 @@ def hybrid_attention(
     does not cancel, carries gradient. state: goes on from there (no gradient into it); needs `phi_k_fn`, keys
     [B,Hkv,n,D] -> features, for the ring's keys. phi_k may be None, and is computed by `phi_k_fn` where it is needed. Then
     phi_q and `phi_k_fn` may be SoftmaxMaps: without gradient `gpu` makes features of queries, and in decoding those of keys,
-    in the launch that uses them; elsewhere maps are called. In a forward pass both are then rounded to the dtype of q: it
-    makes up to 128 in bf16 (64 for D above 128, and in fp32; none in fp16) of a W whose columns are a power of two from 16 on.
+    in the launch that uses them, `native` both in decoding; elsewhere maps are called. In a forward pass of `gpu` both are
+    then rounded to the dtype of q: it makes up to 128 in bf16 (64 for D above 128, and in fp32; none in fp16) of a W whose
+    columns are a power of two from 16 on.
 
     reach: the teacher's own window; W but for the sinks, and L, then hold only keys less than `reach` positions back.
     Where no key of the call is that far, it costs nothing; else, and from a state, time is O(T reach), as the teacher's,
@@ -174,6 +176,18 @@ def hybrid_attention(
     here. `gpu` (Triton) computes what `chunked` does, forward and backward; its precision: gpu.py. One token after a state
     has a kernel of its own, see `hybrid_attention_step`.
     """
+    signature: tuple[object, ...] = ()
+    if isinstance(state, HybridState) and output_state:
+        signature = native_step.signature_of(
+            q, k, v, phi_q, phi_k_fn, window, shape, sinks, cover, join, scale, on_drop, components, kernel, signed, reach,
+            compat, chunk, first_query, max_gradient, not ablate, key_mask is None, segment_ids is None,
+            window_keep is None, mix is None, log_scale is None,
+        )  # fmt: skip
+        call = None if state.room is None else state.room.prepared
+        free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if call is not None and call.signature == signature and free:  # a token as the last one
+            assert phi_k_fn is not None
+            return native_step.native_token(q, k, v, phi_q, mix, log_scale, phi_k_fn, call.options, state, signature)
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)
     one_of("join", join, JOINS)
@@ -192,7 +206,7 @@ def hybrid_attention(
         raise ValueError("join='shared' needs mix [H]")
     if join == "absolute" and log_scale is None:
         raise ValueError("join='absolute' needs log_scale [H]")
-    options = Options(
+    options = _options(
         window=window,
         sinks=sinks,
         cover=cover,
@@ -220,29 +234,33 @@ def hybrid_attention(
     token = state is not None and length == 1 and output_state and not components and segment_ids is None
     takes = resolve_kernel(kernel, q.device, **sizes) if token or isinstance(phi_q, SoftmaxMap) else None
     steps = token and takes == "gpu" and not gpu_support.why_no_step(held, window_keep)
+    own_numbers = mix if join == "shared" else None, log_scale if join == "absolute" else None
     maps = None  # by which the kernel makes features
     if isinstance(phi_q, SoftmaxMap):
         phi_q.check(q.shape[1], q.shape[3], shaped.shape[3])
+    if isinstance(phi_k_fn, SoftmaxMap):
+        phi_k_fn.check(phi_k_fn.heads, k.shape[3], shaped.shape[3])
+    if token and not steps and kernel in ("auto", "native") and key_mask is None:
+        assert state is not None and phi_k_fn is not None
+        of_queries = phi_q.weight if isinstance(phi_q, SoftmaxMap) else phi_q
+        if is_plain(held, window_keep, state) and not _learning(q, k, v, of_queries, phi_k, mix, log_scale):
+            state = standing(state, phi_k_fn)
+            check_lead(state, held)
+            if takes == "native" and native_step.takes(q, k, v, phi_q, phi_k_fn, state):
+                return native_step.native_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state, signature)
+            phi_q = phi_q(q) if isinstance(phi_q, SoftmaxMap) else phi_q
+            return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
+    if isinstance(phi_q, SoftmaxMap):
         if phi_k is None and isinstance(phi_k_fn, SoftmaxMap):
-            phi_k_fn.check(phi_k_fn.heads, k.shape[3], shaped.shape[3])
             learns = _learning(q, k, v, mix, log_scale, phi_q.weight, phi_k_fn.weight)
             if not learns and takes == "gpu":
                 maps = (phi_q, phi_k_fn) if (steps if token else _makes_queries(phi_q, q, k, v)) else None
         phi_q = shaped if maps else phi_q(q)
-    if token:
+    if steps and not _learning(q, k, v, phi_q, phi_k, mix, log_scale):
         assert state is not None and phi_k_fn is not None
-        if not _learning(q, k, v, phi_q, phi_k, mix, log_scale):
-            own_numbers = mix if join == "shared" else None, log_scale if join == "absolute" else None
-            if steps:
-                from .gpu_step import hybrid_attention_step_gpu
+        from .gpu_step import hybrid_attention_step_gpu
 
-                return hybrid_attention_step_gpu(
-                    q, k, v, phi_q, *own_numbers, phi_k_fn, held, key_mask, state, maps=maps
-                )
-            if kernel == "auto" and key_mask is None and is_plain(held, window_keep, state):
-                state = standing(state, phi_k_fn)
-                check_lead(state, held)
-                return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
+        return hybrid_attention_step_gpu(q, k, v, phi_q, *own_numbers, phi_k_fn, held, key_mask, state, maps=maps)
     if state is not None:
         assert phi_k_fn is not None
         state = standing(state, phi_k_fn)
@@ -268,18 +286,17 @@ def hybrid_attention(
         q = torch.where(real[:, :, first_query:], q, 0)
         if maps is None:
             phi_q = torch.where(real[:, :, first_query:], phi_q, 0)
-    mix = mix if join == "shared" else None
-    log_scale = log_scale if join == "absolute" else None
+    mix, log_scale = own_numbers
     k_rows, past = own, None
     if state is not None:
         if segment_ids is not None:
             raise ValueError("state: a call that goes on from a state cannot hold segments")
         assert phi_k_fn is not None
         check_state(state, own, options)
-        check_heads(state.sums.shape[1], phi_k)
+        check_heads(state.sums.shape[1], phi_k.shape[1])
         tensors = (q, k, v, phi_q, phi_k, mix, log_scale)
         learns = learns or _learning(q, k, v)
-        if kernel == "auto" and length == 1 and output_state and not components and not learns:
+        if kernel in ("auto", "native") and length == 1 and output_state and not components and not learns:
             return one_token(*tensors, phi_k_fn, window_keep, options, state, own)
         state = settled(state)
         ring = state if reach is None else filled(state)
@@ -342,6 +359,9 @@ def hybrid_attention_step(
 
     Options as `hybrid_attention`. Features of a key are computed by `phi_k_fn` when it leaves the window.
 
+    kernel `native` in fp32, widths multiples of 16, without gradient, of what `plain_token` takes (step.py): one C function,
+    which makes the features too where they are of SoftmaxMaps, those of some keys at once before they leave.
+
     kernel `gpu` without gradient, `reach` and `window_keep`: one Triton launch, which makes the features too if phi_q and
     phi_k_fn are SoftmaxMaps. Given a HybridState, it returns a StepState;
     given that, it writes into it and returns the same one: nothing is read by the host, and such a call may be captured in
@@ -366,6 +386,9 @@ class _Beside(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
         return dy, *(x.new_zeros(()).expand(x.shape) if want else None for x, want in wanted)  # one zero in memory
+
+
+_options = lru_cache(256)(Options)  # made at every token of every layer
 
 
 def _makes_queries(phi_q: SoftmaxMap, q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -376,7 +376,7 @@ def hybrid_attention_step_gpu(
         made = [*(x.weight.float().contiguous() for x in maps), *(x.clamp for x in maps)]
     else:
         phi_k = phi_k_fn(state.leaving.to(k.dtype) if held.lag else k)
-        check_heads(own, phi_k)
+        check_heads(own, phi_k.shape[1])
         if phi_k.untyped_storage().data_ptr() == state.leaving.untyped_storage().data_ptr():
             phi_k = phi_k.clone()  # the kernel writes there
         phi = [x if x.stride(-1) == 1 else x.contiguous() for x in (phi_q, phi_k)]

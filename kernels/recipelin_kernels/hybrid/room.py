@@ -1,6 +1,7 @@
 """Buffers in which decoding puts key behind key without copying what is there."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ class Room:
     k, v [B,Hkv,sinks + n + left,D], in this order; phi [B,p,left,F]: features of the keys that have left the ring.
     free: which of the `left` places nobody has taken. A place is written once, by whoever took it, and a state looks at no
     later one: a state from which decoding goes on twice finds its place taken the second time, and needs a room of its own.
-    full: no place of the ring is empty.
+    full: no place of the ring is empty. prepared: what a kernel keeps beside the room for the next token.
     """
 
     k: Tensor
@@ -21,6 +22,11 @@ class Room:
     phi: Tensor
     full: bool
     free: set[int]
+    prepared: Any = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy has memory of its own, of which nothing is prepared."""
+        return {**vars(self), "prepared": None}
 
     @property
     def left(self) -> int:

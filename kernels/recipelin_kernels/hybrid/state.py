@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -62,6 +63,39 @@ class HybridState:
         return HybridState(**{n: x.index_select(0, index) for n, x in own.tensors.items()}, room=None)
 
 
+class RoomState(HybridState):
+    """A state in a room, after `late` keys have left its ring; its views are made when they are looked at.
+
+    Decoding does not look: it would make four for each token.
+    """
+
+    room: Room
+    late: int
+
+    def __init__(self, sums: Tensor, sink_k: Tensor, sink_v: Tensor, positions: Tensor, room: Room, late: int) -> None:
+        vars(self).update(sums=sums, sink_k=sink_k, sink_v=sink_v, positions=positions, room=room, late=late)
+
+    @property
+    def ring(self) -> int:
+        return self.room.k.shape[2] - self.sink_k.shape[2] - self.room.left
+
+    @cached_property
+    def ring_k(self) -> Tensor:
+        return self.room.k.narrow(2, self.sink_k.shape[2] + self.late, self.ring)
+
+    @cached_property
+    def ring_v(self) -> Tensor:
+        return self.room.v.narrow(2, self.sink_k.shape[2] + self.late, self.ring)
+
+    @cached_property
+    def late_phi(self) -> Tensor:
+        return self.room.phi.narrow(2, 0, self.late)
+
+    @cached_property
+    def late_v(self) -> Tensor:
+        return self.room.v.narrow(2, self.sink_k.shape[2], self.late)
+
+
 def empty_state(
     batch: int,
     map_heads: int,
@@ -106,12 +140,10 @@ def check_lead(state: HybridState, options: Options) -> None:
         )
 
 
-def check_heads(held: int, phi_k: Tensor) -> None:
+def check_heads(held: int, found: int) -> None:
     """Raises ValueError for features of other heads than the `held` ones that a state sums up."""
-    if phi_k.shape[1] != held:
-        raise ValueError(
-            f"state: sums the features of {held} heads, phi_k has {phi_k.shape[1]}: it was made by other calls"
-        )
+    if found != held:
+        raise ValueError(f"state: sums the features of {held} heads, phi_k has {found}: it was made by other calls")
 
 
 def check_state(state: HybridState, own: Rows, options: Options) -> None:
@@ -126,14 +158,15 @@ def settled(state: HybridState) -> HybridState:
     """The state with its late keys in the sums, in tensors of its own."""
     if state.room is None:
         return state
-    return replace(
-        state,
+    return HybridState(
         sums=whole_sums(state),
+        sink_k=state.sink_k,
+        sink_v=state.sink_v,
+        positions=state.positions,
         ring_k=state.ring_k.clone(),
         ring_v=state.ring_v.clone(),
         late_phi=state.late_phi.new_empty(*state.late_phi.shape[:2], 0, state.late_phi.shape[3]),
         late_v=state.late_v.new_empty(*state.late_v.shape[:2], 0, state.late_v.shape[3]),
-        room=None,
     )
 
 

@@ -14,7 +14,7 @@ from .block import Block, Chunk, Past
 from .chunk import HIDDEN, Inputs, Sums, dot, factors, fold, forward, weigh
 from .room import room_for
 from .rows import LOG2E, Options, Rows
-from .state import HybridState, added, check_heads, filled, late_most, settled, state_rows, whole_sums
+from .state import HybridState, RoomState, added, check_heads, filled, late_most, settled, state_rows, whole_sums
 from .step_state import StepState
 
 
@@ -24,7 +24,7 @@ def is_plain(options: Options, keep: Tensor | None, state: HybridState | StepSta
     simple = o.shape == "sliding" and o.cover == "outside" and o.join != "replace" and not o.ablate
     if not simple or o.window == 0 or o.reach is not None or keep is not None:
         return False
-    begun = isinstance(state, HybridState) and state.room is not None  # positions only grow
+    begun = isinstance(state, RoomState)  # positions only grow
     return not o.sinks or begun or int(state.positions.min()) >= o.sinks + o.window - 1
 
 
@@ -42,12 +42,8 @@ def plain_token(
 ) -> tuple[Tensor, HybridState]:
     """`one_token` where `is_plain`: features are computed for the key that leaves the window alone."""
     dtype, (batch, heads, _, width), map_heads = state.sums.dtype, q.shape, state.sums.shape[1]
-    if state.room is None or not state.room.take(state.late_phi.shape[2]):
-        state = _with_room(state, options)
-        assert state.room is not None
-        state.room.take(0)
-    room = state.room
-    sinks, late, ring = options.sinks, state.late_phi.shape[2], options.window - 1
+    state = placed(state)
+    room, sinks, late, ring = state.room, options.sinks, state.late, options.window - 1
     oldest = sinks + late  # of the window
     newest = oldest + ring
     room.k.narrow(2, newest, 1).copy_(k)
@@ -79,42 +75,48 @@ def plain_token(
     y = torch.bmm(fold(weights, k.shape[1]), values.flatten(0, 1).to(dtype)).view(batch, heads, 1, width)
     past = held[..., :-1]
     y.add_(past if b_factor is None else past * b_factor).div_(den)
+    map_leaving(state, phi_k_fn, k.dtype)
+    return y.to(q.dtype), moved(state, state.positions + 1)
 
-    features = phi_k_fn(room.k.narrow(2, oldest, 1).to(k.dtype))
-    check_heads(map_heads, features)
+
+def placed(state: HybridState) -> RoomState:
+    """The state in a room whose next place is the caller's."""
+    if not isinstance(state, RoomState) or not state.room.take(state.late):
+        state = _in_room(state, whole_sums(state))
+        state.room.take(0)
+    return state
+
+
+@torch.no_grad()
+def map_leaving(state: RoomState, phi_k_fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    """Puts the features of the key that leaves the window into the room, zeros where a row's window is still short."""
+    room, late = state.room, state.late
+    features = phi_k_fn(room.k.narrow(2, state.sink_k.shape[2] + late, 1).to(dtype))
+    check_heads(state.sums.shape[1], features.shape[1])
     room.phi.narrow(2, late, 1).copy_(features)
     if not room.full:
-        room.phi.narrow(2, late, 1).mul_((state.positions >= ring)[:, None, None, None])
-    moved = HybridState(
-        sums=state.sums,
-        sink_k=state.sink_k,
-        sink_v=state.sink_v,
-        ring_k=room.k.narrow(2, oldest + 1, ring),
-        ring_v=room.v.narrow(2, oldest + 1, ring),
-        positions=state.positions + 1,
-        late_phi=room.phi.narrow(2, 0, late + 1),
-        late_v=room.v.narrow(2, sinks, late + 1),
-        room=room,
-    )
-    return y.to(q.dtype), _with_room(moved, options) if late + 1 == room.left else moved
+        room.phi.narrow(2, late, 1).mul_((state.positions >= state.ring)[:, None, None, None])
 
 
-def _with_room(state: HybridState, options: Options) -> HybridState:
-    """The state in a room of its own, its late keys in the sums."""
-    batch, map_heads, features, width = state.sums.shape
-    sinks, ring = options.sinks, options.window - 1
-    full = bool((state.positions >= ring).all())
-    phi = state.sums.new_empty(batch, map_heads, late_most(width - 1), features)
+def moved(state: RoomState, positions: Tensor, sums: Tensor | None = None) -> RoomState:
+    """The state after a token, whose key and value are in the room as are the features of the key that leaves.
+
+    sums: those with all late keys of the room in them, where the room is full and they have been made.
+    """
+    following = RoomState(state.sums, state.sink_k, state.sink_v, positions, state.room, state.late + 1)
+    if following.late < state.room.left:
+        return following
+    return _in_room(following, whole_sums(following) if sums is None else sums)
+
+
+def _in_room(state: HybridState, sums: Tensor) -> RoomState:
+    """The state in a room of its own; sums: with its late keys."""
+    sums = sums.contiguous()
+    batch, map_heads, features, width = sums.shape
+    full = bool((state.positions >= state.ring_k.shape[2]).all())
+    phi = sums.new_empty(batch, map_heads, late_most(width - 1), features)
     room = room_for((state.sink_k, state.ring_k), (state.sink_v, state.ring_v), full, phi)
-    return replace(
-        state,
-        sums=whole_sums(state),
-        ring_k=room.k.narrow(2, sinks, ring),
-        ring_v=room.v.narrow(2, sinks, ring),
-        late_phi=phi.narrow(2, 0, 0),
-        late_v=room.v.narrow(2, sinks, 0),
-        room=room,
-    )
+    return RoomState(sums, state.sink_k, state.sink_v, state.positions, room, 0)
 
 
 @torch.no_grad()

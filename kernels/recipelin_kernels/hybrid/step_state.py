@@ -186,7 +186,7 @@ def standing(state: StepState | HybridState, phi_k_fn: Callable[[Tensor], Tensor
     phi = _pick(state.ring_phi, _place(late, held) if held.paired else late % held.fold, counted)
     if not held.paired:  # the newest of them has no features yet
         now = phi_k_fn(state.leaving).float()
-        check_heads(state.value.shape[1], now)
+        check_heads(state.value.shape[1], now.shape[1])
         phi = torch.where(((late == seen - held.lag) & counted)[:, None, :, None], now, phi)
     maps = phi.shape[1]
     v = _pick(state.ring_v, _place(late, held), counted).float().repeat_interleave(maps // state.ring_v.shape[1], 1)

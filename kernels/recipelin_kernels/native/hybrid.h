@@ -5,17 +5,12 @@
  */
 #ifndef RECIPELIN_HYBRID
 #define RECIPELIN_HYBRID
+#include "joins.h"
 #include "threads.h"
 #include "tiles.h"
 
 #define CHUNK 32  /* queries */
 #define STRIDE 16 /* chunks whose states exist at once in backward */
-#define LOG2E 1.4426950408889634f
-#define LOG_TINY -69.0f /* as in chunk.py */
-#define FEW 1.17549435e-38f      /* a mass below is none */
-#define SIGNED_FLOOR 1e-6f       /* as in rows.py */
-
-enum { SHARED, ABSOLUTE, REPLACE, AVERAGE, SUM }; /* from AVERAGE on each side has a denominator of its own */
 
 /* The order is that of native.py. Tensors are contiguous; NULL: not there, or not wanted. */
 typedef struct {
@@ -31,11 +26,6 @@ typedef struct {
   int64_t has_window, has_sinks, has_linear, shown_window, shown_sinks, shown_linear;
   float scale; /* above 0 */
 } Call;
-
-typedef struct {
-  float a_factor, b_factor, inverse; /* y = inverse (a_factor sum a v + b_factor sum b v) */
-  float a_mass, b_mass, a_weight, b_weight, live; /* live: 0 where a signed denominator stands at its floor */
-} Row;
 
 typedef struct {
   const Call *call;
@@ -177,40 +167,6 @@ INLINE ivec hidden_keys(const Call *c, long base, long start, long t) {
   return (c->shown_window ? all_int(0) : near & ~sink) | (c->shown_sinks ? all_int(0) : sink & ~near);
 }
 
-/* x kept away from 0 where it is signed. */
-INLINE float floored(const Call *c, float x, float *live) {
-  *live = !c->is_signed || fabsf(x) >= SIGNED_FLOOR;
-  return *live || x == 0 ? x : copysignf(SIGNED_FLOOR, x);
-}
-
-/* top: the largest score; window_mass: of `replace`, the sum of phi.phi over the window. */
-static void set_factors(const Call *c, long head, float top, float window_mass, Row *r) {
-  float a_mass = r->a_mass, b_mass = r->b_mass;
-  r->a_weight = r->b_weight = 0;
-  if (c->join >= AVERAGE) {
-    int a = a_mass >= FEW, b = fabsf(b_mass) >= FEW;
-    r->a_weight = c->join == SUM ? a : (float)a / (1 + b);
-    r->b_weight = c->join == SUM ? b : (float)b / (1 + a);
-    r->a_factor = a ? r->a_weight / a_mass : 0;
-    r->b_factor = b ? r->b_weight / floored(c, b_mass, &r->live) : 0;
-    if (!b) r->live = !c->is_signed;
-    r->inverse = 1;
-    return;
-  }
-  r->a_factor = c->join == SHARED ? c->mix[head] : c->join == REPLACE && a_mass != 0 ? window_mass / a_mass : 0;
-  r->b_factor = 1;
-  if (c->join == ABSOLUTE) {
-    float log_scale = c->log_scale[head], level = -INFINITY;
-    if (a_mass > 0) level = top;
-    if (b_mass != 0) level = fmaxf(level, log_scale + logf(fmaxf(fabsf(b_mass), FEW)));
-    if (level == -INFINITY) level = 0;
-    r->a_factor = expf(fminf(top - level, 0));
-    r->b_factor = expf(fminf(log_scale - level, -LOG_TINY));
-  }
-  float den = floored(c, r->a_factor * a_mass + r->b_factor * b_mass, &r->live);
-  r->inverse = den == 0 ? 0 : 1 / den;
-}
-
 /* Keys and their features, turned: of the sinks, and rings of those that a chunk looks at; sink_phi: of `replace` alone. */
 typedef struct {
   float *sink_k, *sink_phi, *k, *phi;
@@ -296,7 +252,8 @@ static void weigh(const Unit *u, const Chunk *h, const Head *head, const Panels 
     if (h->gone && c->sums_up)
       for (long f = 0; f < c->features; f += LANES) sum += load(phi_q + r * c->features + f) * load(mass + f);
     row->b_mass = sum_of(sum);
-    set_factors(c, head->head, highest * c->scale, window_mass, row);
+    float strength = c->join == SHARED ? c->mix[head->head] : c->join == ABSOLUTE ? c->log_scale[head->head] : 0;
+    set_factors(c->join, c->is_signed, strength, highest * c->scale, window_mass, row);
   }
 }
 

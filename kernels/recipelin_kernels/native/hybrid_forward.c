@@ -21,7 +21,7 @@ static void outputs(const Unit *u, const Chunk *h, const Head *head, const float
     float a = row->a_factor * row->inverse, b = c->shown_linear ? row->b_factor * row->inverse : 0;
     linear_scale[r] = b;
     if (c->linear_y) { /* each branch divided by its own mass */
-      float live, mass = floored(c, row->b_mass, &live);
+      float live, mass = floored(c->is_signed, row->b_mass, &live);
       linear_scale[r] = c->shown_linear && mass != 0 ? 1 / mass : 0;
       window_scale[r] = row->a_mass != 0 ? 1 / row->a_mass : 0;
       continue;
@@ -59,7 +59,7 @@ static void outputs(const Unit *u, const Chunk *h, const Head *head, const float
   for (long r = 0; r < count; r++) {
     const Row *row = rows + r;
     float live, a = row->a_factor * row->inverse * row->a_mass, b = row->b_factor * row->inverse;
-    for (long d = r * width; d < (r + 1) * width; d += LANES) store(y + d, a * load(window_y + d) + b * floored(c, row->b_mass, &live) * load(linear_y + d));
+    for (long d = r * width; d < (r + 1) * width; d += LANES) store(y + d, a * load(window_y + d) + b * floored(c->is_signed, row->b_mass, &live) * load(linear_y + d));
     float weights = row->a_weight + row->b_weight;
     c->share[at + r] = c->join >= AVERAGE ? row->b_weight / fmaxf(weights, 0.5f) : b * row->b_mass;
   }

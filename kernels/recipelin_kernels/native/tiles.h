@@ -32,6 +32,7 @@
 #define LACED_LOW 0, 4, 1, 5
 #define LACED_HIGH 2, 6, 3, 7
 #endif
+#define LOG2E 1.4426950408889634f
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* of memory that is not aligned */
@@ -169,7 +170,7 @@ INLINE void turn(vec x[LANES]) {
 }
 
 /* Panels of x [keys, width] (its rows `row` apart); keys missing in the last panel are 0. */
-static void pack(long keys, long width, const float *x, long row, float *panels) {
+static inline void pack(long keys, long width, const float *x, long row, float *panels) {
   for (long p = 0; p < keys; p += LANES)
     for (long d = 0; d < width; d += LANES) {
       vec block[LANES];

@@ -18,7 +18,6 @@
 #define KEYS 128
 #define EDGE 32 /* keys of the edges at a time: beside the diagonal, each time fewer queries see them */
 #define LEAST 1e-12f /* of reference.py */
-#define LOG2E 1.44269504f
 
 enum { LINEAR, SHARED, ABSOLUTE, REPLACE, SEPARATE }; /* LINEAR: target linear; SEPARATE: average and sum */
 

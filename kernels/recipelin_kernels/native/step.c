@@ -1,0 +1,248 @@
+/* One more token of every row of hybrid attention (hybrid/native_step.py): the past is read once, and nothing is copied. */
+#include "features.h"
+#include "joins.h"
+#include "threads.h"
+
+#define STRIP 8 /* vectors of sums in registers */
+
+/* As class Token in hybrid/native_step.py. Places of a room: sinks, late keys, ring, the token's own. */
+typedef struct {
+  long batch, heads, key_heads, map_heads, width, features, sinks, ring, left, join, is_signed, threads;
+  long late;           /* keys that have left the ring and are not in the sums, before this token */
+  long begin, end;     /* of which late keys features are made now */
+  float scale;         /* of scores, for powers of two */
+  float clamp_q, clamp_k;
+  const float *q, *k, *v; /* [B,H,D], [B,Hkv,D] */
+  const float *phi_q;     /* [B,H,F], or NULL: made by weight_q */
+  const float *weight_q, *weight_k; /* [H,D,F/2], [p,D,F/2] */
+  const float *strength;  /* [H]: mix, or log_scale */
+  const float *sums;      /* [B,p,F,D+1] */
+  float *next_sums;       /* with the late keys and the one that leaves now, or NULL */
+  float *room_k, *room_v; /* [B,Hkv,sinks + ring + left,D] */
+  float *room_phi;        /* [B,p,left,F] */
+  const int64_t *positions;
+  int64_t *next_positions;
+  float *y; /* [B,H,D] */
+} Token;
+
+INLINE void add_row(const int wide, const int beside, float left, const float *x, vec *sum, float *after) {
+#pragma GCC unroll 8
+  for (int w = 0; w < wide; w++) sum[w] += left * load(x + w * LANES);
+  if (beside) *after += left * x[wide * LANES];
+}
+
+/* A strip of `sum_rows`: deep sets of sums, so that more than one addition is under way; beside: the column after it too. */
+INLINE float strip(const int wide, const int deep, const int beside, long rows, const float *a, const float *b, long row,
+                   float *y) {
+  vec sum[STRIP][STRIP];
+  float after[STRIP] = {0};
+#pragma GCC unroll 8
+  for (int r = 0; r < deep; r++)
+#pragma GCC unroll 8
+    for (int w = 0; w < wide; w++) sum[r][w] = (vec){0};
+  long i = 0;
+  for (; i + deep <= rows; i += deep)
+#pragma GCC unroll 8
+    for (int r = 0; r < deep; r++) add_row(wide, beside, a[i + r], b + (i + r) * row, sum[r], after + r);
+  for (; i < rows; i++) add_row(wide, beside, a[i], b + i * row, sum[0], after);
+#pragma GCC unroll 8
+  for (int r = 1; r < deep; r++) {
+#pragma GCC unroll 8
+    for (int w = 0; w < wide; w++) sum[0][w] += sum[r][w];
+    after[0] += after[r];
+  }
+#pragma GCC unroll 8
+  for (int w = 0; w < wide; w++) store(y + w * LANES, sum[0][w]);
+  return after[0];
+}
+
+/* y [width] = sum over r of a_r b_r, rows of b `row` apart; beside: returns the same sum of the column after the last. */
+INLINE float sum_rows(const int beside, long rows, long width, const float *a, const float *b, long row, float *y) {
+  long j = 0;
+  float found = 0;
+#define EACH(n, deep) \
+  for (; j + n * LANES <= width; j += n * LANES) found = strip(n, deep, beside, rows, a, b + j, row, y + j);
+  EACH(8, 1) EACH(4, 2) EACH(2, 4) EACH(1, 8)
+#undef EACH
+  return found;
+}
+
+/* s [queries, keys] = q k^T; of each row whole vectors are written. */
+static void scores(long queries, long keys, long width, const float *q, const float *k, float *s, long s_row) {
+  enum { AT_ONCE = 4 };
+  for (long p = 0; p < keys; p += LANES)
+    for (long first = 0; first < queries; first += AT_ONCE) {
+      vec part[AT_ONCE][LANES];
+      long few = least(AT_ONCE, queries - first), there = least(LANES, keys - p);
+      for (long i = 0; i < LANES; i++)
+        for (long h = 0; h < few; h++) {
+          vec sum = (vec){0};
+          if (i < there)
+            for (long d = 0; d < width; d += LANES) sum += load(q + (first + h) * width + d) * load(k + (p + i) * width + d);
+          part[h][i] = sum;
+        }
+      for (long h = 0; h < few; h++) {
+        turn(part[h]);
+        vec sum = part[h][0];
+#pragma GCC unroll 16
+        for (int i = 1; i < LANES; i++) sum += part[h][i];
+        store(s + (first + h) * s_row + p, sum);
+      }
+    }
+}
+
+static const ivec LANE = {COUNT};
+
+INLINE float top_of(long n, const float *x, float top) {
+  vec found = all(top);
+  for (long j = 0; j < n; j += LANES) found = larger(either(LANE < (int32_t)(n - j), load(x + j), found), found);
+  return most_of(found);
+}
+
+/* x_j to 2^(x_j - top); returns their sum. */
+INLINE float powers(long n, float *x, float top) {
+  vec sum = (vec){0};
+  for (long j = 0; j < n; j += LANES) {
+    ivec here = LANE < (int32_t)(n - j);
+    vec old = load(x + j), power = where(here, exp2_of(old - top));
+    store(x + j, either(here, power, old));
+    sum += power;
+  }
+  return sum_of(sum);
+}
+
+INLINE float sum_over(long n, const float *x) {
+  vec sum = (vec){0};
+  for (long j = 0; j < n; j += LANES) sum += where(LANE < (int32_t)(n - j), load(x + j));
+  return sum_of(sum);
+}
+
+INLINE void scaled(long n, float *x, float scale) {
+  for (long j = 0; j < n; j++) x[j] *= scale;
+}
+
+/* Features of late keys from .. to of a map head; of rows whose ring is not full yet, zeros for its empty places. */
+static void late_features(const Token *t, long row, const float *keys, const float *weight, float *phi, float *u) {
+  long n = t->end - t->begin, columns = t->features / 2, empty = t->ring + t->late - t->positions[row];
+  product(n, columns, t->width, keys + t->begin * t->width, t->width, 1, weight, columns, LANES, u, columns, NULL, 0);
+  for (long i = 0; i < n; i++) {
+    float *made = phi + (t->begin + i) * t->features;
+    if (t->begin + i < empty)
+      memset(made, 0, t->features * sizeof(float));
+    else
+      both_softmax(columns, u + i * columns, t->clamp_k, made);
+  }
+}
+
+/* A strip of `fold`. */
+INLINE void fold_strip(const int wide, const int rows, long late, long count, long width, const float *sums, const float *phi,
+                       const float *v, float *next) {
+  vec sum[ROWS / 4][STRIP];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+    for (int w = 0; w < wide; w++) sum[r][w] = load(sums + r * (width + 1) + w * LANES);
+  for (long j = 0; j < late; j++)
+#pragma GCC unroll 8
+    for (int w = 0; w < wide; w++) {
+      vec right = load(v + j * width + w * LANES);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; r++) sum[r][w] += phi[j * count + r] * right;
+    }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+    for (int w = 0; w < wide; w++) store(next + r * (width + 1) + w * LANES, sum[r][w]);
+}
+
+/* next [F,D+1] = sums + phi^T [v, 1], phi [late,F], v [late,D]: row after row, as memory is read. */
+static void fold(long late, long count, long width, const float *sums, const float *phi, const float *v, float *next) {
+  enum { AT_ONCE = ROWS / 4 };
+  long row = width + 1;
+  vec mass = (vec){0};
+  for (long f = 0; f < count; f += AT_ONCE) {
+    long j = 0;
+    if (f % LANES == 0) {
+      mass = (vec){0};
+      for (long i = 0; i < late; i++) mass += load(phi + i * count + f);
+    }
+#define EACH(n) \
+  for (; j + n * LANES <= width; j += n * LANES) \
+    fold_strip(n, AT_ONCE, late, count, width, sums + f * row + j, phi + f, v + j, next + f * row + j);
+    EACH(8) EACH(4) EACH(2) EACH(1)
+#undef EACH
+    for (long r = f; r < f + AT_ONCE; r++) next[r * row + width] = sums[r * row + width] + mass[r % LANES];
+  }
+}
+
+typedef struct {
+  long queries, places, row; /* query heads of a key head; places of a room; of weights, one a place */
+  size_t q, phi, weights, size; /* in a thread's memory; before q: what one product makes */
+} Plan;
+
+static Plan plan_of(const Token *t) {
+  Plan p = {t->heads / t->key_heads, t->sinks + t->ring + t->left, 0, 0, 0, 0, 0};
+  p.row = up(p.places) + LANES;
+  p.q = up(most(t->left * t->features / 2, most(t->width, t->features / 2)));
+  p.phi = p.q + p.queries * t->width;
+  p.weights = p.phi + p.queries * t->features;
+  p.size = p.weights + p.queries * p.row;
+  return p;
+}
+
+/* A key head of a row, with its query heads. */
+static void token_head(const void *call, long index, float *room) {
+  const Token *t = call;
+  Plan p = plan_of(t);
+  long row = index / t->key_heads, head = index % t->key_heads, width = t->width, count = t->features;
+  long oldest = t->sinks + t->late, newest = oldest + t->ring, per_key = t->map_heads / t->key_heads;
+  long first = oldest + most(0, t->ring - t->positions[row]); /* of the window that is there */
+  float *k = t->room_k + index * p.places * width, *v = t->room_v + index * p.places * width;
+  float *q = room + p.q, *made = room + p.phi, *w = room + p.weights;
+  memcpy(k + newest * width, t->k + index * width, width * sizeof(float));
+  memcpy(v + newest * width, t->v + index * width, width * sizeof(float));
+  if (head == 0) t->next_positions[row] = t->positions[row] + 1;
+
+  long query = row * t->heads + head * p.queries, map = row * t->map_heads + head * per_key;
+  const float *given = t->q + query * width, *phi = t->phi_q ? t->phi_q + query * count : made;
+  for (long i = 0; i < p.queries * width; i++) q[i] = given[i] * t->scale;
+  if (!t->phi_q)
+    for (long h = 0; h < p.queries; h++) {
+      const float *weight = t->weight_q + (head * p.queries + h) * width * (count / 2);
+      sum_rows(0, width, count / 2, given + h * width, weight, count / 2, room);
+      both_softmax(count / 2, room, t->clamp_q, made + h * count);
+    }
+  /* A block of scores fills whole vectors, and what comes after it is written after it. */
+  scores(p.queries, t->sinks, width, q, k, w, p.row);
+  for (long m = 0; m < per_key; m++) {
+    long shared = p.queries / per_key;
+    float *late = t->room_phi + (map + m) * t->left * count;
+    scores(shared, t->late, count, phi + m * shared * count, late, w + m * shared * p.row + t->sinks, p.row);
+  }
+  for (long h = 0; h < p.queries; h++) memset(w + h * p.row + oldest, 0, (first - oldest) * sizeof(float));
+  scores(p.queries, newest + 1 - first, width, q, k + first * width, w + first, p.row);
+
+  for (long h = 0; h < p.queries; h++) {
+    float *own = w + h * p.row, *y = t->y + (query + h) * width, *window = own + first;
+    const float *sums = t->sums + (map + h * per_key / p.queries) * count * (width + 1);
+    long seen = newest + 1 - first;
+    float top = top_of(seen, window, top_of(t->sinks, own, -INFINITY));
+    Row r = {.a_mass = powers(t->sinks, own, top) + powers(seen, window, top)};
+    r.b_mass = sum_rows(1, count, width, phi + h * count, sums, width + 1, y) + sum_over(t->late, own + t->sinks);
+    set_factors(t->join, t->is_signed, t->strength ? t->strength[head * p.queries + h] : 0, top / LOG2E, 0, &r);
+    scaled(t->sinks, own, r.a_factor), scaled(t->late, own + t->sinks, r.b_factor), scaled(seen, window, r.a_factor);
+    sum_rows(0, newest + 1, width, own, v, width, room);
+    for (long d = 0; d < width; d++) y[d] = (room[d] + r.b_factor * y[d]) * r.inverse;
+  }
+  for (long m = 0; m < per_key; m++) {
+    float *late = t->room_phi + (map + m) * t->left * count;
+    long sums = (map + m) * count * (width + 1);
+    if (t->begin < t->end)
+      late_features(t, row, k + t->sinks * width, t->weight_k + (head * per_key + m) * width * (count / 2), late, room);
+    if (t->next_sums) fold(t->late + 1, count, width, t->sums + sums, late, v + t->sinks * width, t->next_sums + sums);
+  }
+}
+
+int step_token(const Token *t) {
+  return deal(token_head, t, t->batch * t->key_heads, plan_of(t).size, t->threads);
+}
