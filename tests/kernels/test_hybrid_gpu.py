@@ -15,7 +15,7 @@ from tests.conftest import GPU
 from tests.kernels.gpu_device import CANCELLED, DEVICE, FP32, on_device
 from tests.kernels.hybrid_inputs import OUTCOMES, Inputs, assert_same, attend, empty_is_nan, padding, with_gradients
 
-pytestmark = pytest.mark.usefixtures("language_patched_once")
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
 
 def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32, *, alone=GPU):

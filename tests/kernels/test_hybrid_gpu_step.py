@@ -17,7 +17,7 @@ from recipelin_kernels.hybrid.step_state import StepState, standing
 from tests.kernels.gpu_device import DEVICE, FP32, on_device
 from tests.kernels.hybrid_inputs import Inputs, empty_is_nan
 
-pytestmark = pytest.mark.usefixtures("language_patched_once")
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
 
 def close(found, expected, tolerance=FP32):

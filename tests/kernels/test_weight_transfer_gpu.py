@@ -9,7 +9,7 @@ from recipelin_kernels.hybrid import gpu_support
 from tests.kernels.gpu_device import CANCELLED, DEVICE, FP32, on_device
 from tests.kernels.hybrid_inputs import Inputs, assert_same, empty_is_nan, padding
 
-pytestmark = pytest.mark.usefixtures("language_patched_once")
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
 LEARNED = ("phi_q", "phi_k", "mix", "log_scale")
 
