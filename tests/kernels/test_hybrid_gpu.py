@@ -175,11 +175,11 @@ def test_features_of_queries_are_made_where_they_are_used(name):
 
 
 def test_maps_go_on_from_a_state_and_are_called_where_the_kernel_cannot_make_their_features():
-    x = Inputs((2, 1), 48, 1, dim=20).like(torch.float32, DEVICE).by_maps(16)
+    x = Inputs((2, 1), 50, 1, dim=20).like(torch.float32, DEVICE).by_maps(16)
     exact, options = x.like(torch.float64, DEVICE), dict(window=5, sinks=2, phi_k_fn=x.maps[1], kernel="gpu")
     expected = attend(exact, kernel="reference", window=5, sinks=2)
     unmade = replace(x.maps[0], make=None)
-    (q, k, v), (q2, k2, v2) = ([z[:, :, a:b] for z in (x.q, x.k, x.v)] for a, b in ((0, 33), (33, 48)))
+    (q, k, v), (q2, k2, v2) = ([z[:, :, a:b] for z in (x.q, x.k, x.v)] for a, b in ((0, 33), (33, 50)))
     y, state = hybrid_attention(q, k, v, unmade, None, x.mix, output_state=True, **options)
     more = hybrid_attention(q2, k2, v2, unmade, None, x.mix, state=state, **options)
     assert_same([torch.cat((y, more), 2)], [expected], FP32, names=["y"])
