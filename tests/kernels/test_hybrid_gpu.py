@@ -48,8 +48,8 @@ CASES = {
     "average, dropped windows": dict(join="average", window_keep=KEEP, on_drop="linear_covers_all", sinks=2, length=33, batch=1),
     "sum, terraced, no longer than reach": dict(join="sum", shape="terraced", reach=19, batch=1),
     "shared, terraced, detached": dict(shape="terraced", max_gradient="detached", batch=1, window=10),
-    "replace, cover all, sinks, a key head each": dict(
-        join="replace", cover="all", sinks=4, batch=1, length=34, heads=(2, 2)
+    "replace, cover all, sinks, a key head each, features in tiles": dict(
+        join="replace", cover="all", sinks=4, batch=1, length=34, heads=(2, 2), features=40
     ),
     "the window not shown, right padding": dict(ablate={"window": "output"}, kind="right", sinks=2, length=33),
     "no window": dict(window=0, batch=1, length=49),
@@ -68,7 +68,7 @@ def of_case(name):
         **CASES[name],
     }
     batch, length = case.pop("batch"), case.pop("length")
-    x = Inputs(case.pop("heads"), length, batch, case.pop("per_key_head"))
+    x = Inputs(case.pop("heads"), length, batch, case.pop("per_key_head"), features=case.pop("features", 6))
     return x, {**padding(case.pop("kind"), batch, length), **case}
 
 

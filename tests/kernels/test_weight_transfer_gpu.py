@@ -65,7 +65,7 @@ CASES = {
     "replace, the student windowed, sinks, phi_k of key heads": dict(
         HYBRID, join="replace", sinks=2, reach=9, heads=(2, 1), per_key_head=True, length=40
     ),
-    "average, terraced": dict(HYBRID, join="average", shape="terraced", length=65),
+    "average, terraced, sums in tiles": dict(HYBRID, join="average", shape="terraced", length=65, features=40),
     "sum, signed": dict(HYBRID, join="sum", signed=True, sinks=1, tolerance=2e-5),
     "the published window": dict(HYBRID, shape="terraced", compat="lolcats_tk_v1"),
 }
