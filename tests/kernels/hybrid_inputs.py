@@ -158,12 +158,12 @@ def padding(kind: str, batch: int, length: int) -> dict[str, Tensor]:
 @contextmanager
 def empty_is_nan(device="cpu"):
     """What torch.empty returns is full of NaN."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is not deterministic on a GPU
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")  # by this name without Inductor, whose import takes two seconds
         try:
             assert torch.empty(3, device=device).isnan().all()
             yield
         finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.set_deterministic_debug_mode(before)

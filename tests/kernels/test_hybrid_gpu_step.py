@@ -7,7 +7,6 @@ import torch
 
 from recipelin.attention.hybrid.config import Config, FeatureMap
 from recipelin.attention.hybrid.feature_map import HeadFeatureMap
-from recipelin.cache import StateLayer
 from recipelin.states import State
 from recipelin.steps import Swap
 from recipelin.swap import forms, swap, switch
@@ -17,7 +16,7 @@ from recipelin_kernels.hybrid.step_state import StepState, standing
 from tests.kernels.gpu_device import DEVICE, FP32, on_device
 from tests.kernels.hybrid_inputs import Inputs, empty_is_nan
 
-pytestmark = pytest.mark.usefixtures("language_patched_once")
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
 
 def close(found, expected, tolerance=FP32):
@@ -239,6 +238,8 @@ def test_what_the_clamp_costs_the_gradient():
 
 def test_a_layer_decodes_by_it(tiny):
     """`kernel: gpu`: after a prompt, the cache holds a StepState."""
+    from recipelin.cache import StateLayer  # with it, as with a model, comes transformers
+
     found = []
     hidden = torch.randn(1, 8, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for kernel in ("gpu", "chunked"):

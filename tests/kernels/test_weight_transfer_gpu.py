@@ -9,7 +9,7 @@ from recipelin_kernels.hybrid import gpu_support
 from tests.kernels.gpu_device import CANCELLED, DEVICE, FP32, on_device
 from tests.kernels.hybrid_inputs import Inputs, assert_same, empty_is_nan, padding
 
-pytestmark = pytest.mark.usefixtures("language_patched_once")
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
 LEARNED = ("phi_q", "phi_k", "mix", "log_scale")
 
@@ -52,20 +52,20 @@ def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32):
 
 HYBRID = {"target": "hybrid", "window": 6}
 CASES = {
-    "linear": dict(length=107),
+    "linear": dict(length=97),
     "linear, phi_k of key heads, left padding": dict(heads=(2, 1), per_key_head=True, kind="left", batch=2),
-    "linear, 8 heads over one, features in tiles": dict(heads=(8, 1), length=20, features=40, per_key_head=True),
-    "linear, both windowed": dict(length=100, reach=19, teacher_window=19),
+    "linear, 4 heads over 2, features in tiles": dict(heads=(4, 2), length=20, features=40, per_key_head=True),
+    "linear, both windowed": dict(length=67, reach=19, teacher_window=19),
     "linear, the teacher windowed, right padding": dict(teacher_window=9, kind="right", batch=2, length=34),
     "linear, signed": dict(signed=True, tolerance=2e-5),
-    "shared, sinks": dict(HYBRID, sinks=3, length=107),
+    "shared, sinks": dict(HYBRID, sinks=3, length=97),
     "absolute, cover all, segments": dict(HYBRID, join="absolute", cover="all", kind="segments", batch=2, length=35),
     "absolute, terraced, the student windowed": dict(HYBRID, join="absolute", shape="terraced", reach=21, length=65),
     "replace, sinks, segments": dict(HYBRID, join="replace", sinks=2, kind="segments", length=67),
     "replace, the student windowed, sinks, phi_k of key heads": dict(
         HYBRID, join="replace", sinks=2, reach=9, heads=(2, 1), per_key_head=True, length=40
     ),
-    "average, terraced": dict(HYBRID, join="average", shape="terraced", length=65),
+    "average, terraced, sums in tiles": dict(HYBRID, join="average", shape="terraced", length=65, features=40),
     "sum, signed": dict(HYBRID, join="sum", signed=True, sinks=1, tolerance=2e-5),
     "the published window": dict(HYBRID, shape="terraced", compat="lolcats_tk_v1"),
 }
