@@ -73,10 +73,10 @@ _FROM = ("reference", "ours")
 _OVER = ("sdpa", "ours")
 
 _BOUND = (
-    "a query and head takes 4 (w + 16) d for scores and values, some 48 F for pairs of features and 4 F d for the state: 60 kFLOP, "
-    "2 GFLOP at T 4096, 18 ms at 110 and 12 at 165 GFLOP/s, which is all that a core of the Xeon gives, at one clock or another; "
-    "18 / 5 of it with backward. The rest is exponentials and masks (a tenth), keys and features that are turned (a tenth), and "
-    "memory that is written for the first time."
+    "a query of a head takes 4 (w + 16) d for scores and values, some 48 F for pairs of features and 4 F d for the state: 60 "
+    "kFLOP, 2 GFLOP at T 4096, 18 ms at 110 and 12 at 165 GFLOP/s, which is all that a core of the Xeon gives at one clock or "
+    "another; 18 / 5 of it with backward. The rest is exponentials and masks (a tenth), keys and features that are turned (a "
+    "tenth), and memory that is written for the first time."
 )
 _SHORT = (
     "of 128 queries as of the first 128 of a long row; in memory that is written for the first time, half of the time."
