@@ -217,6 +217,10 @@ class _Walk:
                     lolcats_checkpoint.lay(self.model, self.published)
                 form = swap.forms(self.model)[0]
                 self.kernels[form.OPERATOR] = form.kernel
+                if form.lacking:
+                    _say(
+                        f"{number}: kernel {form.kernel}: {form.lacking}; the C kernels take a third to a half of its time"
+                    )
             else:
                 swap.switch(self.model, step.state)
             self.times.append(

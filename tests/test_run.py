@@ -348,17 +348,32 @@ def test_a_transfer_that_reads_no_state_is_shared(folder, home, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(weights(shared).values(), weights(alone).values(), strict=True))
 
 
+def test_without_a_c_compiler_a_run_says_so(folder, home, tmp_path, monkeypatch, capfd):
+    with_one = read_record(go(folder, home, tmp_path / "with"))
+    assert "kernel chunked" not in capfd.readouterr().err
+    for module in ("native.why_not", "hybrid.why_no_native"):
+        monkeypatch.setattr(f"recipelin_kernels.{module}", lambda: "no C compiler (cc, gcc, clang)")
+    without = read_record(go(folder, home, tmp_path / "without", fresh=True))
+    assert "kernel chunked: no C compiler (cc, gcc, clang); the C kernels" in capfd.readouterr().err
+    assert (with_one.kernels, without.kernels) == ({"hybrid_attention": "native"}, {"hybrid_attention": "chunked"})
+    for one, other in zip(with_one.rows, without.rows, strict=True):  # of a whole run, trained by each
+        assert (one.state, one.metric) == (other.state, other.metric) and abs(one.value - other.value) < 1e-3
+
+
 def test_source_changes_change_the_key(folder, monkeypatch):
     step = plan(load(folder / "recipe.yaml")).steps[2].step
     before = reuse.source_digest(step)
     real = reuse.digest_file
-    monkeypatch.setattr(reuse, "digest_file", lambda p: "other" if p.name == "stages.py" else real(p))
-    assert reuse.source_digest(step) == before, "a process runs what it loaded"
-    reuse._digest_of.cache_clear()  # another process
-    try:
-        assert reuse.source_digest(step) != before
-    finally:
-        reuse._digest_of.cache_clear()
+    for changed in ("stages.py", "chunked.py", "hybrid_forward.c", "tiles.h"):
+        monkeypatch.setattr(reuse, "digest_file", lambda p, name=changed: "other" if p.name == name else real(p))
+        assert reuse.source_digest(step) == before, "a process runs what it loaded"
+        reuse._digest_of.cache_clear()  # another process
+        try:
+            assert reuse.source_digest(step) != before
+        finally:
+            monkeypatch.setattr(reuse, "digest_file", real)
+            reuse._digest_of.cache_clear()
+            assert reuse.source_digest(step) == before
 
 
 def test_the_exported_student_generates_with_its_own_classes(folder, home, tmp_path):

@@ -68,6 +68,11 @@ class SwappedAttention(nn.Module, ABC):
         """Why it keeps no cache in its state; empty where it does."""
         return ""
 
+    @property
+    def lacking(self) -> str:
+        """What a faster kernel than the one that runs lacks on this machine; empty: nothing."""
+        return ""
+
     def softmax_module(self) -> Any:
         """What holds the teacher's projections: itself, where it shares them."""
         return self

@@ -10,6 +10,7 @@ from recipelin_kernels import (
     Components,
     SoftmaxMap,
     hybrid_attention,
+    native,
     outside_mass,
     resolve_kernel,
     weight_transfer_loss,
@@ -79,6 +80,13 @@ class HybridAttention(SwappedAttention):
         return resolve_kernel(
             self.config.kernel, weight.device, dtype=weight.dtype, width=self.head_dim, features=features
         )
+
+    @property
+    def lacking(self) -> str:
+        """See SwappedAttention: the C compiler of the C kernels."""
+        weight = self.q_proj.weight
+        asked = self.config.kernel == "auto" and weight.device.type == "cpu" and weight.dtype != torch.float64
+        return (asked and native.why_not()) or ""
 
     @property
     def sees(self) -> int | None:
