@@ -104,9 +104,9 @@ def test_extreme_scores_stay_finite_and_right():
         assert bool(y.isfinite().all()) and float((y - exact).norm() / exact.norm()) < 1e-3
 
 
-@pytest.mark.parametrize("join", ["shared", "replace"])
-def test_goes_on_from_a_state(join):
-    x = Inputs((2, 1), 37, batch=2).like(torch.float32, DEVICE)
+@pytest.mark.parametrize(("join", "batch"), [("shared", 2), ("replace", 1)])
+def test_goes_on_from_a_state(join, batch):
+    x = Inputs((2, 1), 37, batch).like(torch.float32, DEVICE)
     options = dict(window=6, sinks=3, join=join, phi_k_fn=x.features, kernel="gpu")
     whole = attend(x.like(torch.float64, DEVICE), window=6, sinks=3, join=join, kernel="reference")
     for cut in (2, 20):

@@ -83,7 +83,7 @@ def test_equals_the_definition_and_its_state_the_chunked_ones(name):
     case = dict(CASES[name])
     sizes = {n: case.pop(n) for n in ("dim", "features") if n in case}
     start, stop = case.pop("start"), case.pop("stop", None)
-    stop = stop or start + 6
+    stop = stop or start + 5
     x = Inputs(case.pop("heads", (2, 1)), stop, 1, case.pop("per_key_head", False), **sizes).like(torch.float32, DEVICE)
     if columns := case.pop("columns", None):
         x.by_maps(columns)
