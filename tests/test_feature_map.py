@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from recipelin.attention.hybrid import feature_map
 from recipelin.attention.hybrid.config import FeatureMap
 from recipelin.attention.hybrid.feature_map import HeadFeatureMap
-from recipelin_kernels import native
+from recipelin_kernels import cpu
 
 MAPS = {
     "t2r": FeatureMap(name="t2r", activation="relu", bias="feature", init="random", width=2),
@@ -109,16 +109,14 @@ def test_features_do_not_hang_on_how_many_rows_are_taken_at_once(monkeypatch):
         assert all(map(torch.equal, one, found[0]))
 
 
-@pytest.mark.skipif(native.why_not() is not None, reason="no C compiler")
+@pytest.mark.skipif(cpu.why_not() is not None, reason="no C compiler")
 @pytest.mark.parametrize(("heads", "x_heads", "width", "columns"), [(4, 4, 32, 32), (4, 2, 48, 48), (6, 1, 16, 64)])
 @pytest.mark.parametrize("clamp", [1e-12, 0.02])
 def test_the_c_kernels_make_the_map_and_its_gradients(heads, x_heads, width, columns, clamp, monkeypatch):
     """Against float64, in rows of any number, with heads beside each other in memory; the same bits for any threads."""
     calls = []
-    kernel = feature_map.native_features.softmax_features_native
-    monkeypatch.setattr(
-        feature_map.native_features, "softmax_features_native", lambda *a: calls.append(1) or kernel(*a)
-    )
+    kernel = feature_map.cpu_features.softmax_features_cpu
+    monkeypatch.setattr(feature_map.cpu_features, "softmax_features_cpu", lambda *a: calls.append(1) or kernel(*a))
     generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
     config = FeatureMap(width=columns * 2 // width, clamp=clamp)
     made = HeadFeatureMap(config, heads, width, seed=3)

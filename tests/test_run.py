@@ -351,11 +351,11 @@ def test_a_transfer_that_reads_no_state_is_shared(folder, home, tmp_path):
 def test_without_a_c_compiler_a_run_says_so(folder, home, tmp_path, monkeypatch, capfd):
     with_one = read_record(go(folder, home, tmp_path / "with"))
     assert "kernel chunked" not in capfd.readouterr().err
-    for module in ("native.why_not", "hybrid.why_no_native"):
+    for module in ("cpu.why_not", "hybrid.why_no_c"):
         monkeypatch.setattr(f"recipelin_kernels.{module}", lambda: "no C compiler (cc, gcc, clang)")
     without = read_record(go(folder, home, tmp_path / "without", fresh=True))
     assert "kernel chunked: no C compiler (cc, gcc, clang); the C kernels" in capfd.readouterr().err
-    assert (with_one.kernels, without.kernels) == ({"hybrid_attention": "native"}, {"hybrid_attention": "chunked"})
+    assert (with_one.kernels, without.kernels) == ({"hybrid_attention": "cpu"}, {"hybrid_attention": "chunked"})
     for one, other in zip(with_one.rows, without.rows, strict=True):  # of a whole run, trained by each
         assert (one.state, one.metric) == (other.state, other.metric) and abs(one.value - other.value) < 1e-3
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from recipelin_kernels import empty_state, hybrid_attention, hybrid_attention_step, native
-from recipelin_kernels.hybrid import native_step
+from recipelin_kernels import cpu, empty_state, hybrid_attention, hybrid_attention_step
+from recipelin_kernels.hybrid import cpu_step
 from recipelin_kernels.hybrid import state as states
 from recipelin_kernels.hybrid.state import settled
 from tests.kernels.hybrid_inputs import COVERS, DIM, EXACT, FEATURES, JOINS, Inputs, attend, empty_is_nan
@@ -40,8 +40,8 @@ class Single(Double):
         return *(x[rows] for x in self.cut(t, t + 1)[:3]), *self.maps
 
 
-NATIVE = pytest.mark.skipif(native.why_not() is not None, reason="no C compiler")
-both_kinds = pytest.mark.parametrize("kind", [Double, pytest.param(Single, marks=NATIVE)])
+COMPILED = pytest.mark.skipif(cpu.why_not() is not None, reason="no C compiler")
+both_kinds = pytest.mark.parametrize("kind", [Double, pytest.param(Single, marks=COMPILED)])
 
 
 GEOMETRIES = [
@@ -346,15 +346,15 @@ def test_a_beam_goes_on_token_by_token_and_bytes_are_those_in_memory(sinks, kind
     assert len(sizes) == 1 and state.room is not None
 
 
-@NATIVE
+@COMPILED
 @pytest.mark.parametrize("join", [j for j in JOINS if j != "replace"])
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (9, 0), (5, 3), (64, 2)])
 def test_a_token_of_the_c_function_is_its_definition_for_any_threads(window, sinks, join, monkeypatch):
     """Rows of two lengths, one of whose windows is short at first; maps, and features that are made before."""
-    monkeypatch.setattr(native_step, "WORTH_A_THREAD", 1)
+    monkeypatch.setattr(cpu_step, "WORTH_A_THREAD", 1)
     calls, threads = [], torch.get_num_threads()
-    step = native_step.native_token
-    monkeypatch.setattr(native_step, "native_token", lambda *a: calls.append(1) or step(*a))
+    step = cpu_step.cpu_token
+    monkeypatch.setattr(cpu_step, "cpu_token", lambda *a: calls.append(1) or step(*a))
     for dim, columns, heads, per_key_head in (
         (128, 64, (8, 2), False),
         (48, 16, (6, 3), True),

@@ -12,7 +12,7 @@ from recipelin_kernels import log_scale_closed_form, teacher_attention, weight_t
 JOINS = ("shared", "absolute", "replace", "average", "sum")
 GROUPS = ((2, 2), (6, 2), (4, 1))
 WINDOWS = ((1, "sliding"), (9, "sliding"), (400, "sliding"), (9, "terraced"), (70, "terraced"))
-BLOCKED = {"chunked": 1e-10, "native": 1e-5}  # kernels, and how far they may be off; the C kernel is in fp32
+BLOCKED = {"chunked": 1e-10, "cpu": 1e-5}  # kernels, and how far they may be off; the C kernel is in fp32
 REACHES = ((None, None), (21, 21), (None, 21), (21, None))  # the student's, the teacher's
 
 
@@ -56,7 +56,7 @@ def single(x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def loss_and_gradients(x: dict[str, Tensor], kernel: str, **options) -> list[Tensor]:
     """In x's precision, of the C kernel in float32."""
-    x = single(x) if kernel == "native" else x
+    x = single(x) if kernel == "cpu" else x
     where = {n: options[n] for n in ("key_mask", "segment_ids") if n in options}
     _, lse = teacher_attention(x["q"], x["k"], x["v"], window=options.get("teacher_window"), **where)
     loss = weight_transfer_loss(
@@ -139,7 +139,7 @@ def test_each_heads_loss_has_its_own_gradient(kernel):
     exact = inputs(4, 2, 149)
     weight = torch.tensor([1.0, 0.0, -2.0, 0.5], dtype=torch.float64)
     grads = []
-    for name, x in (("reference", exact), (kernel, single(exact) if kernel == "native" else exact)):
+    for name, x in (("reference", exact), (kernel, single(exact) if kernel == "cpu" else exact)):
         _, lse = teacher_attention(x["q"], x["k"], x["v"])
         each = weight_transfer_loss(
             x["q"], x["k"], x["phi_q"], x["phi_k"], lse, target="hybrid", window=9, mix=x["mix"], per_head=True, kernel=name
@@ -160,7 +160,7 @@ def test_the_c_kernel_gives_the_same_bits_again_and_on_any_number_of_threads(opt
     try:
         for count in (1, 1, 2, 3):
             torch.set_num_threads(count)
-            found.append(loss_and_gradients(x, "native", **options, **masks("segments", 301)))
+            found.append(loss_and_gradients(x, "cpu", **options, **masks("segments", 301)))
     finally:
         torch.set_num_threads(threads)
     for again in found[1:]:
@@ -170,12 +170,12 @@ def test_the_c_kernel_gives_the_same_bits_again_and_on_any_number_of_threads(opt
 def test_the_c_kernel_makes_only_the_gradients_that_are_wanted():
     x = inputs(4, 2, 149)
     options = {"target": "hybrid", "window": 9, "sinks": 1}
-    expected = loss_and_gradients(x, "native", **options)
+    expected = loss_and_gradients(x, "cpu", **options)
     for wanted in ("phi_q", "phi_k", "mix"):
         one = {n: t.detach().requires_grad_(n == wanted) for n, t in single(x).items()}
         _, lse = teacher_attention(one["q"], one["k"], one["v"])
         loss = weight_transfer_loss(
-            one["q"], one["k"], one["phi_q"], one["phi_k"], lse, mix=one["mix"], kernel="native", **options
+            one["q"], one["k"], one["phi_q"], one["phi_k"], lse, mix=one["mix"], kernel="cpu", **options
         )  # fmt: skip
         loss.backward()
         assert {n for n, t in one.items() if t.grad is not None} == {wanted}
@@ -188,12 +188,12 @@ def test_what_the_c_kernel_cannot_do_is_said_and_left_to_chunked():
     _, lse = teacher_attention(x["q"], x["k"], x["v"])
     given = (x["q"], x["k"], x["phi_q"], x["phi_k"], lse)
     with pytest.raises(RuntimeError, match="takes no signed features; use 'chunked'"):
-        weight_transfer_loss(*given, signed=True, kernel="native")
+        weight_transfer_loss(*given, signed=True, kernel="cpu")
     with pytest.raises(RuntimeError, match=r"float32, found torch\.float64"):
-        weight_transfer_loss(*(t.double() for t in given), kernel="native")
+        weight_transfer_loss(*(t.double() for t in given), kernel="cpu")
     auto, chunked = (weight_transfer_loss(*given, signed=True, kernel=kernel) for kernel in ("auto", "chunked"))
     assert torch.equal(auto, chunked)
-    assert torch.equal(weight_transfer_loss(*given), weight_transfer_loss(*given, kernel="native"))
+    assert torch.equal(weight_transfer_loss(*given), weight_transfer_loss(*given, kernel="cpu"))
 
 
 def test_it_is_torchs_cross_entropy():
@@ -314,7 +314,7 @@ def test_what_is_not_a_number_is_no_loss(name, kernel):
     assert loss_and_gradients(x, kernel)[0].isnan()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["chunked", "native"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["chunked", "cpu"])
 def test_no_gradients_are_made_under_no_grad(monkeypatch, dtype):
     x = rounded(inputs(4, 2, 61), dtype)
     _, lse = teacher_attention(x["q"], x["k"], x["v"])
@@ -329,7 +329,7 @@ def test_no_gradients_are_made_under_no_grad(monkeypatch, dtype):
         weight_transfer_loss(x["q"].requires_grad_(), x["k"], x["phi_q"], x["phi_k"], lse)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["chunked", "native"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["chunked", "cpu"])
 def test_memory_is_linear(dtype):
     """The largest tensor that autograd or forward holds grows with T, not T x T."""
     from torch.utils._python_dispatch import TorchDispatchMode

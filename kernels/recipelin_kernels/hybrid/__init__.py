@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autocast import ignores_autocast
-from ..native import why_not as why_no_native
-from . import gpu_support, native_step
+from ..cpu import why_not as why_no_c
+from . import cpu_step, gpu_support
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
-from .native import hybrid_attention_native
-from .native import not_native as why_not_native
+from .cpu import hybrid_attention_cpu
+from .cpu import not_in_c as why_not_in_c
 from .reference import hybrid_attention_reference
 from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, check_shapes, one_of, rows
 from .softmax_map import SoftmaxMap
@@ -33,7 +33,7 @@ from .state import (
 from .step import is_plain, one_token, plain_token
 from .step_state import StepState, standing
 
-KERNELS = ("auto", "reference", "chunked", "native", "gpu")
+KERNELS = ("auto", "reference", "chunked", "cpu", "gpu")
 
 
 @dataclass(frozen=True)
@@ -57,23 +57,23 @@ def resolve_kernel(
     dtype: torch.dtype | None = None,
     width: int | None = None,
     features: int | None = None,
-    not_native: str | None = None,
+    not_in_c: str | None = None,
 ) -> str:
     """The implementation that a call takes: what `auto` means here. Raises for one that cannot run.
 
     covered: the window covers the sequence and nothing else is asked for: y is causal softmax, and `auto` is `sdpa`.
     `gpu`, the Triton kernels, takes CUDA tensors (or CPU ones under TRITON_INTERPRET=1) of float32, bfloat16 and float16,
-    `width` up to 256 and up to 1024 `features`. `native`, the C kernels, takes CPU tensors of the same dtypes where there is a C
-    compiler, and computes in fp32; not_native: why they do not compute what is asked for. `auto` takes `gpu` on a GPU for
-    which it is proven (gpu_support.py), `native` on a CPU where it can; else `chunked`.
+    `width` up to 256 and up to 1024 `features`. `cpu`, the C kernels, takes CPU tensors of the same dtypes where there is a C
+    compiler, and computes in fp32; not_in_c: why they do not compute what is asked for. `auto` takes `gpu` on a GPU for
+    which it is proven (gpu_support.py), `cpu` on a CPU where it can; else `chunked`.
     """
     one_of("kernel", kernel, KERNELS)
-    if kernel == "native" or (kernel == "auto" and not covered and torch.device(device).type == "cpu"):
-        reason = _not_native(device, dtype) or not_native
+    if kernel == "cpu" or (kernel == "auto" and not covered and torch.device(device).type == "cpu"):
+        reason = _not_in_c(device, dtype) or not_in_c
         if not reason:
-            return "native"
-        if kernel == "native":
-            raise RuntimeError(f"kernel='native': {reason}; use 'chunked', which runs on every device")
+            return "cpu"
+        if kernel == "cpu":
+            raise RuntimeError(f"kernel='cpu': {reason}; use 'chunked', which runs on every device")
     if kernel == "gpu":
         reason = gpu_support.why_not(device, dtype, width, features)
         if reason:
@@ -86,7 +86,7 @@ def resolve_kernel(
     return kernel
 
 
-def _not_native(device: torch.device | str, dtype: torch.dtype | None) -> str | None:
+def _not_in_c(device: torch.device | str, dtype: torch.dtype | None) -> str | None:
     """Why the C kernels cannot take tensors of a kind; None: they can."""
     if torch.device(device).type != "cpu":
         return f"the C kernels are for a CPU, found {torch.device(device).type}"
@@ -94,7 +94,7 @@ def _not_native(device: torch.device | str, dtype: torch.dtype | None) -> str | 
         return f"the C kernels compute in float32, found {dtype}"
     if torch.compiler.is_compiling():
         return "torch.compile cannot look into the C kernels"
-    return why_no_native()
+    return why_no_c()
 
 
 @ignores_autocast
@@ -159,7 +159,7 @@ def hybrid_attention(
     does not cancel, carries gradient. state: goes on from there (no gradient into it); needs `phi_k_fn`, keys
     [B,Hkv,n,D] -> features, for the ring's keys. phi_k may be None, and is computed by `phi_k_fn` where it is needed. Then
     phi_q and `phi_k_fn` may be SoftmaxMaps: without gradient `gpu` makes features of queries, and in decoding those of keys,
-    in the launch that uses them, `native` both in decoding; elsewhere maps are called. In a forward pass of `gpu` both are
+    in the launch that uses them, `cpu` both in decoding; elsewhere maps are called. In a forward pass of `gpu` both are
     then rounded to the dtype of q: it makes up to 128 in bf16 (64 for D above 128, and in fp32; none in fp16) of a W whose
     columns are a power of two from 16 on.
 
@@ -178,7 +178,7 @@ def hybrid_attention(
     """
     signature: tuple[object, ...] = ()
     if isinstance(state, HybridState) and output_state:
-        signature = native_step.signature_of(
+        signature = cpu_step.signature_of(
             q, k, v, phi_q, phi_k_fn, window, shape, sinks, cover, join, scale, on_drop, components, kernel, signed, reach,
             compat, chunk, first_query, max_gradient, not ablate, key_mask is None, segment_ids is None,
             window_keep is None, mix is None, log_scale is None,
@@ -187,7 +187,7 @@ def hybrid_attention(
         free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if call is not None and call.signature == signature and free:  # a token as the last one
             assert phi_k_fn is not None
-            return native_step.native_token(q, k, v, phi_q, mix, log_scale, phi_k_fn, call.options, state, signature)
+            return cpu_step.cpu_token(q, k, v, phi_q, mix, log_scale, phi_k_fn, call.options, state, signature)
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)
     one_of("join", join, JOINS)
@@ -240,14 +240,14 @@ def hybrid_attention(
         phi_q.check(q.shape[1], q.shape[3], shaped.shape[3])
     if isinstance(phi_k_fn, SoftmaxMap):
         phi_k_fn.check(phi_k_fn.heads, k.shape[3], shaped.shape[3])
-    if token and not steps and kernel in ("auto", "native") and key_mask is None:
+    if token and not steps and kernel in ("auto", "cpu") and key_mask is None:
         assert state is not None and phi_k_fn is not None
         of_queries = phi_q.weight if isinstance(phi_q, SoftmaxMap) else phi_q
         if is_plain(held, window_keep, state) and not _learning(q, k, v, of_queries, phi_k, mix, log_scale):
             state = standing(state, phi_k_fn)
             check_lead(state, held)
-            if takes == "native" and native_step.takes(q, k, v, phi_q, phi_k_fn, state):
-                return native_step.native_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state, signature)
+            if takes == "cpu" and cpu_step.takes(q, k, v, phi_q, phi_k_fn, state):
+                return cpu_step.cpu_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state, signature)
             phi_q = phi_q(q) if isinstance(phi_q, SoftmaxMap) else phi_q
             return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
     if isinstance(phi_q, SoftmaxMap):
@@ -277,8 +277,8 @@ def hybrid_attention(
     if state is None and reach is not None and (length <= reach or int(own.position.max()) < reach):
         options = replace(options, reach=None)  # no key of the call is that far
     covered = plain and not asked and options.reach is None and length <= options.span
-    not_native = why_not_native(options, past=state is not None)
-    ran = resolve_kernel(kernel, q.device, covered=covered, not_native=not_native, **sizes)
+    not_in_c = why_not_in_c(options, past=state is not None)
+    ran = resolve_kernel(kernel, q.device, covered=covered, not_in_c=not_in_c, **sizes)
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
     if key_mask is not None:
         real = key_mask[:, None, :, None]
@@ -296,7 +296,7 @@ def hybrid_attention(
         check_heads(state.sums.shape[1], phi_k.shape[1])
         tensors = (q, k, v, phi_q, phi_k, mix, log_scale)
         learns = learns or _learning(q, k, v)
-        if kernel in ("auto", "native") and length == 1 and output_state and not components and not learns:
+        if kernel in ("auto", "cpu") and length == 1 and output_state and not components and not learns:
             return one_token(*tensors, phi_k_fn, window_keep, options, state, own)
         state = settled(state)
         ring = state if reach is None else filled(state)
@@ -328,10 +328,10 @@ def hybrid_attention(
             *arguments, own, k_rows, past=past, plain=plain, segmented=packed, components=components,
             map_q=maps[0] if maps else None,
         )  # fmt: skip
-    elif ran == "native":
+    elif ran == "cpu":
         if chunk is not None:
-            raise ValueError(f"chunk={chunk}: kernel 'native' has chunks of its own; chunks are of 'chunked'")
-        parts = hybrid_attention_native(*arguments, own, components=components, first_query=first_query)
+            raise ValueError(f"chunk={chunk}: kernel 'cpu' has chunks of its own; chunks are of 'chunked'")
+        parts = hybrid_attention_cpu(*arguments, own, components=components, first_query=first_query)
     else:
         parts = hybrid_attention_chunked(
             *arguments, own, k_rows, past=past, plain=plain, components=components, chunk=chunk, first_query=first_query
@@ -359,7 +359,7 @@ def hybrid_attention_step(
 
     Options as `hybrid_attention`. Features of a key are computed by `phi_k_fn` when it leaves the window.
 
-    kernel `native` in fp32, widths multiples of 16, without gradient, of what `plain_token` takes (step.py): one C function,
+    kernel `cpu` in fp32, widths multiples of 16, without gradient, of what `plain_token` takes (step.py): one C function,
     which makes the features too where they are of SoftmaxMaps, those of some keys at once before they leave.
 
     kernel `gpu` without gradient, `reach` and `window_keep`: one Triton launch, which makes the features too if phi_q and

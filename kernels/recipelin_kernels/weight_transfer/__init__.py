@@ -8,8 +8,8 @@ from ..hybrid.chunk import dot
 from ..hybrid.compat import check_compat, whole_rows
 from ..hybrid.rows import COVERS, JOINS, SHAPES, Options, check_shapes, one_of, rows, visible
 from .chunked import BLOCK, cut, sets, weight_transfer_chunked
+from .cpu import weight_transfer_cpu, why_not
 from .made import learning, made
-from .native import weight_transfer_native, why_not
 from .reference import weight_transfer_loss_reference
 
 TARGETS = ("linear", "hybrid")
@@ -137,13 +137,13 @@ def weight_transfer_loss(
     log_scale; they are computed in the same pass, and not at all under no_grad. Memory O(T).
 
     kernel: as of `hybrid_attention`; `gpu` (Triton) computes what `chunked` does, its precision: gpu.py. So does
-    `native` (C), but for signed features, which `auto` leaves to `chunked`. Raises ValueError for unknown options and shapes
+    `cpu` (C), but for signed features, which `auto` leaves to `chunked`. Raises ValueError for unknown options and shapes
     that do not fit, RuntimeError for a kernel that cannot run here.
     """
     one_of("target", target, TARGETS)
     options = _options(window, shape, sinks, cover, join, scale, reach, q.shape[-1], signed=signed)
     ran = resolve_kernel(
-        kernel, q.device, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1], not_native=why_not(options)
+        kernel, q.device, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1], not_in_c=why_not(options)
     )
     if q.requires_grad or k.requires_grad:
         raise ValueError("weight_transfer_loss: q and k are the teacher's and get no gradient; detach them")
@@ -164,7 +164,7 @@ def weight_transfer_loss(
     count = batch * length
     if key_mask is not None:
         count = int(key_mask.sum())
-        if ran != "native":  # which never reads padding
+        if ran != "cpu":  # which never reads padding
             real = key_mask[:, None, :, None]
             q, k, phi_q, phi_k = (torch.where(real, x, 0) for x in (q, k, phi_q, phi_k))
             lse = torch.where(key_mask[:, None, :], lse, 0)
@@ -180,7 +180,7 @@ def weight_transfer_loss(
 
         sums = made(lambda: weight_transfer_gpu(q, k, *learned, lse, *row, learn, plain=alike), *learned)
     else:
-        compute = weight_transfer_native if ran == "native" else weight_transfer_chunked
+        compute = weight_transfer_cpu if ran == "cpu" else weight_transfer_chunked
         sums = made(lambda: compute(q, k, *learned, lse, *row, learn), *learned)
     return sums / count if per_head else sums.sum() / (count * heads)
 

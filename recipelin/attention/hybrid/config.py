@@ -97,9 +97,9 @@ class Config(Form):
         description="where the teacher has a window of its own (Mistral): `cut` ends the linear branch there too, exact, with "
         "a state of that many keys; `ignore` lets it see all keys, with a small state",
     )
-    kernel: Literal["auto", "reference", "chunked", "native", "gpu"] = Field(
+    kernel: Literal["auto", "reference", "chunked", "cpu", "gpu"] = Field(
         "auto",
-        description="the operator's implementation; native: C kernels of a CPU, which `auto` takes where there is a C compiler; "
+        description="the operator's implementation; cpu: C kernels of a CPU, which `auto` takes where there is a C compiler; "
         "gpu: Triton kernels, unproven on a GPU so far",
     )
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from recipelin_kernels import SoftmaxMap, resolve_kernel, without_autocast
-from recipelin_kernels.hybrid import native_features
+from recipelin_kernels.hybrid import cpu_features
 
 from .config import FeatureMap
 
@@ -21,7 +21,7 @@ class HeadFeatureMap(nn.Module):
     u = x W (+ b), W [H, d, columns]; `fixed`: u = x. softmax: [softmax(u), softmax(-u)] over features; exp:
     [exp(u - max u), exp(-u + min u)], maximum over the features of one token; relu, elu (1 + ELU), none: [act(u), act(-u)],
     or act(u) alone (t2r, `as_lolcats`). Then clamped below (not `none`), and times exp(u_h.x) with `token_scale`.
-    Computed in fp32 (fp64 for fp64). kernel: of the form; `gpu` makes softmax features by Triton, `native` in C.
+    Computed in fp32 (fp64 for fp64). kernel: of the form; `gpu` makes softmax features by Triton, `cpu` in C.
     Source: LoLCATs' feature_map.py (softmax_dim, exp_dim, relu, pos_elu), arXiv 2510.05901 §3.4, T2R: arXiv 2103.13076.
     """
 
@@ -57,13 +57,13 @@ class HeadFeatureMap(nn.Module):
         return found
 
     def _kernel(self, x: Tensor) -> str:
-        """By which the features of x are made, those of the standard map: `gpu`, `native`; else empty."""
+        """By which the features of x are made, those of the standard map: `gpu`, `cpu`; else empty."""
         config = self.config
         if config.name != "hedgehog" or config.activation != "softmax" or config.token_scale:
             return ""
         sizes: dict[str, Any] = {"dtype": x.dtype, "width": self.head_dim, "features": config.size(self.head_dim)}
         takes = resolve_kernel(self.kernel, x.device, **sizes)
-        return takes if takes in ("gpu", "native") else ""
+        return takes if takes in ("gpu", "cpu") else ""
 
     def softmax_map(self, x: Tensor) -> SoftmaxMap | None:
         """The map as an argument of the operator, whose kernels then make features of x; None where they do not.
@@ -71,14 +71,14 @@ class HeadFeatureMap(nn.Module):
         The C kernels do of one token, without gradient.
         """
         takes = self._kernel(x)
-        if takes == "native" and (x.shape[2] != 1 or torch.is_grad_enabled()):
+        if takes == "cpu" and (x.shape[2] != 1 or torch.is_grad_enabled()):
             return None
         return SoftmaxMap(self, self.weight, self.config.clamp) if takes else None
 
     def forward(self, x: Tensor) -> Tensor:
         takes = self._kernel(x)
-        if takes == "native" and native_features.takes(self.weight):
-            return native_features.softmax_features_native(x, self.weight, self.config.clamp)
+        if takes == "cpu" and cpu_features.takes(self.weight):
+            return cpu_features.softmax_features_cpu(x, self.weight, self.config.clamp)
         if takes == "gpu":
             from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 

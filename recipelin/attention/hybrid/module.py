@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from recipelin_kernels import (
     Components,
     SoftmaxMap,
+    cpu,
     hybrid_attention,
-    native,
     outside_mass,
     resolve_kernel,
     weight_transfer_loss,
@@ -86,7 +86,7 @@ class HybridAttention(SwappedAttention):
         """See SwappedAttention: the C compiler of the C kernels."""
         weight = self.q_proj.weight
         asked = self.config.kernel == "auto" and weight.device.type == "cpu" and weight.dtype != torch.float64
-        return (asked and native.why_not()) or ""
+        return (asked and cpu.why_not()) or ""
 
     @property
     def sees(self) -> int | None:
@@ -149,7 +149,7 @@ class HybridAttention(SwappedAttention):
         if self.drop is not None:
             options |= {"window_keep": self.drop.keep, "on_drop": self.drop.on_drop}
         previous = None if layer is None else layer.state
-        first = self.asked_from if layer is None and self.kernel in ("chunked", "native") else 0
+        first = self.asked_from if layer is None and self.kernel in ("chunked", "cpu") else 0
         q = q[:, :, first:]
         phi_q: Tensor | SoftmaxMap
         phi_k: Tensor | None

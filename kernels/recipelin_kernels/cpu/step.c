@@ -1,11 +1,11 @@
-/* One more token of every row of hybrid attention (hybrid/native_step.py): the past is read once, and nothing is copied. */
+/* One more token of every row of hybrid attention (hybrid/cpu_step.py): the past is read once, and nothing is copied. */
 #include "features.h"
 #include "joins.h"
 #include "threads.h"
 
 #define STRIP 8 /* vectors of sums in registers */
 
-/* As class Token in hybrid/native_step.py. Places of a room: sinks, late keys, ring, the token's own. */
+/* As class Token in hybrid/cpu_step.py. Places of a room: sinks, late keys, ring, the token's own. */
 typedef struct {
   long batch, heads, key_heads, map_heads, width, features, sinks, ring, left, join, is_signed, threads;
   long late;           /* keys that have left the ring and are not in the sums, before this token */

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from recipelin_kernels import cpu as kernels
 from recipelin_kernels import hybrid_attention, resolve_kernel
-from recipelin_kernels import native as kernels
-from recipelin_kernels.hybrid import native
+from recipelin_kernels.hybrid import cpu
 from recipelin_kernels.hybrid.chunked import hybrid_attention_chunked
 from tests.kernels.hybrid_inputs import (
     COVERS,
@@ -83,7 +83,7 @@ def close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None
 def test_the_c_kernels_are_the_definition(seed):
     seen = set()
     for call in calls(seed, 60):
-        found = outcomes(call, "native", torch.float32)
+        found = outcomes(call, "cpu", torch.float32)
         close(found, outcomes(call, "reference", torch.float64), SINGLE)
         seen |= {(n, str(v)) for n, v in call.items()}
     assert len(seen) == sum(len({str(v) for v in values}) for values in CHOICES.values())
@@ -100,7 +100,7 @@ def test_signed_features(join):
     options = {"window": 5, "join": join, "signed": True}
     exact = with_gradients(x, kernel="reference", **options)
     found, chunked = (
-        [t.double() for t in with_gradients(x.like(torch.float32), kernel=n, **options)] for n in ("native", "chunked")
+        [t.double() for t in with_gradients(x.like(torch.float32), kernel=n, **options)] for n in ("cpu", "chunked")
     )
     for one, other, expected in zip(found, chunked, exact, strict=True):
         least = 1e-5 * max(float(expected.norm()), 1e-2)
@@ -113,7 +113,7 @@ def test_long_rows_by_held_states():
         x = Inputs((4, 2), 2000, batch=1, dim=16, features=16, per_key_head=True)
         mask = torch.arange(2000)[None] >= 37
         exact = with_gradients(x, mask, kernel="chunked", key_mask=mask, **options)
-        found = with_gradients(x.like(torch.float32), mask, kernel="native", key_mask=mask, **options)
+        found = with_gradients(x.like(torch.float32), mask, kernel="cpu", key_mask=mask, **options)
         close([t.double() for t in found], exact, SINGLE)
 
 
@@ -127,7 +127,7 @@ def test_large_scores_and_nan_in_padding():
             value = getattr(poisoned, name)
             value.masked_fill_(~mask[:, None, :, None], torch.nan)
         with empty_is_nan():
-            found = with_gradients(poisoned, mask, kernel="native", key_mask=mask, window=9, join="absolute")
+            found = with_gradients(poisoned, mask, kernel="cpu", key_mask=mask, window=9, join="absolute")
         exact = with_gradients(x, mask, kernel="reference", key_mask=mask, window=9, join="absolute")
         # Rounding of a score is a relative error of its weight.
         close([t.double() for t in found], exact, scale * 2e-6)
@@ -136,14 +136,14 @@ def test_large_scores_and_nan_in_padding():
 def test_nan_of_a_real_token_is_seen():
     x = Inputs(dtype=torch.float32)
     x.k[0, 0, 20] = torch.nan
-    y = attend(x, kernel="native")
+    y = attend(x, kernel="cpu")
     assert y[0, :3, 20:25].isnan().all() and y.isnan().sum() == 3 * 5 * 8  # the queries whose window it is in
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_computed_in_float32(dtype):
     x = Inputs((6, 2), 100, dtype=dtype)
-    y = attend(x, window=32, kernel="native")
+    y = attend(x, window=32, kernel="cpu")
     assert y.dtype == dtype
     expected = attend(x.like(torch.float64), window=32, kernel="reference")
     assert ((y.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 1e-5).all()
@@ -153,10 +153,10 @@ def test_low_precision_is_computed_in_float32(dtype):
 def test_queries_from_a_position_on(first):
     x = Inputs((6, 2), 97, dtype=torch.float32)
     for where in ({}, padding("left", 2, 97), padding("segments", 2, 97)):
-        whole = hybrid_attention(*x.cut(0, 97), x.mix, window=9, sinks=2, kernel="native", **where)
+        whole = hybrid_attention(*x.cut(0, 97), x.mix, window=9, sinks=2, kernel="cpu", **where)
         q, phi_q = x.q[:, :, first:], x.phi_q[:, :, first:]
         some = hybrid_attention(
-            q, x.k, x.v, phi_q, x.phi_k, x.mix, window=9, sinks=2, kernel="native", first_query=first, **where
+            q, x.k, x.v, phi_q, x.phi_k, x.mix, window=9, sinks=2, kernel="cpu", first_query=first, **where
         )
         assert (some - whole[:, :, first:]).abs().max() < 1e-6
 
@@ -168,7 +168,7 @@ def test_threads_and_repetition_change_no_bit():
     try:
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            found.append(with_gradients(x, kernel="native", window=9, **padding("segments", 2, 150)))
+            found.append(with_gradients(x, kernel="cpu", window=9, **padding("segments", 2, 150)))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -178,10 +178,10 @@ def test_threads_and_repetition_change_no_bit():
 def test_tensors_that_lie_apart_and_gradients_that_are_not_asked_for():
     x = Inputs((6, 2), 70, dtype=torch.float32)
     apart = [t.transpose(1, 2).contiguous().transpose(1, 2) if t.ndim == 4 else t for t in x.tensors()]
-    expected = with_gradients(x, kernel="native", components=False, window=9, join="absolute")
+    expected = with_gradients(x, kernel="cpu", components=False, window=9, join="absolute")
     for wanted in itertools.chain([(6,), (3, 4), (0,), (2,)], [(4, 6), (1, 5)]):
         leaves = [t.detach().clone().requires_grad_(i in wanted) for i, t in enumerate(apart)]
-        y = hybrid_attention(*leaves[:6], log_scale=leaves[6], window=9, join="absolute", kernel="native")
+        y = hybrid_attention(*leaves[:6], log_scale=leaves[6], window=9, join="absolute", kernel="cpu")
         weight = torch.cos(torch.arange(y.numel(), dtype=torch.float64)).to(y.dtype).view_as(y)
         (y * weight).sum().backward()
         for i, (leaf, grad) in enumerate(zip(leaves, expected[1:], strict=True)):
@@ -193,10 +193,10 @@ def test_tensors_that_lie_apart_and_gradients_that_are_not_asked_for():
 def test_no_run_and_no_query():
     x = Inputs((6, 2), 20, dtype=torch.float32)
     nothing = torch.zeros(2, 20, dtype=torch.bool)
-    for found in with_gradients(x, nothing, kernel="native", key_mask=nothing, window=5):
+    for found in with_gradients(x, nothing, kernel="cpu", key_mask=nothing, window=5):
         assert not found.any()
     empty = [t[:, :, :0] for t in (x.q, x.k, x.v, x.phi_q, x.phi_k)]
-    assert hybrid_attention(*empty, x.mix, window=5, kernel="native").shape == (2, 6, 0, 8)
+    assert hybrid_attention(*empty, x.mix, window=5, kernel="cpu").shape == (2, 6, 0, 8)
 
 
 @pytest.mark.parametrize("machine", {"x86_64": ["x86-64", "haswell"], "aarch64": ["armv8-a"]}[platform.machine()])
@@ -204,29 +204,29 @@ def test_vectors_of_other_machines(machine, monkeypatch):
     """Of 4 and 8 numbers, as this machine's compiler makes them."""
     monkeypatch.setattr(kernels, "MACHINE", f"-march={machine}")
     made = kernels.library.__wrapped__()
-    monkeypatch.setattr(native, "library", lambda: made)
+    monkeypatch.setattr(cpu, "library", lambda: made)
     x = Inputs((6, 2), 97, dim=16, features=48)
     options = {"window": 19, "sinks": 3, "join": "absolute", **padding("left", 2, 97)}
     exact = with_gradients(x, options["key_mask"], kernel="reference", **options)
-    found = with_gradients(x.like(torch.float32), options["key_mask"], kernel="native", **options)
+    found = with_gradients(x.like(torch.float32), options["key_mask"], kernel="cpu", **options)
     close([t.double() for t in found], exact, SINGLE)
 
 
 def test_what_auto_takes_on_a_cpu(monkeypatch):
-    assert resolve_kernel("auto", "cpu") == resolve_kernel("native", "cpu", dtype=torch.bfloat16) == "native"
+    assert resolve_kernel("auto", "cpu") == resolve_kernel("cpu", "cpu", dtype=torch.bfloat16) == "cpu"
     assert resolve_kernel("auto", "cpu", dtype=torch.float64) == "chunked"
     assert resolve_kernel("auto", "cpu", covered=True) == "sdpa"
-    with pytest.raises(RuntimeError, match=r"native.*float32, found torch.float64; use 'chunked'"):
-        attend(Inputs(), kernel="native")
-    with pytest.raises(RuntimeError, match=r"native.*scale above 0, found -1.0"):
-        attend(Inputs(dtype=torch.float32), kernel="native", scale=-1.0)
-    with pytest.raises(ValueError, match=r"chunk=8: kernel 'native' has chunks of its own"):
-        attend(Inputs(dtype=torch.float32), kernel="native", chunk=8)
-    with pytest.raises(RuntimeError, match=r"native.*for a CPU, found meta"):
-        resolve_kernel("native", "meta")
+    with pytest.raises(RuntimeError, match=r"cpu.*float32, found torch.float64; use 'chunked'"):
+        attend(Inputs(), kernel="cpu")
+    with pytest.raises(RuntimeError, match=r"cpu.*scale above 0, found -1.0"):
+        attend(Inputs(dtype=torch.float32), kernel="cpu", scale=-1.0)
+    with pytest.raises(ValueError, match=r"chunk=8: kernel 'cpu' has chunks of its own"):
+        attend(Inputs(dtype=torch.float32), kernel="cpu", chunk=8)
+    with pytest.raises(RuntimeError, match=r"cpu.*for a CPU, found meta"):
+        resolve_kernel("cpu", "meta")
     x = Inputs(dtype=torch.float32)
     by_c = attend(x)
-    assert torch.equal(by_c, attend(x, kernel="native")) and not torch.equal(by_c, attend(x, kernel="chunked"))
+    assert torch.equal(by_c, attend(x, kernel="cpu")) and not torch.equal(by_c, attend(x, kernel="chunked"))
     ran = []
     monkeypatch.setattr(
         "recipelin_kernels.hybrid.hybrid_attention_chunked",

@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL:
     machine = _said(cc, "--version") + _said(cc, MACHINE, "-dM", "-E", "-x", "c", os.devnull)
     name = hashlib.sha256(b"\0".join([*(s.read_bytes() for s in sources), machine.encode(), " ".join(FLAGS).encode()]))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recipelin"
-    path = folder / f"native-{name.hexdigest()[:16]}.so"
+    path = folder / f"cpu-{name.hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         # Another process may be compiling the same: each writes a file of its own, and the last one stays.

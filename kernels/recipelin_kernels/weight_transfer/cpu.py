@@ -1,4 +1,4 @@
-"""The C kernel of the weight transfer loss: native/weight_transfer.c, its layout of a call, and what it leaves to `chunked`."""
+"""The C kernel of the weight transfer loss: cpu/weight_transfer.c, its layout of a call, and what it leaves to `chunked`."""
 
 import ctypes
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import native
+from .. import cpu
 from ..hybrid.rows import SEPARATE, Options, PlainRows, Rows
 
 MULTIPLE = 16  # widths are multiples of it: tiles.h
@@ -67,7 +67,7 @@ def _given(x: Tensor) -> _Given:
 
 
 @torch.no_grad()
-def weight_transfer_native(
+def weight_transfer_cpu(
     q: Tensor,
     k: Tensor,
     phi_q: Tensor,
@@ -119,11 +119,11 @@ def weight_transfer_native(
         scale=options.scale,
     )
     threads = ctypes.c_long(torch.get_num_threads())
-    if native.library().weight_transfer(ctypes.byref(call), ctypes.c_long(len(runs)), threads):
+    if cpu.library().weight_transfer(ctypes.byref(call), ctypes.c_long(len(runs)), threads):
         raise MemoryError("weight_transfer_loss: no memory for a thread of the C kernel")
     found = {n: x[..., :features] for n, x in grads.items()}
     found |= {n: sums[n].sum(0).float() for n in ("mix", "log_scale") if n in learn}
     return sums["loss"].sum(0).float(), found
 
 
-__all__ = ["runs_of", "weight_transfer_native", "why_not"]
+__all__ = ["runs_of", "weight_transfer_cpu", "why_not"]

@@ -1,6 +1,6 @@
 """Hybrid attention by the C kernels: what `chunked` computes, in float32 on a CPU, in products that stay in registers.
 
-The chunked form of chunked.py in chunks of 32 queries (native/hybrid.h). A run of real tokens is a row of its own, so that
+The chunked form of chunked.py in chunks of 32 queries (cpu/hybrid.h). A run of real tokens is a row of its own, so that
 padding is never read. Backward reads the states before every 512th token, which forward leaves, and computes the rest anew.
 """
 
@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..native import library
+from ..cpu import library
 from .rows import JOINS, Options, PlainRows, Rows
 
 LANES = 16  # widths are multiples of it
 INPUTS = ("q", "k", "v", "phi_q", "phi_k", "mix", "log_scale")
 
 
-def not_native(options: Options, *, past: bool) -> str | None:
+def not_in_c(options: Options, *, past: bool) -> str | None:
     """Why the C kernels do not compute a call; None: they do."""
     if past:
         return "the C kernels begin without a state"
@@ -39,7 +39,7 @@ OPTIONS = (
 
 
 class _Call(ctypes.Structure):
-    """`Call` of native/hybrid.h. It holds addresses, not tensors: whoever calls keeps these alive."""
+    """`Call` of cpu/hybrid.h. It holds addresses, not tensors: whoever calls keeps these alive."""
 
     _fields_ = [
         *((n, ctypes.c_void_p) for n in (*INPUTS, "keep", "runs", *OUTPUTS, "held", "dy", *(f"d{n}" for n in INPUTS))),
@@ -167,7 +167,7 @@ def _whole_vectors(x: Tensor) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
-def hybrid_attention_native(
+def hybrid_attention_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -182,7 +182,7 @@ def hybrid_attention_native(
     components: bool,
     first_query: int = 0,
 ) -> list[Tensor]:
-    """y, and with `components` the three parts, as `hybrid_attention_chunked` has them; what it takes: `not_native`."""
+    """y, and with `components` the three parts, as `hybrid_attention_chunked` has them; what it takes: `not_in_c`."""
     dtype = q.dtype
     if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
         phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)  # a dropped head's sums hold the sinks too

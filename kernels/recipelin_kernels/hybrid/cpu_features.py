@@ -1,4 +1,4 @@
-"""The standard feature map by the C kernels (native/features.c): in float32 on a CPU, product and both softmaxes at once."""
+"""The standard feature map by the C kernels (cpu/features.c): in float32 on a CPU, product and both softmaxes at once."""
 
 import ctypes
 from typing import Any
@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..native import library
+from ..cpu import library
 
 LANES = 16  # widths are multiples of it
 
 
 class Features(ctypes.Structure):
-    """As in native/features.c."""
+    """As in cpu/features.c."""
 
     _fields_ = (
         *((n, ctypes.c_int64) for n in ("batch", "x_heads", "heads", "length", "width", "columns")),
@@ -63,7 +63,7 @@ class _Features(torch.autograd.Function):
         return dx, None if dweight is None else dweight.sum(0), None
 
 
-def softmax_features_native(x: Tensor, weight: Tensor, clamp: float) -> Tensor:
+def softmax_features_cpu(x: Tensor, weight: Tensor, clamp: float) -> Tensor:
     """[softmax(x W), softmax(-x W)] over features, at least `clamp`, in fp32: x [B,h,T,D], W [H,d,C] -> [B,H,T,2 C].
 
     Gradients to x and W; where the clamp holds a feature, none passes.

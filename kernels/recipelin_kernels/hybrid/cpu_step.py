@@ -1,4 +1,4 @@
-"""One more token of every row by one C function (native/step.c), which reads the past once, where `plain_token` is many calls.
+"""One more token of every row by one C function (cpu/step.c), which reads the past once, where `plain_token` is many calls.
 
 A standard map's features of keys are made some keys at once, in one reading of its weights: of those that are in the room
 and leave the window before the room is full.
@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import cpu
 from .rows import JOINS, LOG2E, Options
 from .softmax_map import SoftmaxMap
 from .state import HybridState, RoomState, check_heads
@@ -25,7 +25,7 @@ Maps = Callable[[Tensor], Tensor] | Tensor | SoftmaxMap | None
 
 
 class Token(ctypes.Structure):
-    """As in native/step.c."""
+    """As in cpu/step.c."""
 
     _fields_ = (
         *((n, ctypes.c_long) for n in ("batch", "heads", "key_heads", "map_heads", "width", "features", "sinks", "ring")),
@@ -55,13 +55,13 @@ class Prepared:
 
 @cache
 def _library() -> ctypes.CDLL:
-    found = native.library()
+    found = cpu.library()
     found.step_token.argtypes = (ctypes.c_void_p,)
     return found
 
 
 def takes(q: Tensor, k: Tensor, v: Tensor, phi_q: Maps, phi_k_fn: Maps, state: HybridState) -> bool:
-    """Whether `native_token` computes a call that `plain_token` would: numbers in fp32, widths in whole vectors."""
+    """Whether `cpu_token` computes a call that `plain_token` would: numbers in fp32, widths in whole vectors."""
     width, features = q.shape[3], state.sums.shape[2]
     weights = [m.weight for m in (phi_q, phi_k_fn) if isinstance(m, SoftmaxMap)]
     tensors = (q, k, v, state.sums, state.ring_k, state.ring_v, *weights)
@@ -85,7 +85,7 @@ def _kind(given: object) -> object:
     return (given.shape, given.dtype, given.device) if isinstance(given, Tensor) else None
 
 
-def native_token(
+def cpu_token(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -166,4 +166,4 @@ def _make_ahead(call: Prepared, map_k: SoftmaxMap, late: int) -> None:
     token.weight_k, token.clamp_k = weight.data_ptr(), map_k.clamp
 
 
-__all__ = ["Prepared", "native_token", "signature_of", "takes"]
+__all__ = ["Prepared", "cpu_token", "signature_of", "takes"]

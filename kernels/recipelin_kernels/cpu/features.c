@@ -1,11 +1,11 @@
-/* The standard feature map of whole rows (hybrid/native_features.py), a block of tokens at a time: what the product leaves
+/* The standard feature map of whole rows (hybrid/cpu_features.py), a block of tokens at a time: what the product leaves
  * is still in a core's cache when the softmax reads it. */
 #include "features.h"
 #include "threads.h"
 
 #define BLOCK 32 /* tokens */
 
-/* As class Features in hybrid/native_features.py. */
+/* As class Features in hybrid/cpu_features.py. */
 typedef struct {
   int64_t batch, x_heads, heads, length, width, columns;
   int64_t x_batch, x_head, x_row; /* how far apart x's rows of the batch, heads and tokens are */

@@ -12,7 +12,7 @@
 #define CHUNK 32  /* queries */
 #define STRIDE 16 /* chunks whose states exist at once in backward */
 
-/* The order is that of native.py. Tensors are contiguous; NULL: not there, or not wanted. */
+/* The order is that of hybrid/cpu.py. Tensors are contiguous; NULL: not there, or not wanted. */
 typedef struct {
   const float *q, *k, *v, *phi_q, *phi_k, *mix, *log_scale;
   const uint8_t *keep; /* [B,H]: 0 drops the window */
