@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..cpu import library
-from .rows import JOINS, Options, PlainRows, Rows
+from ..cpu.calls import runs_of, whole_vectors
+from .rows import JOINS, Options, Rows
 
-LANES = 16  # widths are multiples of it
 INPUTS = ("q", "k", "v", "phi_q", "phi_k", "mix", "log_scale")
 
 
@@ -149,24 +149,6 @@ class _Hybrid(torch.autograd.Function):
         return None, None, *(found.get(n) if w else None for n, w in zip(INPUTS, ctx.needs_input_grad[2:], strict=True))
 
 
-def _runs(rows: Rows, batch: int, length: int) -> Tensor:
-    """Runs of real tokens that see each other [n,4] int64; the last column is still to be filled."""
-    if isinstance(rows, PlainRows):
-        found = torch.zeros(batch, 4, dtype=torch.int64)
-        found[:, 0], found[:, 2] = torch.arange(batch), length
-        return found
-    segment = F.pad(rows.segment, (1, 1), value=-1)
-    edge = segment[:, 1:] != segment[:, :-1]
-    begins, ends = (edge & (segment[:, s] >= 0) for s in (slice(1, None), slice(None, -1)))
-    row, start = begins.nonzero().unbind(1)
-    return torch.stack((row, start, ends.nonzero()[:, 1], torch.zeros_like(row)), 1).contiguous()
-
-
-def _whole_vectors(x: Tensor) -> Tensor:
-    missing = -x.shape[-1] % LANES
-    return F.pad(x, (0, missing)) if missing else x
-
-
 def hybrid_attention_cpu(
     q: Tensor,
     k: Tensor,
@@ -186,10 +168,10 @@ def hybrid_attention_cpu(
     dtype = q.dtype
     if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
         phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)  # a dropped head's sums hold the sinks too
-    tensors = [_whole_vectors(x.float()).contiguous() for x in (q, k, v, phi_q, phi_k)]
+    tensors = [whole_vectors(x).contiguous() for x in (q, k, v, phi_q, phi_k)]
     numbers = [None if x is None else x.float().contiguous() for x in (mix, log_scale)]
     keep = None if window_keep is None else window_keep.to(torch.uint8).contiguous()
-    runs = _runs(rows, q.shape[0], k.shape[2])
+    runs = F.pad(runs_of(rows, q.shape[0]), (0, 1))  # held states are counted where there are any
     whole = int((runs[:, 2] - runs[:, 1]).sum()) == q.shape[0] * k.shape[2]
     given = _Given(runs, keep, options, first_query, whole)
     inputs = [*tensors, *numbers]

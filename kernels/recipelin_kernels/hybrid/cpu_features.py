@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..cpu import library
-
-LANES = 16  # widths are multiples of it
+from ..cpu.calls import VECTOR
 
 
 class Features(ctypes.Structure):
@@ -25,7 +24,7 @@ class Features(ctypes.Structure):
 
 def takes(weight: Tensor) -> bool:
     """Whether the C kernels make the features of a map: widths in whole vectors."""
-    return weight.numel() > 0 and not weight.shape[1] % LANES and not weight.shape[2] % LANES
+    return weight.numel() > 0 and not weight.shape[1] % VECTOR and not weight.shape[2] % VECTOR
 
 
 def _run(name: str, x: Tensor, weight: Tensor, clamp: float, **others: Tensor | None) -> None:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import cpu
+from ..cpu.calls import VECTOR
 from .rows import JOINS, LOG2E, Options
 from .softmax_map import SoftmaxMap
 from .state import HybridState, RoomState, check_heads
 from .step import map_leaving, moved, placed
 
-LANES = 16  # widths are multiples of it
 WORTH_A_THREAD = 1 << 20  # bytes of the sums: to start a thread takes as long as to read some 0.3 MB
 
 Maps = Callable[[Tensor], Tensor] | Tensor | SoftmaxMap | None
@@ -67,8 +67,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor, phi_q: Maps, phi_k_fn: Maps, state: H
     tensors = (q, k, v, state.sums, state.ring_k, state.ring_v, *weights)
     if any(x.dtype != torch.float32 or x.device != q.device for x in tensors):
         return False
-    whole = not width % LANES and not features % LANES and features > 0
-    return whole and all(w.is_contiguous() and not w.shape[2] % LANES for w in weights)
+    whole = not width % VECTOR and not features % VECTOR and features > 0
+    return whole and all(w.is_contiguous() and not w.shape[2] % VECTOR for w in weights)
 
 
 def signature_of(

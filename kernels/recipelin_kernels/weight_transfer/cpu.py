@@ -1,16 +1,14 @@
 """The C kernel of the weight transfer loss: cpu/weight_transfer.c, its layout of a call, and what it leaves to `chunked`."""
 
 import ctypes
-from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cpu
-from ..hybrid.rows import SEPARATE, Options, PlainRows, Rows
+from ..cpu.calls import runs_of, whole_vectors
+from ..hybrid.rows import SEPARATE, Options, Rows
 
-MULTIPLE = 16  # widths are multiples of it: tiles.h
 JOINS = ("shared", "absolute", "replace")  # in the C enumeration's order, from 1
 
 
@@ -38,27 +36,9 @@ def why_not(options: Options) -> str | None:
     return "the C kernel takes no signed features" if options.signed else None
 
 
-def runs_of(rows: Rows, batch: int) -> Iterator[tuple[int, int, int]]:
-    """(row, first token, tokens) of every run of real tokens of one segment."""
-    length = rows.segment.shape[-1]
-    if isinstance(rows, PlainRows):
-        yield from ((row, 0, length) for row in range(batch))
-        return
-    for row, segments in enumerate(rows.segment):
-        numbers, counts = (x.tolist() for x in torch.unique_consecutive(segments, return_counts=True))
-        first = 0
-        for number, count in zip(numbers, counts, strict=True):
-            if number >= 0:
-                yield row, first, count
-            first += count
-
-
 def _ready(x: Tensor) -> Tensor:
-    """In fp32, its last dimension without gaps and padded with zeros to whole vectors."""
-    x = x.float()
-    over = -x.shape[-1] % MULTIPLE
-    if over:
-        return F.pad(x, (0, over))
+    """In whole vectors of fp32, its last dimension without gaps."""
+    x = whole_vectors(x)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -87,7 +67,8 @@ def weight_transfer_cpu(
     """
     (batch, heads, length, _), features = q.shape, phi_q.shape[-1]
     hybrid = target == "hybrid"
-    runs = torch.tensor([*runs_of(rows, batch)], dtype=torch.long).view(-1, 3)
+    runs = runs_of(rows, batch)
+    runs[:, 2] -= runs[:, 1]  # to tokens
     given = {n: _ready(x) for n, x in (("q", q), ("k", k), ("phi_q", phi_q), ("phi_k", phi_k))}
     plain = (("lse", lse), ("mix", mix), ("log_scale", log_scale))
     numbers = {n: x.float().contiguous() for n, x in plain if x is not None}
@@ -126,4 +107,4 @@ def weight_transfer_cpu(
     return sums["loss"].sum(0).float(), found
 
 
-__all__ = ["runs_of", "weight_transfer_cpu", "why_not"]
+__all__ = ["weight_transfer_cpu", "why_not"]
