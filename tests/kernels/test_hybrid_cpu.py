@@ -43,6 +43,7 @@ CHOICES = {
     "ablate": [{}, {}, {"window": "mass"}, {"window": "output"}, {"linear": "mass"}, {"linear": "output"},
                {"sinks": "mass"}, {"sinks": "output"}],
     "drop": [None, None, "linear_covers_all", "linear_outside"],
+    "components": [False, True],
 }  # fmt: skip
 
 
@@ -65,15 +66,16 @@ def outcomes(call: dict, kernel: str, dtype: torch.dtype) -> list[Tensor]:
     options = {n: call[n] for n in ("join", "shape", "cover", "sinks", "window", "reach", "max_gradient", "ablate")}
     if call["drop"]:
         options |= {"window_keep": torch.arange(2 * call["heads"][0]).view(2, -1) % 3 > 0, "on_drop": call["drop"]}
-    found = with_gradients(x, real.get("key_mask"), kernel=kernel, **options, **real)
-    return [t.double() for t in found]
+    options |= {"components": call["components"], **real}
+    return [t.double() for t in with_gradients(x, real.get("key_mask"), kernel=kernel, **options)]
 
 
 def close(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
     """In norm. A gradient that is 0 (of a single key, say) is a sum of terms that cancel, those of features of the size of
     1 / phi; it leaves their rounding.
     """
-    for name, one, other in zip(OUTCOMES, found, expected, strict=True):
+    names = OUTCOMES if len(found) == len(OUTCOMES) else ("y", *OUTCOMES[4:])  # without components
+    for name, one, other in zip(names, found, expected, strict=True):
         size = float(other.norm())
         least = 1e-2 if name[:2] != "d_" else 1.0 if size > 1e-9 else 200.0
         assert float((one - other).norm()) <= tolerance * max(size, least), name
@@ -131,6 +133,15 @@ def test_large_scores_and_nan_in_padding():
         exact = with_gradients(x, mask, kernel="reference", key_mask=mask, window=9, join="absolute")
         # Rounding of a score is a relative error of its weight.
         close([t.double() for t in found], exact, scale * 2e-6)
+
+
+def test_equally_large_scores_share_the_gradient_of_the_maximum():
+    x = Inputs((6, 2), 70, dim=16)
+    x.k[:, :, 1::2] = x.k[:, :, ::2]  # each key twice
+    for sinks in (0, 4):
+        exact = with_gradients(x, kernel="reference", window=9, sinks=sinks)
+        found = with_gradients(x.like(torch.float32), kernel="cpu", window=9, sinks=sinks)
+        close([t.double() for t in found], exact, SINGLE)
 
 
 def test_nan_of_a_real_token_is_seen():
