@@ -201,6 +201,34 @@ def test_tensors_that_lie_apart_and_gradients_that_are_not_asked_for():
                 assert torch.allclose(leaf.grad, grad, atol=1e-6)
 
 
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(other):
+    x = Inputs((6, 2), 70, dtype=torch.float32)
+    expected = with_gradients(x, kernel="cpu", window=9)
+    torch.set_default_dtype(other)
+    try:
+        found = with_gradients(x, kernel="cpu", window=9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_numbers_of_heads_are_spread_and_tensors_elsewhere_refused():
+    x = Inputs((6, 2), 40, dtype=torch.float32)
+    keep = torch.tensor([[True], [False]])
+    for kernel in ("cpu", "reference"):
+        x.mix = torch.full((1,), 0.3)
+        found = attend(x, kernel=kernel), attend(x, kernel=kernel, window_keep=keep)
+        x.mix = torch.full((6,), 0.3)
+        expected = attend(x, kernel=kernel), attend(x, kernel=kernel, window_keep=keep.expand(2, 6))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    x.mix = torch.full((3,), 0.3)
+    with pytest.raises(RuntimeError):
+        attend(x, kernel="cpu")
+    with pytest.raises(RuntimeError, match="another tensor on meta"):
+        hybrid_attention(x.q, x.k.to("meta"), x.v, x.phi_q, x.phi_k, torch.rand(6), window=5, kernel="cpu")
+
+
 def test_no_run_and_no_query():
     x = Inputs((6, 2), 20, dtype=torch.float32)
     nothing = torch.zeros(2, 20, dtype=torch.bool)

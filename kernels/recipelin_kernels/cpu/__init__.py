@@ -37,7 +37,7 @@ def why_not() -> str | None:
     except subprocess.CalledProcessError as error:
         wrong = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip())
         return f"{cc} does not compile the kernels: {wrong}"
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         return f"the compiled kernels cannot be kept or loaded: {error}"
     return None
 

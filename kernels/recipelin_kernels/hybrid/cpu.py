@@ -165,12 +165,15 @@ def hybrid_attention_cpu(
     first_query: int = 0,
 ) -> list[Tensor]:
     """y, and with `components` the three parts, as `hybrid_attention_chunked` has them; what it takes: `not_in_c`."""
+    for x in (k, v, phi_q, phi_k, mix, log_scale, window_keep):
+        if x is not None and x.device != q.device:
+            raise RuntimeError(f"hybrid_attention: q is on {q.device}, another tensor on {x.device}")
     dtype = q.dtype
     if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
         phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)  # a dropped head's sums hold the sinks too
     tensors = [whole_vectors(x).contiguous() for x in (q, k, v, phi_q, phi_k)]
-    numbers = [None if x is None else x.float().contiguous() for x in (mix, log_scale)]
-    keep = None if window_keep is None else window_keep.to(torch.uint8).contiguous()
+    numbers = [None if x is None else x.float().expand(q.shape[1]).contiguous() for x in (mix, log_scale)]
+    keep = None if window_keep is None else window_keep.expand(q.shape[:2]).to(torch.uint8).contiguous()
     runs = F.pad(runs_of(rows, q.shape[0]), (0, 1))  # held states are counted where there are any
     whole = int((runs[:, 2] - runs[:, 1]).sum()) == q.shape[0] * k.shape[2]
     given = _Given(runs, keep, options, first_query, whole)

@@ -55,9 +55,9 @@ class _Features(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, phi = ctx.saved_tensors
-        dx = torch.empty(x.shape) if ctx.needs_input_grad[0] else None
+        dx = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
         # A sum for each row of the batch, added up after: the same for any number of threads.
-        dweight = torch.zeros(x.shape[0], *weight.shape) if ctx.needs_input_grad[1] else None
+        dweight = weight.new_zeros(x.shape[0], *weight.shape) if ctx.needs_input_grad[1] else None
         _run("features_backward", x, weight, ctx.clamp, phi=phi, dphi=grad.contiguous(), dx=dx, dweight=dweight)
         return dx, None if dweight is None else dweight.sum(0), None
 
@@ -65,8 +65,12 @@ class _Features(torch.autograd.Function):
 def softmax_features_cpu(x: Tensor, weight: Tensor, clamp: float) -> Tensor:
     """[softmax(x W), softmax(-x W)] over features, at least `clamp`, in fp32: x [B,h,T,D], W [H,d,C] -> [B,H,T,2 C].
 
-    Gradients to x and W; where the clamp holds a feature, none passes.
+    Gradients to x and W; where the clamp holds a feature, none passes. Raises ValueError for x of other sizes.
     """
+    if x.shape[3] != weight.shape[1] or weight.shape[0] % x.shape[1]:
+        raise ValueError(
+            f"x {tuple(x.shape)}: expected a width of {weight.shape[1]}, and heads that divide {weight.shape[0]}"
+        )
     x = x.float()
     phi: Tensor = _Features.apply(x if x.stride(-1) == 1 else x.contiguous(), weight.float().contiguous(), clamp)
     return phi

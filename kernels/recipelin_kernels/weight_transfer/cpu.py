@@ -72,7 +72,7 @@ def weight_transfer_cpu(
     given = {n: _ready(x) for n, x in (("q", q), ("k", k), ("phi_q", phi_q), ("phi_k", phi_k))}
     plain = (("lse", lse), ("mix", mix), ("log_scale", log_scale))
     numbers = {n: x.float().contiguous() for n, x in plain if x is not None}
-    grads: dict[str, Tensor] = {n: torch.zeros(given[n].shape) for n in ("phi_q", "phi_k") if n in learn}
+    grads: dict[str, Tensor] = {n: given[n].new_zeros(given[n].shape) for n in ("phi_q", "phi_k") if n in learn}
     sums = {n: torch.zeros(len(runs), heads, dtype=torch.float64) for n in ("loss", "mix", "log_scale")}
     call = _Call(
         **{n: _given(x) for n, x in given.items()},
