@@ -7,7 +7,6 @@ from pydantic import ValidationError
 from recipelin.attention.hybrid import feature_map
 from recipelin.attention.hybrid.config import FeatureMap
 from recipelin.attention.hybrid.feature_map import HeadFeatureMap
-from recipelin_kernels import cpu
 
 MAPS = {
     "t2r": FeatureMap(name="t2r", activation="relu", bias="feature", init="random", width=2),
@@ -109,7 +108,6 @@ def test_features_do_not_hang_on_how_many_rows_are_taken_at_once(monkeypatch):
         assert all(map(torch.equal, one, found[0]))
 
 
-@pytest.mark.skipif(cpu.why_not() is not None, reason="no C compiler")
 @pytest.mark.parametrize(("heads", "x_heads", "width", "columns"), [(4, 4, 32, 32), (4, 2, 48, 48), (6, 1, 16, 64)])
 @pytest.mark.parametrize("clamp", [1e-12, 0.02])
 def test_the_c_kernels_make_the_map_and_its_gradients(heads, x_heads, width, columns, clamp, monkeypatch):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from recipelin_kernels import cpu, empty_state, hybrid_attention, hybrid_attention_step
+from recipelin_kernels import empty_state, hybrid_attention, hybrid_attention_step
 from recipelin_kernels.hybrid import cpu_step
 from recipelin_kernels.hybrid import state as states
 from recipelin_kernels.hybrid.state import settled
@@ -40,8 +40,7 @@ class Single(Double):
         return *(x[rows] for x in self.cut(t, t + 1)[:3]), *self.maps
 
 
-COMPILED = pytest.mark.skipif(cpu.why_not() is not None, reason="no C compiler")
-both_kinds = pytest.mark.parametrize("kind", [Double, pytest.param(Single, marks=COMPILED)])
+both_kinds = pytest.mark.parametrize("kind", [Double, Single])
 
 
 GEOMETRIES = [
@@ -346,7 +345,6 @@ def test_a_beam_goes_on_token_by_token_and_bytes_are_those_in_memory(sinks, kind
     assert len(sizes) == 1 and state.room is not None
 
 
-@COMPILED
 @pytest.mark.parametrize("join", [j for j in JOINS if j != "replace"])
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (9, 0), (5, 3), (64, 2)])
 def test_a_token_of_the_c_function_is_its_definition_for_any_threads(window, sinks, join, monkeypatch):

@@ -71,6 +71,7 @@ INLINE long linear_slots_of(const Call *c) {
   return (up(CHUNK + (c->terraced ? c->window : 0)) / LANES + 3) & ~1L;
 }
 INLINE long chunks_of(long tokens) { return (tokens + CHUNK - 1) / CHUNK; }
+INLINE long groups_of(long tokens) { return (chunks_of(tokens) + STRIDE - 1) / STRIDE; }
 INLINE long state_size(const Call *c) { return c->features * (c->width + 1); }
 
 static Unit unit_of(const Call *c, long run, long map_head) {
@@ -111,7 +112,7 @@ INLINE long query_at(const Unit *u, long head, long t) {
   return (u->row * c->heads + head) * (c->length - c->first) + u->start + t - c->first;
 }
 
-/* Whether the linear side of all heads leaves the sinks out, so that the state does. */
+/* The first key that the state may hold: it leaves the sinks out where the linear side of all its heads does. */
 INLINE long summed_from(const Unit *u) { return head_of(u, 0).all ? 0 : u->call->sinks; }
 
 /* One past the last key that query t has on its linear side, of those that are columns. */
@@ -128,12 +129,24 @@ INLINE long linear_panels(const Unit *u, const Chunk *h, const Head *head) {
   return up(c->keep ? h->t1 : pairs_end(c, head, h->t1 - 1)) / LANES;
 }
 
-/* Packs what the ring lacks of panels [from, to) of x [keys, width]; `done`: panels packed so far. */
-INLINE void fill_ring(const float *x, long keys, long width, long from, long to, long slots, float *ring, long *done) {
-  for (long p = most(*done, from); p < to; p++)
-    pack(least(LANES, keys - p * LANES), width, x + p * LANES * width, width, ring + p % slots * LANES * width);
-  *done = most(*done, to);
+/* The states of a unit that are held for backward. */
+INLINE float *held_of(const Unit *u) {
+  const Call *c = u->call;
+  return c->held + (c->runs[4 * u->run + 3] * c->map_heads + u->map_head * groups_of(u->length)) * state_size(c);
 }
+
+/* Packs panels [from, to) of x [keys, width] into their places of a ring. */
+INLINE void fill_ring(const float *x, long keys, long width, long from, long to, long slots, float *ring) {
+  for (long p = from; p < to; p++)
+    pack(least(LANES, keys - p * LANES), width, x + p * LANES * width, width, ring + p % slots * LANES * width);
+}
+
+/* Every whole vector of columns of a row: `sinks` of the sinks, whole vectors, then those from `extra` on. */
+#define EACH_COLUMN(j, sinks, extra, end) \
+  for (long j = (sinks) ? 0 : (extra); j < (end); j = j + LANES == (sinks) ? (extra) : j + LANES)
+
+/* The key of column j. */
+INLINE long key_of(const Unit *u, const Chunk *h, long j) { return j < u->extra ? j : h->origin + j - u->extra; }
 
 /* s [rows, columns] at the columns of panels [p, p + count): rows times panels. */
 INLINE void against(const Unit *u, const Chunk *h, long rows, long first_row, long p, long count, const float *x, long width,

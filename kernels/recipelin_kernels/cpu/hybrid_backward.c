@@ -26,8 +26,7 @@ static size_t room_of(const Call *c, float *room, Room *found) {
 INLINE vec shown_part(const Unit *u, const Chunk *h, long j, long t, vec x) {
   const Call *c = u->call;
   if (c->shown_window && c->shown_sinks) return x;
-  long base = j < u->extra ? j : h->origin + j - u->extra;
-  return where(~hidden_keys(c, base, window_start(c, t), t), x);
+  return where(~hidden_keys(c, key_of(u, h, j), window_start(c, t), t), x);
 }
 
 /* Turns, row by row, a into the gradient of q k^T, b into that of phi.phi, and dx = dy.v into the weights that y had.
@@ -36,7 +35,6 @@ static void through_rows(const Unit *u, const Chunk *h, const Head *head, const 
                          float *shift) {
   const Call *c = u->call;
   long ld = u->columns, sinks = up(least(c->sinks, h->origin)), end = u->extra + up(h->t1 - h->origin);
-#define SOFT_COLUMNS(j) for (long j = sinks ? 0 : u->extra; j < end; j = j + LANES == sinks ? u->extra : j + LANES)
   for (long r = 0; r < h->t1 - h->t0; r++) {
     const Row *row = rows + r;
     float *a = m->s + r * ld, *b = m->l + r * ld, *dx = m->dx + r * ld;
@@ -45,7 +43,7 @@ static void through_rows(const Unit *u, const Chunk *h, const Head *head, const 
     shift[r] = dyy[r];
     if (c->join >= REPLACE) { /* softmax has a denominator of its own */
       vec sum = {0};
-      SOFT_COLUMNS(j) sum += where(load(a + j) != 0.0f, load(a + j) * shown_part(u, h, j, t, load(dx + j)));
+      EACH_COLUMN(j, sinks, u->extra, end) sum += where(load(a + j) != 0.0f, load(a + j) * shown_part(u, h, j, t, load(dx + j)));
       soft_shift = row->a_mass > 0 ? sum_of(sum) / row->a_mass : 0;
     }
     if (c->join >= AVERAGE) shift[r] = row->b_weight > 0 ? (dyy[r] - row->a_weight * soft_shift) / row->b_weight : 0;
@@ -57,7 +55,7 @@ static void through_rows(const Unit *u, const Chunk *h, const Head *head, const 
     float soft_by = row->a_factor * row->inverse, linear_by = row->b_factor * row->inverse, to_top = 0;
     if (c->dmix || c->through) {
       vec total = {0}, tops = {0};
-      SOFT_COLUMNS(j) {
+      EACH_COLUMN(j, sinks, u->extra, end) {
         vec e = load(a + j);
         total += where(e != 0.0f, e * (shown_part(u, h, j, t, load(dx + j)) - soft_shift));
         tops += where(e == 1.0f, all(1));
@@ -68,11 +66,11 @@ static void through_rows(const Unit *u, const Chunk *h, const Head *head, const 
       if (c->through && equal > 0) to_top = sum / equal;
     }
     float by = soft_by * c->scale, to_window = (soft_shift - shift[r]) * linear_by;
-    SOFT_COLUMNS(j) {
+    EACH_COLUMN(j, sinks, u->extra, end) {
       vec e = load(a + j), x = load(dx + j), d = shown_part(u, h, j, t, x), weight = shown_part(u, h, j, t, e * soft_by);
       if (j >= u->extra) {
         if (c->shown_linear) weight += load(b + j) * linear_by;
-        ivec set = c->has_linear ? linear_keys(c, head, h, h->origin + j - u->extra, t) : all_int(0);
+        ivec set = c->has_linear ? linear_keys(c, head, h, key_of(u, h, j), t) : all_int(0);
         vec db = where(set, ((c->shown_linear ? x : all(0)) - shift[r]) * linear_by);
         if (c->join == REPLACE) db += where(e != 0.0f, all(to_window));
         store(b + j, db);
@@ -83,7 +81,6 @@ static void through_rows(const Unit *u, const Chunk *h, const Head *head, const 
       store(a + j, by * (where(e != 0.0f, e * (d - soft_shift)) - where(e == 1.0f, all(to_top))));
     }
   }
-#undef SOFT_COLUMNS
 }
 
 /* Adds one head's gradients of a chunk; `state`: before it. */
@@ -195,18 +192,11 @@ static void leave_state(const Unit *u, long from, long to, const Room *m) {
   }
 }
 
-/* Packs panels [from, to) but for those from `done` on, which are there. */
-static void fill_back(const float *x, long keys, long width, long from, long to, long slots, float *ring, long *done) {
-  for (long p = from; p < least(to, *done); p++)
-    pack(least(LANES, keys - p * LANES), width, x + p * LANES * width, width, ring + p % slots * LANES * width);
-  *done = least(*done, from);
-}
-
 static void unit_backward(const Unit *u, const Room *m) {
   const Call *c = u->call;
-  long size = state_size(c), chunks = chunks_of(u->length), groups = (chunks + STRIDE - 1) / STRIDE;
-  long packed_k = u->length, packed_v = u->length, packed_phi = u->length, width = c->width;
-  const float *held = c->held + (c->runs[4 * u->run + 3] * c->map_heads + u->map_head * groups) * size;
+  long size = state_size(c), chunks = chunks_of(u->length), groups = groups_of(u->length), width = c->width;
+  long packed = u->length, packed_phi = u->length; /* panels from there on are in the rings */
+  const float *held = held_of(u);
   memset(m->d_state, 0, size * sizeof(float));
   if (c->sinks) {
     pack(least(c->sinks, u->length), width, u->k, width, m->panels.sink_k);
@@ -227,14 +217,16 @@ static void unit_backward(const Unit *u, const Room *m) {
       const float *state = m->states + (number - first) * size;
       if (number + 1 < chunks && c->sums_up && (c->dphi_k || c->dv)) leave_state(u, h.gone, h.next, m);
       if (h.t0 == h.t1) continue;
-      long from = h.origin / LANES, to = (h.t1 + LANES - 1) / LANES;
-      fill_back(u->k, u->length, width, from, to, u->slots, m->panels.k, &packed_k);
-      fill_back(u->v, u->length, width, from, to, u->slots, m->v, &packed_v);
+      long from = h.origin / LANES, to = up(h.t1) / LANES;
+      fill_ring(u->k, u->length, width, from, least(to, packed), u->slots, m->panels.k);
+      fill_ring(u->v, u->length, width, from, least(to, packed), u->slots, m->v);
+      packed = least(packed, from);
       if (h.gone && c->sums_up && c->dphi_q) pack(c->features, width, state, width, m->turned);
       for (long i = 0; i < u->each; i++) {
         Head head = head_of(u, i);
         long linear = linear_panels(u, &h, &head);
-        fill_back(u->phi_k, u->length, c->features, from, linear, u->linear_slots, m->panels.phi, &packed_phi);
+        fill_ring(u->phi_k, u->length, c->features, from, least(linear, packed_phi), u->linear_slots, m->panels.phi);
+        packed_phi = least(packed_phi, from);
         chunk_backward(u, &h, &head, m, state);
       }
     }
@@ -248,7 +240,7 @@ static void backward_key_head(const void *given, long index, float *memory) {
   room_of(c, memory, &room);
   for (long i = 0; i < shared; i++) {
     Unit u = unit_of(c, index / c->key_heads, index % c->key_heads * shared + i);
-      unit_backward(&u, &room);
+    unit_backward(&u, &room);
   }
 }
 

@@ -10,9 +10,9 @@ static void outputs(const Unit *u, const Chunk *h, const Head *head, const float
   int hides = !(c->shown_window && c->shown_sinks);
   for (long r = 0; hides && r < count; r++) {
     long t = h->t0 + r, start = window_start(c, t);
-    for (long j = sinks ? 0 : u->extra; j < u->extra + end; j = j + LANES == up(sinks) ? u->extra : j + LANES) {
+    EACH_COLUMN(j, up(sinks), u->extra, u->extra + end) {
       float *a = s + r * ld + j;
-      store(a, where(~hidden_keys(c, j < u->extra ? j : h->origin + j - u->extra, start, t), load(a)));
+      store(a, where(~hidden_keys(c, key_of(u, h, j), start, t), load(a)));
     }
   }
   float linear_scale[CHUNK], window_scale[CHUNK];
@@ -59,7 +59,8 @@ static void outputs(const Unit *u, const Chunk *h, const Head *head, const float
   for (long r = 0; r < count; r++) {
     const Row *row = rows + r;
     float live, a = row->a_factor * row->inverse * row->a_mass, b = row->b_factor * row->inverse;
-    for (long d = r * width; d < (r + 1) * width; d += LANES) store(y + d, a * load(window_y + d) + b * floored(c->is_signed, row->b_mass, &live) * load(linear_y + d));
+    float linear = b * floored(c->is_signed, row->b_mass, &live);
+    for (long d = r * width; d < (r + 1) * width; d += LANES) store(y + d, a * load(window_y + d) + linear * load(linear_y + d));
     float weights = row->a_weight + row->b_weight;
     c->share[at + r] = c->join >= AVERAGE ? row->b_weight / fmaxf(weights, 0.5f) : b * row->b_mass;
   }
@@ -81,8 +82,7 @@ static void forward_unit(const void *given, long index, float *room) {
   panels.k = panels.sink_phi + u.extra * c->features;
   panels.phi = panels.k + u.slots * LANES * c->width;
   float *state = panels.phi + u.linear_slots * LANES * c->features;
-  float *held = c->held ? c->held + (c->runs[4 * u.run + 3] * c->map_heads + u.map_head * ((chunks + STRIDE - 1) / STRIDE)) * size
-                        : NULL;
+  float *held = c->held ? held_of(&u) : NULL;
   memset(state, 0, size * sizeof(float));
   if (c->sinks) pack(least(c->sinks, u.length), c->width, u.k, c->width, panels.sink_k);
   if (c->sinks) pack(least(c->sinks, u.length), c->features, u.phi_k, c->features, panels.sink_phi);
@@ -90,12 +90,15 @@ static void forward_unit(const void *given, long index, float *room) {
     Chunk h = chunk_of(&u, number);
     if (held && number % STRIDE == 0) memcpy(held + number / STRIDE * size, state, size * sizeof(float));
     if (h.t0 < h.t1) {
-      fill_ring(u.k, u.length, c->width, h.origin / LANES, (h.t1 + LANES - 1) / LANES, u.slots, panels.k, &packed);
+      long from = h.origin / LANES, to = up(h.t1) / LANES; /* panels before `packed` are there */
+      fill_ring(u.k, u.length, c->width, most(packed, from), to, u.slots, panels.k);
+      packed = most(packed, to);
       for (long i = 0; i < u.each; i++) {
         Head head = head_of(&u, i);
         Row rows[CHUNK];
         long linear = linear_panels(&u, &h, &head);
-        fill_ring(u.phi_k, u.length, c->features, h.origin / LANES, linear, u.linear_slots, panels.phi, &packed_phi);
+        fill_ring(u.phi_k, u.length, c->features, most(packed_phi, from), linear, u.linear_slots, panels.phi);
+        packed_phi = most(packed_phi, linear);
         weigh(&u, &h, &head, &panels, state + c->features * c->width, s, l, rows);
         outputs(&u, &h, &head, state, s, l, rows);
       }

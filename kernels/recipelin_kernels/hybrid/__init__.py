@@ -296,7 +296,7 @@ def hybrid_attention(
         check_heads(state.sums.shape[1], phi_k.shape[1])
         tensors = (q, k, v, phi_q, phi_k, mix, log_scale)
         learns = learns or _learning(q, k, v)
-        if kernel in ("auto", "cpu") and length == 1 and output_state and not components and not learns:
+        if kernel == "auto" and length == 1 and output_state and not components and not learns:
             return one_token(*tensors, phi_k_fn, window_keep, options, state, own)
         state = settled(state)
         ring = state if reach is None else filled(state)
