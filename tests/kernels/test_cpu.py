@@ -15,7 +15,7 @@ def fresh(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_a_library_is_compiled_once(fresh, monkeypatch):
+def test_a_library_is_compiled_once(fresh, monkeypatch, capfd):
     folder, real, compiled = fresh / "cache" / "recipelin", cpu.subprocess.run, []
 
     def run(command, **options):
@@ -25,6 +25,8 @@ def test_a_library_is_compiled_once(fresh, monkeypatch):
     monkeypatch.setattr(cpu.subprocess, "run", run)
     assert cpu.why_not() is None and cpu.library() is not None
     assert len(compiled) == len(list(folder.iterdir())) == 1
+    (made,) = folder.iterdir()
+    assert capfd.readouterr().err == f"compiling the C kernels into {made} (some seconds, once)\n"
     monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-DOTHER"))
     assert cpu.library() is not None
     assert len(compiled) == len(list(folder.iterdir())) == 2, "other flags make another"
@@ -33,6 +35,10 @@ def test_a_library_is_compiled_once(fresh, monkeypatch):
 def test_no_compiler(fresh, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     assert cpu.why_not() == "no C compiler 'no-such-compiler' (CC)"
+    monkeypatch.setenv("CC", 'gcc "')
+    assert cpu.why_not() == "no C compiler 'gcc \"' (CC)"
+    monkeypatch.setenv("CC", "")
+    assert cpu.why_not() is None
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(fresh))
     assert cpu.why_not() == "no C compiler (cc, gcc, clang)"
@@ -56,8 +62,17 @@ def test_a_compiler_that_fails(fresh, monkeypatch):
     monkeypatch.setenv("CC", str(cc))
     assert cpu.why_not() == f"{cc} does not compile the kernels: x.c:1: error: what is this"
     assert not list((fresh / "cache" / "recipelin").iterdir()), "nothing half made stays"
-    cc.write_text("#!/bin/sh\necho error: no licence >&2\nexit 1\n")
-    assert cpu.why_not() == f"{cc} does not compile the kernels: error: no licence"
+    cc.write_text("#!/bin/sh\nprintf 'error: no licence \\351' >&2\nexit 1\n")
+    assert cpu.why_not() == f"{cc} does not compile the kernels: error: no licence \ufffd"
+
+
+def test_a_compiler_with_words(fresh, monkeypatch):
+    """`ccache gcc`, say."""
+    before = fresh / "before"
+    before.write_text('#!/bin/sh\nexec "$@"\n')
+    before.chmod(0o700)
+    monkeypatch.setenv("CC", f"'{before}' {' '.join(cpu.compiler())}")
+    assert cpu.compiler()[0] == str(before) and cpu.why_not() is None
 
 
 def test_a_cache_that_cannot_be_written(fresh):

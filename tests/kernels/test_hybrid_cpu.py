@@ -11,7 +11,6 @@ from torch import Tensor
 from recipelin_kernels import cpu as kernels
 from recipelin_kernels import hybrid_attention, resolve_kernel
 from recipelin_kernels.hybrid import cpu
-from recipelin_kernels.hybrid.chunked import hybrid_attention_chunked
 from tests.kernels.hybrid_inputs import (
     COVERS,
     HEADS,
@@ -144,6 +143,32 @@ def test_equally_large_scores_share_the_gradient_of_the_maximum():
         close([t.double() for t in found], exact, SINGLE)
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_scales_of_no_size(scale):
+    x = Inputs((6, 2), 70)
+    exact = with_gradients(x, kernel="reference", window=9, sinks=2, scale=scale)
+    found = with_gradients(x.like(torch.float32), kernel="cpu", window=9, sinks=2, scale=scale)
+    close([t.double() for t in found], exact, SINGLE)
+
+
+def test_a_sign_that_is_still_to_be_taken():
+    """Of a conjugate's imaginary part torch keeps the sign beside its memory."""
+    x = Inputs((6, 2), 70, dtype=torch.float32)
+    late = [torch.complex(torch.zeros_like(t), -t).conj().imag for t in x.tensors()]
+    assert all(t.is_neg() for t in late)
+    for kernel in ("cpu", "chunked"):
+        expected = hybrid_attention(*x.tensors()[:6], window=9, kernel=kernel)
+        assert torch.equal(hybrid_attention(*late[:6], window=9, kernel=kernel), expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_is_not_of_c():
+    x, other = Inputs((6, 2), 70, dtype=torch.float32), Inputs((6, 2), 70, dtype=torch.float32)
+    other.v = other.v + 1
+    traced = torch.jit.trace(lambda q, v: hybrid_attention(q, x.k, v, x.phi_q, x.phi_k, x.mix, window=9), (x.q, x.v))
+    assert (traced(other.q, other.v) - attend(other, window=9, components=False)).abs().max() < 1e-5
+
+
 def test_nan_of_a_real_token_is_seen():
     x = Inputs(dtype=torch.float32)
     x.k[0, 0, 20] = torch.nan
@@ -251,14 +276,12 @@ def test_vectors_of_other_machines(machine, monkeypatch):
     close([t.double() for t in found], exact, SINGLE)
 
 
-def test_what_auto_takes_on_a_cpu(monkeypatch):
+def test_what_auto_takes_on_a_cpu():
     assert resolve_kernel("auto", "cpu") == resolve_kernel("cpu", "cpu", dtype=torch.bfloat16) == "cpu"
     assert resolve_kernel("auto", "cpu", dtype=torch.float64) == "chunked"
     assert resolve_kernel("auto", "cpu", covered=True) == "sdpa"
     with pytest.raises(RuntimeError, match=r"cpu.*float32, found torch.float64; use 'chunked'"):
         attend(Inputs(), kernel="cpu")
-    with pytest.raises(RuntimeError, match=r"cpu.*scale above 0, found -1.0"):
-        attend(Inputs(dtype=torch.float32), kernel="cpu", scale=-1.0)
     with pytest.raises(ValueError, match=r"chunk=8: kernel 'cpu' has chunks of its own"):
         attend(Inputs(dtype=torch.float32), kernel="cpu", chunk=8)
     with pytest.raises(RuntimeError, match=r"cpu.*for a CPU, found meta"):
@@ -266,10 +289,4 @@ def test_what_auto_takes_on_a_cpu(monkeypatch):
     x = Inputs(dtype=torch.float32)
     by_c = attend(x)
     assert torch.equal(by_c, attend(x, kernel="cpu")) and not torch.equal(by_c, attend(x, kernel="chunked"))
-    ran = []
-    monkeypatch.setattr(
-        "recipelin_kernels.hybrid.hybrid_attention_chunked",
-        lambda *a, **o: ran.append(1) or hybrid_attention_chunked(*a, **o),
-    )
-    attend(x, scale=-1.0)
-    assert ran == [1]  # what the C kernels do not take
+

@@ -7,8 +7,10 @@ They are plain C with vector extensions (gcc from 12, clang), without Python's o
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -18,12 +20,17 @@ FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 HERE = Path(__file__).parent
 
 
-def compiler() -> str | None:
-    """The C compiler: what CC names, else cc, gcc or clang."""
-    named = os.environ.get("CC")
-    return next(
-        (found for name in ([named] if named else ["cc", "gcc", "clang"]) if (found := shutil.which(name))), None
-    )
+def compiler() -> list[str] | None:
+    """The C compiler's command: what CC says (`ccache gcc`, say), else cc, gcc or clang."""
+    named = os.environ.get("CC", "")
+    try:
+        words = shlex.split(named)
+    except ValueError:  # quotes that do not end
+        words = [named]
+    for first, *others in [words] if words else [["cc"], ["gcc"], ["clang"]]:
+        if found := shutil.which(first):
+            return [found, *others]
+    return None
 
 
 @cache
@@ -31,12 +38,12 @@ def why_not() -> str | None:
     """Why there are no C kernels here; None: there are. Compiles them when first asked (some seconds)."""
     cc = compiler()
     if cc is None:
-        return f"no C compiler {os.environ['CC']!r} (CC)" if "CC" in os.environ else "no C compiler (cc, gcc, clang)"
+        return f"no C compiler {os.environ['CC']!r} (CC)" if os.environ.get("CC") else "no C compiler (cc, gcc, clang)"
     try:
         library()
     except subprocess.CalledProcessError as error:
         wrong = next((line for line in error.stderr.splitlines() if "error" in line), error.stderr.strip())
-        return f"{cc} does not compile the kernels: {wrong}"
+        return f"{' '.join(cc)} does not compile the kernels: {wrong}"
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         return f"the compiled kernels cannot be kept or loaded: {error}"
     return None
@@ -49,25 +56,28 @@ def library() -> ctypes.CDLL:
     if cc is None:
         raise OSError("no C compiler")
     sources = sorted(HERE.glob("*.[ch]"))
-    machine = _said(cc, "--version") + _said(cc, MACHINE, "-dM", "-E", "-x", "c", os.devnull)
+    machine = _said(*cc, "--version") + _said(*cc, MACHINE, "-dM", "-E", "-x", "c", os.devnull)
     name = hashlib.sha256(b"\0".join([*(s.read_bytes() for s in sources), machine.encode(), " ".join(FLAGS).encode()]))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recipelin"
     path = folder / f"cpu-{name.hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        print(f"compiling the C kernels into {path} (some seconds, once)", file=sys.stderr)
         # Another process may be compiling the same: each writes a file of its own, and the last one stays.
         with tempfile.TemporaryDirectory(dir=folder) as made:
             new = Path(made) / path.name
-            units = [str(s) for s in sources if s.suffix == ".c"]
-            subprocess.run(
-                [cc, MACHINE, *FLAGS, *units, "-lm", "-o", str(new)], check=True, capture_output=True, text=True
-            )
+            _said(*cc, MACHINE, *FLAGS, *(str(s) for s in sources if s.suffix == ".c"), "-lm", "-o", str(new))
+            with new.open("rb") as file:
+                os.fsync(file.fileno())  # a library cut short would end the process that loads it
             new.replace(path)
     return ctypes.CDLL(str(path))
 
 
 def _said(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL
+    )
+    return done.stdout
 
 
 __all__ = ["compiler", "library", "why_not"]

@@ -9,17 +9,24 @@ from ..hybrid.rows import PlainRows, Rows
 VECTOR = 16  # widths are multiples of it (tiles.h)
 
 
+def dense(x: Tensor) -> Tensor:
+    """x as its memory has it: without gaps, and without a sign that is still to be taken (`Tensor.is_neg`)."""
+    return x.resolve_neg().contiguous()
+
+
 def whole_vectors(x: Tensor) -> Tensor:
-    """x in float32, its last dimension filled up with zeros to whole vectors."""
-    missing = -x.shape[-1] % VECTOR
-    return F.pad(x.float(), (0, missing)) if missing else x.float()
+    """x in float32, its last dimension without gaps and filled up with zeros to whole vectors."""
+    x, missing = x.float().resolve_neg(), -x.shape[-1] % VECTOR
+    if missing:
+        return F.pad(x, (0, missing))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def runs_of(rows: Rows, batch: int) -> Tensor:
     """(row, first token, end) of every run of real tokens of one segment, [n,3] int64."""
     length = rows.segment.shape[1]
     if isinstance(rows, PlainRows):
-        row = torch.arange(batch)
+        row = torch.arange(batch, device=rows.device)
         return torch.stack((row, torch.zeros_like(row), torch.full_like(row, length)), 1)
     segment = F.pad(rows.segment, (1, 1), value=-1)
     edge = segment[:, 1:] != segment[:, :-1]

@@ -16,13 +16,13 @@ typedef struct {
 
 /* x kept away from 0 where it is signed. */
 INLINE float floored(long is_signed, float x, float *live) {
-  *live = !is_signed || fabsf(x) >= SIGNED_FLOOR;
+  *live = !is_signed || !(fabsf(x) < SIGNED_FLOOR); /* NaN stays NaN */
   return *live || x == 0 ? x : copysignf(SIGNED_FLOOR, x);
 }
 
 /* strength: mix or log_scale of the head; top: the largest score; window_mass: of `replace`, the sum of phi.phi over the
  * window. */
-static void set_factors(long join, long is_signed, float strength, float top, float window_mass, Row *r) {
+static inline void set_factors(long join, long is_signed, float strength, float top, float window_mass, Row *r) {
   float a_mass = r->a_mass, b_mass = r->b_mass;
   r->a_weight = r->b_weight = 0;
   if (join >= AVERAGE) {

@@ -12,16 +12,12 @@ typedef struct {
   const void *call;
   long pieces, next;
   size_t room; /* numbers */
-  int failed;
 } Deal;
 
 static inline void *deal_thread(void *given) {
   Deal *deal = given;
   float *room = NULL;
-  if (posix_memalign((void **)&room, 64, deal->room * sizeof(float) + 64)) {
-    __atomic_store_n(&deal->failed, 1, __ATOMIC_RELAXED);
-    return NULL;
-  }
+  if (posix_memalign((void **)&room, 64, deal->room * sizeof(float) + 64)) return NULL;
   for (;;) {
     long index = __atomic_fetch_add(&deal->next, 1, __ATOMIC_RELAXED);
     if (index >= deal->pieces) break;
@@ -31,15 +27,15 @@ static inline void *deal_thread(void *given) {
   return NULL;
 }
 
-/* Returns 0, or 1 where memory is lacking. A thread that cannot be started leaves its share to the others. */
+/* Returns 0, or 1 where memory is lacking. A thread that cannot be started, or finds none, leaves its share to the others. */
 static inline int deal(Work *work, const void *call, long pieces, size_t room, long threads) {
-  Deal held = {work, call, pieces, 0, room, 0};
+  Deal held = {work, call, pieces, 0, room};
   pthread_t others[256];
   long started = 0;
   if (threads > pieces) threads = pieces;
   while (started < threads - 1 && started < 256 && !pthread_create(&others[started], NULL, deal_thread, &held)) started++;
   deal_thread(&held);
   for (long i = 0; i < started; i++) pthread_join(others[i], NULL);
-  return held.failed;
+  return held.next < pieces;
 }
 #endif

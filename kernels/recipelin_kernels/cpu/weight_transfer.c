@@ -11,15 +11,15 @@
  * clamped: what is left for the sums is rounding. The other keys (the diagonal, the window, the sinks, the edges of what is
  * cut) stand in `edge` columns, a row's scores and pairs of which are held until `kept` is known.
  */
+#include "joins.h"
 #include "threads.h"
-#include "tiles.h"
 
 #define QUERIES 128
 #define KEYS 128
 #define EDGE 32 /* keys of the edges at a time: beside the diagonal, each time fewer queries see them */
 #define LEAST 1e-12f /* of reference.py */
 
-enum { LINEAR, SHARED, ABSOLUTE, REPLACE, SEPARATE }; /* LINEAR: target linear; SEPARATE: average and sum */
+enum { LINEAR = -1 }; /* beside the joins: target linear */
 
 typedef struct {
   const float *at;
@@ -34,7 +34,7 @@ typedef struct {
   double *loss, *grad_mix, *grad_log_scale;     /* [n,H] */
   long heads, key_heads, feature_heads, length; /* length: T; feature_heads: of phi_k */
   long width, features, longest;                /* longest: the tokens of the longest run */
-  long join, window, terraced, anchor, sinks, cover_all, reach, teacher_window;
+  long join, is_signed, window, terraced, anchor, sinks, cover_all, reach, teacher_window;
   float scale;
 } Call;
 
@@ -48,10 +48,10 @@ typedef struct {
 } Seen;
 
 /* A query: what of its row is known before the whole keys are met. lse, top: times log2 e, top relative to lse. mass, weight,
- * scale, inverse: of e; of a = weight e; of b = scale X; 1 / N. */
+ * scale, inverse: of e; of a = weight e; of b = scale X; 1 / N. live: 0 where N, of signed features, stands at its floor. */
 typedef struct {
   Seen seen;
-  float lse, top, mass, weight, scale, inverse, pull;
+  float lse, top, mass, weight, scale, inverse, live, pull;
   int present; /* whether the softmax side has any key */
 } Query;
 
@@ -164,26 +164,25 @@ static void at_edges(const Head *head, const Block *block, int backward) {
 /* How much the sides of a row weigh: `student` of chunked.py. linear: sum of X; held: the same over the softmax side. */
 static void weigh(const Head *head, Query *query, float linear, float held) {
   float mass = query->present ? query->mass : 1.0f, lse = query->lse / LOG2E, total;
+  long join = head->call->join, is_signed = head->call->is_signed;
   query->weight = 0.0f;
   query->scale = 1.0f;
-  switch (head->call->join) {
-    case LINEAR: total = linear; break;
-    case SEPARATE:
-      query->scale = fabsf(linear) >= __FLT_MIN__;
-      query->weight = query->scale > 0 ? linear / mass : 1.0f;
-      total = query->scale > 0 ? linear * (query->present ? 2.0f : 1.0f) : query->mass;
-      break;
-    case ABSOLUTE: {
+  if (join >= AVERAGE) {
+    float size = floored(is_signed, linear, &query->live);
+    query->scale = fabsf(linear) >= FEW;
+    query->weight = query->scale > 0 ? size / mass : 1.0f;
+    total = query->scale > 0 ? size * (query->present ? 2.0f : 1.0f) : query->mass;
+  } else {
+    total = linear;
+    if (join == ABSOLUTE) {
       float unit = head->log_scale - lse, soft = query->present ? query->top / LOG2E : -INFINITY;
-      float other = linear > 0 ? unit + logf(fmaxf(linear, __FLT_MIN__)) : -INFINITY, largest = fmaxf(soft, other);
+      float other = linear > 0 ? unit + logf(fmaxf(linear, FEW)) : -INFINITY, largest = fmaxf(soft, other);
       query->weight = query->present ? expf(soft - largest) : 0.0f;
       query->scale = linear > 0 ? expf(unit - largest) : 0.0f;
-      total = query->weight * query->mass + query->scale * linear;
-      break;
-    }
-    default:
-      query->weight = head->call->join == SHARED ? head->mix : held / mass;
-      total = query->weight * query->mass + linear;
+      total *= query->scale;
+    } else if (join != LINEAR)
+      query->weight = join == SHARED ? head->mix : held / mass;
+    total = floored(is_signed, query->weight * query->mass + total, &query->live);
   }
   query->inverse = total != 0 ? 1.0f / total : 0.0f;
 }
@@ -261,13 +260,13 @@ static void finish(Head *head, Block *block, float *last) {
   long join = head->call->join;
   for (long r = 0; r < block->rows; r++) {
     Query *query = &block->query[r];
-    float kept = sum_of(block->kept[r]), pull = query->pull + (kept - 1.0f) * query->mass;
+    float kept = query->live * sum_of(block->kept[r]), pull = query->pull + (kept - 1.0f) * query->mass;
     head->loss += (double)sum_of(block->loss[r]) / LOG2E;
     head->grad_mix += (double)(pull * query->inverse);
     head->grad_log_scale -= (double)(pull * query->inverse * query->weight);
     /* Where the softmax side's weight is a linear mass, of the linear side or of the window, its pull is theirs. */
     float shared = query->present ? pull / query->mass : pull, c = query->scale * query->inverse;
-    if (join == SEPARATE) kept += shared;
+    if (join >= AVERAGE) kept += query->live * shared;
     last[r] = (kept - 1.0f) * c;
     float *pairs = head->pairs + r * block->columns;
     for (long i = 0; i < block->columns; i += LANES) {

@@ -15,7 +15,6 @@ from . import cpu_step, gpu_support
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
 from .cpu import hybrid_attention_cpu
-from .cpu import not_in_c as why_not_in_c
 from .reference import hybrid_attention_reference
 from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, check_shapes, one_of, rows
 from .softmax_map import SoftmaxMap
@@ -57,19 +56,18 @@ def resolve_kernel(
     dtype: torch.dtype | None = None,
     width: int | None = None,
     features: int | None = None,
-    not_in_c: str | None = None,
 ) -> str:
     """The implementation that a call takes: what `auto` means here. Raises for one that cannot run.
 
     covered: the window covers the sequence and nothing else is asked for: y is causal softmax, and `auto` is `sdpa`.
     `gpu`, the Triton kernels, takes CUDA tensors (or CPU ones under TRITON_INTERPRET=1) of float32, bfloat16 and float16,
     `width` up to 256 and up to 1024 `features`. `cpu`, the C kernels, takes CPU tensors of the same dtypes where there is a C
-    compiler, and computes in fp32; not_in_c: why they do not compute what is asked for. `auto` takes `gpu` on a GPU for
-    which it is proven (gpu_support.py), `cpu` on a CPU where it can; else `chunked`.
+    compiler, and computes in fp32. `auto` takes `gpu` on a GPU for which it is proven (gpu_support.py), `cpu` on a CPU where
+    it can; else `chunked`.
     """
     one_of("kernel", kernel, KERNELS)
     if kernel == "cpu" or (kernel == "auto" and not covered and torch.device(device).type == "cpu"):
-        reason = _not_in_c(device, dtype) or not_in_c
+        reason = _not_in_c(device, dtype)
         if not reason:
             return "cpu"
         if kernel == "cpu":
@@ -92,9 +90,13 @@ def _not_in_c(device: torch.device | str, dtype: torch.dtype | None) -> str | No
         return f"the C kernels are for a CPU, found {torch.device(device).type}"
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         return f"the C kernels compute in float32, found {dtype}"
-    if torch.compiler.is_compiling():
-        return "torch.compile cannot look into the C kernels"
+    if _is_traced():
+        return "torch.compile and torch.jit.trace cannot look into the C kernels"
     return why_no_c()
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 @ignores_autocast
@@ -173,8 +175,9 @@ def hybrid_attention(
     all T. `gpu` and SDPA compute the others too.
 
     Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that cannot run
-    here. `gpu` (Triton) computes what `chunked` does, forward and backward; its precision: gpu.py. One token after a state
-    has a kernel of its own, see `hybrid_attention_step`.
+    here. `gpu` (Triton) and `cpu` (C) compute what `chunked` does, forward and backward; the precision of `gpu`: gpu.py. One
+    token after a state has a kernel of its own, see `hybrid_attention_step`; of more tokens `cpu` leaves to `chunked` what
+    goes on from a state.
     """
     signature: tuple[object, ...] = ()
     if isinstance(state, HybridState) and output_state:
@@ -184,7 +187,7 @@ def hybrid_attention(
             window_keep is None, mix is None, log_scale is None,
         )  # fmt: skip
         call = None if state.room is None else state.room.prepared
-        free = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        free = not torch.is_grad_enabled() and not _is_traced() and phi_k_fn is not None
         if call is not None and call.signature == signature and free:  # a token as the last one
             assert phi_k_fn is not None
             return cpu_step.cpu_token(q, k, v, phi_q, mix, log_scale, phi_k_fn, call.options, state, signature)
@@ -277,8 +280,9 @@ def hybrid_attention(
     if state is None and reach is not None and (length <= reach or int(own.position.max()) < reach):
         options = replace(options, reach=None)  # no key of the call is that far
     covered = plain and not asked and options.reach is None and length <= options.span
-    not_in_c = why_not_in_c(options, past=state is not None)
-    ran = resolve_kernel(kernel, q.device, covered=covered, not_in_c=not_in_c, **sizes)
+    ran = resolve_kernel(kernel, q.device, covered=covered, **sizes)
+    if ran == "cpu" and state is not None:
+        ran = "chunked"  # goes on from it
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
     if key_mask is not None:
         real = key_mask[:, None, :, None]
@@ -296,7 +300,7 @@ def hybrid_attention(
         check_heads(state.sums.shape[1], phi_k.shape[1])
         tensors = (q, k, v, phi_q, phi_k, mix, log_scale)
         learns = learns or _learning(q, k, v)
-        if kernel == "auto" and length == 1 and output_state and not components and not learns:
+        if kernel in ("auto", "cpu") and length == 1 and output_state and not components and not learns:
             return one_token(*tensors, phi_k_fn, window_keep, options, state, own)
         state = settled(state)
         ring = state if reach is None else filled(state)
@@ -359,8 +363,9 @@ def hybrid_attention_step(
 
     Options as `hybrid_attention`. Features of a key are computed by `phi_k_fn` when it leaves the window.
 
-    kernel `cpu` in fp32, widths multiples of 16, without gradient, of what `plain_token` takes (step.py): one C function,
-    which makes the features too where they are of SoftmaxMaps, those of some keys at once before they leave.
+    kernel `cpu`: in fp32, widths multiples of 16, without gradient, of what `plain_token` takes (step.py), one C function,
+    which makes the features too where they are of SoftmaxMaps, those of some keys at once before they leave: in place
+    changes of a map's weight are seen by its version (not those through `.data`). Other tokens are torch's (step.py).
 
     kernel `gpu` without gradient, `reach` and `window_keep`: one Triton launch, which makes the features too if phi_q and
     phi_k_fn are SoftmaxMaps. Given a HybridState, it returns a StepState;

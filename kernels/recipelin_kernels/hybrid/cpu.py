@@ -5,7 +5,7 @@ padding is never read. Backward reads the states before every 512th token, which
 """
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,20 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..cpu import library
-from ..cpu.calls import runs_of, whole_vectors
+from ..cpu.calls import dense, runs_of, whole_vectors
 from .rows import JOINS, Options, Rows
 
 INPUTS = ("q", "k", "v", "phi_q", "phi_k", "mix", "log_scale")
-
-
-def not_in_c(options: Options, *, past: bool) -> str | None:
-    """Why the C kernels do not compute a call; None: they do."""
-    if past:
-        return "the C kernels begin without a state"
-    if options.scale <= 0:
-        return f"the C kernels take a scale above 0, found {options.scale}"
-    return None
-
 
 OUTPUTS = ("y", "window_y", "linear_y", "share")
 BRANCHES = ("window", "sinks", "linear")
@@ -143,7 +133,7 @@ class _Hybrid(torch.autograd.Function):
         if "log_scale" in grads and "phi_q" not in grads:
             grads["phi_q"] = torch.empty_like(inputs[INPUTS.index("phi_q")])
         others = {f"d{n}": x for n, x in grads.items()}
-        dy = dy.contiguous()  # held here for as long as C reads it
+        dy = dense(dy)  # held here for as long as C reads it
         _run("hybrid_backward", _struct(given, inputs, y=y, held=held, dy=dy, **others))
         found = {n: x.sum(0) if n in ("mix", "log_scale") else x for n, x in grads.items()}
         return None, None, *(found.get(n) if w else None for n, w in zip(INPUTS, ctx.needs_input_grad[2:], strict=True))
@@ -164,15 +154,17 @@ def hybrid_attention_cpu(
     components: bool,
     first_query: int = 0,
 ) -> list[Tensor]:
-    """y, and with `components` the three parts, as `hybrid_attention_chunked` has them; what it takes: `not_in_c`."""
+    """y, and with `components` the three parts, as `hybrid_attention_chunked` has them; without a state."""
     for x in (k, v, phi_q, phi_k, mix, log_scale, window_keep):
         if x is not None and x.device != q.device:
             raise RuntimeError(f"hybrid_attention: q is on {q.device}, another tensor on {x.device}")
     dtype = q.dtype
+    if options.scale <= 0:  # the kernels take the largest product for the largest score
+        q, options = q * options.scale, replace(options, scale=1.0)
     if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
         phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)  # a dropped head's sums hold the sinks too
     tensors = [whole_vectors(x).contiguous() for x in (q, k, v, phi_q, phi_k)]
-    numbers = [None if x is None else x.float().expand(q.shape[1]).contiguous() for x in (mix, log_scale)]
+    numbers = [None if x is None else dense(x.float().expand(q.shape[1])) for x in (mix, log_scale)]
     keep = None if window_keep is None else window_keep.expand(q.shape[:2]).to(torch.uint8).contiguous()
     runs = F.pad(runs_of(rows, q.shape[0]), (0, 1))  # held states are counted where there are any
     whole = int((runs[:, 2] - runs[:, 1]).sum()) == q.shape[0] * k.shape[2]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..cpu import library
-from ..cpu.calls import VECTOR
+from ..cpu.calls import VECTOR, dense
 
 
 class Features(ctypes.Structure):
@@ -58,7 +58,7 @@ class _Features(torch.autograd.Function):
         dx = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
         # A sum for each row of the batch, added up after: the same for any number of threads.
         dweight = weight.new_zeros(x.shape[0], *weight.shape) if ctx.needs_input_grad[1] else None
-        _run("features_backward", x, weight, ctx.clamp, phi=phi, dphi=grad.contiguous(), dx=dx, dweight=dweight)
+        _run("features_backward", x, weight, ctx.clamp, phi=phi, dphi=dense(grad), dx=dx, dweight=dweight)
         return dx, None if dweight is None else dweight.sum(0), None
 
 
@@ -71,6 +71,8 @@ def softmax_features_cpu(x: Tensor, weight: Tensor, clamp: float) -> Tensor:
         raise ValueError(
             f"x {tuple(x.shape)}: expected a width of {weight.shape[1]}, and heads that divide {weight.shape[0]}"
         )
-    x = x.float()
-    phi: Tensor = _Features.apply(x if x.stride(-1) == 1 else x.contiguous(), weight.float().contiguous(), clamp)
+    if x.device != weight.device:
+        raise RuntimeError(f"x is on {x.device}, its map on {weight.device}")
+    x = x.float().resolve_neg()
+    phi: Tensor = _Features.apply(x if x.stride(-1) == 1 else x.contiguous(), dense(weight.float()), clamp)
     return phi

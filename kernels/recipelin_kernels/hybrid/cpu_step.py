@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import cpu
-from ..cpu.calls import VECTOR
+from ..cpu.calls import VECTOR, dense
 from .rows import JOINS, LOG2E, Options
 from .softmax_map import SoftmaxMap
 from .state import HybridState, RoomState, check_heads
@@ -68,7 +68,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, phi_q: Maps, phi_k_fn: Maps, state: H
     if any(x.dtype != torch.float32 or x.device != q.device for x in tensors):
         return False
     whole = not width % VECTOR and not features % VECTOR and features > 0
-    return whole and all(w.is_contiguous() and not w.shape[2] % VECTOR for w in weights)
+    return whole and all(w.is_contiguous() and not w.is_neg() and not w.shape[2] % VECTOR for w in weights)
 
 
 def signature_of(
@@ -106,13 +106,13 @@ def cpu_token(
         call = room.prepared = Prepared(token, signature, options, state.sums, (phi_q, phi_k_fn))
     token = call.token
     # Held by their names, as all that is made here, until the call is over.
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q, k, v = dense(q), dense(k), dense(v)
     strength = {"shared": mix, "absolute": log_scale}.get(options.join)
     if strength is not None:
-        strength = strength.to(q).expand(q.shape[1]).contiguous()
+        strength = dense(strength.to(q).expand(q.shape[1]))
         token.strength = strength.data_ptr()
     if isinstance(phi_q, Tensor):
-        phi_q = phi_q.to(q).contiguous()
+        phi_q = dense(phi_q.to(q))
         token.phi_q = phi_q.data_ptr()
     else:
         token.weight_q, token.clamp_q = phi_q.weight.data_ptr(), phi_q.clamp
@@ -156,13 +156,17 @@ def _prepare(q: Tensor, k: Tensor, phi_q: Maps, phi_k_fn: Maps, options: Options
 
 
 def _make_ahead(call: Prepared, map_k: SoftmaxMap, late: int) -> None:
-    """Has the features of all keys of the room made that leave the window before it is full, once the next one lacks them."""
+    """Has the features of all keys of the room made that leave the window before it is full, once the next one lacks them.
+
+    A weight made in inference mode does not say when it changes: then of one key alone.
+    """
     token, weight = call.token, map_k.weight
     maker = id(weight), weight.data_ptr(), None if weight.is_inference() else weight._version, map_k.clamp
     if call.maker != maker:
         call.maker, call.made = maker, late
     token.begin = call.made
-    token.end = call.made if call.made > late else min(token.left, late + token.ring + 1)
+    ahead = 1 if weight.is_inference() else token.ring + 1
+    token.end = call.made if call.made > late else min(token.left, late + ahead)
     token.weight_k, token.clamp_k = weight.data_ptr(), map_k.clamp
 
 

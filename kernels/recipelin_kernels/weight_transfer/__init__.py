@@ -8,7 +8,7 @@ from ..hybrid.chunk import dot
 from ..hybrid.compat import check_compat, whole_rows
 from ..hybrid.rows import COVERS, JOINS, SHAPES, Options, check_shapes, one_of, rows, visible
 from .chunked import BLOCK, cut, sets, weight_transfer_chunked
-from .cpu import weight_transfer_cpu, why_not
+from .cpu import weight_transfer_cpu
 from .made import learning, made
 from .reference import weight_transfer_loss_reference
 
@@ -136,15 +136,12 @@ def weight_transfer_loss(
     phi_q [B,H,T,F], phi_k [B,H or Hkv,T,F], lse [B,H,T] from `teacher_attention`. Gradients reach phi_q, phi_k, mix and
     log_scale; they are computed in the same pass, and not at all under no_grad. Memory O(T).
 
-    kernel: as of `hybrid_attention`; `gpu` (Triton) computes what `chunked` does, its precision: gpu.py. So does
-    `cpu` (C), but for signed features, which `auto` leaves to `chunked`. Raises ValueError for unknown options and shapes
-    that do not fit, RuntimeError for a kernel that cannot run here.
+    kernel: as of `hybrid_attention`; `gpu` (Triton) and `cpu` (C) compute what `chunked` does, the precision of `gpu`: gpu.py.
+    Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that cannot run here.
     """
     one_of("target", target, TARGETS)
     options = _options(window, shape, sinks, cover, join, scale, reach, q.shape[-1], signed=signed)
-    ran = resolve_kernel(
-        kernel, q.device, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1], not_in_c=why_not(options)
-    )
+    ran = resolve_kernel(kernel, q.device, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1])
     if q.requires_grad or k.requires_grad:
         raise ValueError("weight_transfer_loss: q and k are the teacher's and get no gradient; detach them")
     if compat is not None:

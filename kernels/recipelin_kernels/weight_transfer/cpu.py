@@ -1,4 +1,4 @@
-"""The C kernel of the weight transfer loss: cpu/weight_transfer.c, its layout of a call, and what it leaves to `chunked`."""
+"""The C kernel of the weight transfer loss: cpu/weight_transfer.c, and its layout of a call."""
 
 import ctypes
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import cpu
-from ..cpu.calls import runs_of, whole_vectors
-from ..hybrid.rows import SEPARATE, Options, Rows
+from ..cpu.calls import dense, runs_of, whole_vectors
+from ..hybrid.rows import JOINS, Options, Rows
 
-JOINS = ("shared", "absolute", "replace")  # in the C enumeration's order, from 1
+LINEAR = -1  # in the place of a join: target linear
 
 
 class _Given(ctypes.Structure):
@@ -25,21 +25,10 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("grad_phi_q", "grad_phi_k", "loss", "grad_mix", "grad_log_scale")),
         *((name, ctypes.c_long) for name in ("heads", "key_heads", "feature_heads", "length")),
         *((name, ctypes.c_long) for name in ("width", "features", "longest")),
-        *((name, ctypes.c_long) for name in ("join", "window", "terraced", "anchor", "sinks", "cover_all")),
-        *((name, ctypes.c_long) for name in ("reach", "teacher_window")),
+        *((name, ctypes.c_long) for name in ("join", "is_signed", "window", "terraced", "anchor", "sinks")),
+        *((name, ctypes.c_long) for name in ("cover_all", "reach", "teacher_window")),
         ("scale", ctypes.c_float),
     )
-
-
-def why_not(options: Options) -> str | None:
-    """Why the C kernel does not compute a call of these options; None: it does."""
-    return "the C kernel takes no signed features" if options.signed else None
-
-
-def _ready(x: Tensor) -> Tensor:
-    """In whole vectors of fp32, its last dimension without gaps."""
-    x = whole_vectors(x)
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _given(x: Tensor) -> _Given:
@@ -66,14 +55,17 @@ def weight_transfer_cpu(
     Raises MemoryError where a thread finds no room: about T (D + F + 256) numbers.
     """
     (batch, heads, length, _), features = q.shape, phi_q.shape[-1]
+    for x in (k, phi_q, phi_k, mix, log_scale, lse):
+        if x is not None and x.device != q.device:
+            raise RuntimeError(f"weight_transfer_loss: q is on {q.device}, another tensor on {x.device}")
     hybrid = target == "hybrid"
     runs = runs_of(rows, batch)
     runs[:, 2] -= runs[:, 1]  # to tokens
-    given = {n: _ready(x) for n, x in (("q", q), ("k", k), ("phi_q", phi_q), ("phi_k", phi_k))}
+    given = {n: whole_vectors(x) for n, x in (("q", q), ("k", k), ("phi_q", phi_q), ("phi_k", phi_k))}
     plain = (("lse", lse), ("mix", mix), ("log_scale", log_scale))
-    numbers = {n: x.float().contiguous() for n, x in plain if x is not None}
+    numbers = {n: dense(x.float()) for n, x in plain if x is not None}
     grads: dict[str, Tensor] = {n: given[n].new_zeros(given[n].shape) for n in ("phi_q", "phi_k") if n in learn}
-    sums = {n: torch.zeros(len(runs), heads, dtype=torch.float64) for n in ("loss", "mix", "log_scale")}
+    sums = {n: torch.zeros(len(runs), heads, dtype=torch.float64, device=q.device) for n in ("loss", "mix", "log_scale")}
     call = _Call(
         **{n: _given(x) for n, x in given.items()},
         **{n: x.data_ptr() for n, x in numbers.items()},
@@ -89,7 +81,8 @@ def weight_transfer_cpu(
         width=given["q"].shape[-1],
         features=given["phi_q"].shape[-1],
         longest=int(runs[:, 2].max()) if len(runs) else 0,
-        join=(4 if options.join in SEPARATE else 1 + JOINS.index(options.join)) if hybrid else 0,
+        join=JOINS.index(options.join) if hybrid else LINEAR,
+        is_signed=options.signed,
         window=options.window if hybrid else 0,
         terraced=options.shape == "terraced",
         anchor=options.anchor,
@@ -107,4 +100,4 @@ def weight_transfer_cpu(
     return sums["loss"].sum(0).float(), found
 
 
-__all__ = ["weight_transfer_cpu", "why_not"]
+__all__ = ["weight_transfer_cpu"]
