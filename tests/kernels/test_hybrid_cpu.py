@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from recipelin_kernels import cpu as kernels
-from recipelin_kernels import hybrid_attention, resolve_kernel
-from recipelin_kernels.hybrid import cpu
+from recipelin_kernels import (
+    hybrid_attention,
+    hybrid_attention_step,
+    resolve_kernel,
+    teacher_attention,
+    weight_transfer_loss,
+)
+from recipelin_kernels.hybrid import cpu, cpu_features, cpu_step
 from tests.kernels.hybrid_inputs import (
     COVERS,
     HEADS,
@@ -21,6 +27,7 @@ from tests.kernels.hybrid_inputs import (
     attend,
     empty_is_nan,
     padding,
+    standard,
     with_gradients,
 )
 
@@ -110,7 +117,12 @@ def test_signed_features(join):
 
 def test_long_rows_by_held_states():
     """2,000 tokens: several held states, rings that go round, and a run that begins in the middle of a row."""
-    for options in ({"window": 64}, {"window": 64, "sinks": 4, "shape": "terraced", "join": "absolute"}):
+    for options in (
+        {"window": 64},
+        {"window": 64, "sinks": 4, "shape": "terraced", "join": "absolute"},
+        {"window": 80, "shape": "terraced", "join": "absolute"},  # of no whole chunks
+        {"window": 200, "sinks": 1, "shape": "terraced"},
+    ):
         x = Inputs((4, 2), 2000, batch=1, dim=16, features=16, per_key_head=True)
         mask = torch.arange(2000)[None] >= 37
         exact = with_gradients(x, mask, kernel="chunked", key_mask=mask, **options)
@@ -226,15 +238,40 @@ def test_tensors_that_lie_apart_and_gradients_that_are_not_asked_for():
                 assert torch.allclose(leaf.grad, grad, atol=1e-6)
 
 
-@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16])
-def test_another_default_dtype_changes_nothing(other):
-    x = Inputs((6, 2), 70, dtype=torch.float32)
-    expected = with_gradients(x, kernel="cpu", window=9)
-    torch.set_default_dtype(other)
-    try:
+@pytest.mark.parametrize("other", [torch.float64, torch.bfloat16, "meta"])
+def test_another_default_dtype_or_device_changes_nothing(other):
+    x = Inputs((6, 2), 70, dtype=torch.float32, dim=16).by_maps(16)
+    with torch.no_grad():
+        _, lse = teacher_attention(x.q, x.k, x.v)
+
+    def everything() -> list[Tensor]:
         found = with_gradients(x, kernel="cpu", window=9)
-    finally:
-        torch.set_default_dtype(torch.float32)
+        phi_q, mix = (t.detach().clone().requires_grad_() for t in (x.phi_q, x.mix))
+        loss = weight_transfer_loss(x.q, x.k, phi_q, x.phi_k, lse, mix=mix, target="hybrid", window=9, kernel="cpu")
+        weight = x.maps[0].weight.detach().requires_grad_()
+        phi = softmax_of(weight)(x.q)
+        found += [
+            loss.detach(),
+            *torch.autograd.grad(loss, (phi_q, mix)),
+            *torch.autograd.grad(phi.square().sum(), weight),
+        ]
+        with torch.no_grad():
+            _, state = hybrid_attention(*x.cut(0, 20), x.mix, window=9, output_state=True)
+            for t in range(20, 30):
+                y, state = hybrid_attention_step(*x.cut(t, t + 1)[:3], *x.maps, x.mix, state, window=9)
+                found.append(y)
+        return found
+
+    expected = everything()
+    if other == "meta":
+        with torch.device("meta"):
+            found = everything()
+    else:
+        torch.set_default_dtype(other)
+        try:
+            found = everything()
+        finally:
+            torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -252,6 +289,10 @@ def test_numbers_of_heads_are_spread_and_tensors_elsewhere_refused():
         attend(x, kernel="cpu")
     with pytest.raises(RuntimeError, match="another tensor on meta"):
         hybrid_attention(x.q, x.k.to("meta"), x.v, x.phi_q, x.phi_k, torch.rand(6), window=5, kernel="cpu")
+    with pytest.raises(RuntimeError, match="another tensor on meta"):
+        weight_transfer_loss(x.q, x.k, x.phi_q, x.phi_k.to("meta"), x.q[..., 0], kernel="cpu")
+    with pytest.raises(RuntimeError, match="its map on meta"):
+        softmax_of(torch.empty(6, 8, 16, device="meta"))(x.q)
 
 
 def test_no_run_and_no_query():
@@ -264,16 +305,47 @@ def test_no_run_and_no_query():
 
 
 @pytest.mark.parametrize("machine", {"x86_64": ["x86-64", "haswell"], "aarch64": ["armv8-a"]}[platform.machine()])
-def test_vectors_of_other_machines(machine, monkeypatch):
-    """Of 4 and 8 numbers, as this machine's compiler makes them."""
+def test_vectors_of_other_machines_and_memory_that_is_not_a_number(machine, monkeypatch):
+    """Vectors of 4 and 8 numbers, as this machine's compiler makes them; a thread's memory holds NaN before each piece of work."""
     monkeypatch.setattr(kernels, "MACHINE", f"-march={machine}")
+    monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-DPOISONED"))
     made = kernels.library.__wrapped__()
-    monkeypatch.setattr(cpu, "library", lambda: made)
-    x = Inputs((6, 2), 97, dim=16, features=48)
-    options = {"window": 19, "sinks": 3, "join": "absolute", **padding("left", 2, 97)}
-    exact = with_gradients(x, options["key_mask"], kernel="reference", **options)
-    found = with_gradients(x.like(torch.float32), options["key_mask"], kernel="cpu", **options)
-    close([t.double() for t in found], exact, SINGLE)
+    for place in (cpu, cpu_features, kernels):
+        monkeypatch.setattr(place, "library", lambda: made)
+    monkeypatch.setattr(cpu_step, "_library", cpu_step._library.__wrapped__)
+    for call in calls(7, 30):
+        close(outcomes(call, "cpu", torch.float32), outcomes(call, "reference", torch.float64), SINGLE)
+
+    exact = Inputs((6, 2), 97, dim=16).by_maps(16)
+    x, found = exact.like(torch.float32), []
+    for options, first in (
+        ({"window": 40}, 3),
+        ({"window": 9, "sinks": 3}, 20),
+    ):  # at first the window has empty places
+        whole = hybrid_attention(*exact.cut(0, 97), exact.mix, **options)
+        with torch.no_grad():
+            _, state = hybrid_attention(*x.cut(0, first), x.mix, output_state=True, **options)
+            for t in range(first, 97):
+                y, state = hybrid_attention_step(*x.cut(t, t + 1)[:3], *x.maps, x.mix, state, **options)
+                assert (y - whole[:, :, t : t + 1]).abs().max() < 1e-5
+
+    for inputs, kernel in ((exact, "reference"), (x, "cpu")):
+        leaves = [t.detach().clone().requires_grad_() for t in (inputs.phi_q, inputs.phi_k, inputs.mix)]
+        _, lse = teacher_attention(inputs.q, inputs.k, inputs.v)
+        loss = weight_transfer_loss(
+            inputs.q, inputs.k, *leaves[:2], lse, mix=leaves[2], target="hybrid", kernel=kernel, **options
+        )
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        weight = inputs.maps[0].weight.requires_grad_()
+        made_of = standard(weight, 1e-12) if kernel == "reference" else softmax_of(weight)
+        phi = made_of(inputs.q)
+        found[-1] += [phi.detach(), *torch.autograd.grad((phi * phi.detach().cos()).sum(), weight)]
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).norm()) <= SINGLE * float(one.norm())
+
+
+def softmax_of(weight: Tensor):
+    return lambda x: cpu_features.softmax_features_cpu(x, weight, 1e-12)
 
 
 def test_what_auto_takes_on_a_cpu():
@@ -289,4 +361,3 @@ def test_what_auto_takes_on_a_cpu():
     x = Inputs(dtype=torch.float32)
     by_c = attend(x)
     assert torch.equal(by_c, attend(x, kernel="cpu")) and not torch.equal(by_c, attend(x, kernel="chunked"))
-

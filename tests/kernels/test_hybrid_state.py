@@ -386,3 +386,74 @@ def test_a_token_of_the_c_function_is_its_definition_for_any_threads(window, sin
             found[name, count] = [y, *settled(state).tensors.values()]
         torch.set_num_threads(threads)
         assert all(map(torch.equal, found["maps", 1], found["maps", 2]))
+
+
+@pytest.mark.parametrize("options", STATE_OPTIONS, **NAMES)
+def test_the_c_kernels_by_name_go_on_from_any_state(options):
+    """A prompt, three tokens at once, then one by one: by C where it can, else by torch."""
+    x = Single(length=24)
+    options = dict(options, kernel="cpu", log_scale=x.log_scale)
+    expected = x.whole(**{**options, "kernel": "auto"})
+    y, state = hybrid_attention(*x.cut(0, 9), x.mix, output_state=True, **options)
+    parts = [y]
+    for t in (9, *range(12, 24)):
+        stop = 12 if t == 9 else t + 1
+        rest = dict(options, phi_k_fn=x.features, state=state, output_state=True)
+        y, state = hybrid_attention(*x.cut(t, stop), x.mix, **rest)
+        parts.append(y)
+    assert (torch.cat(parts, 2) - expected).abs().max() < 3e-6 * max(1, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("join", [j for j in JOINS if j != "replace"])
+def test_tokens_of_signed_features(join, monkeypatch):
+    """With rows at the floor of the denominator. What `chunked` has in float32 is the measure."""
+    step, calls = cpu_step.cpu_token, []
+    monkeypatch.setattr(cpu_step, "cpu_token", lambda *a: calls.append(1) or step(*a))
+    exact = Inputs(length=40, dim=16, features=32)
+    make = torch.Generator().manual_seed(2)
+    exact.features = lambda k: (k.repeat_interleave(3, 1) @ exact.map.to(k)) * (k[..., :1] > -1).repeat_interleave(3, 1)
+    exact.phi_q, exact.phi_k = torch.randn(2, 6, 40, 32, generator=make, dtype=torch.float64), exact.features(exact.k)
+    exact.phi_q[:, :, 15::3] *= 1e-9
+    exact.mix *= 1e-9  # so that of `shared` too a denominator is near 0
+    options = dict(window=5, join=join, signed=True)
+    expected = hybrid_attention(*exact.cut(0, 40), exact.mix, log_scale=exact.log_scale, **options)
+    x, found = exact.like(torch.float32), {}
+    for kernel in ("cpu", "chunked"):
+        options |= {"log_scale": x.log_scale, "kernel": kernel}
+        _, state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)
+        parts = []
+        for t in range(10, 40):
+            y, state = hybrid_attention_step(*x.cut(t, t + 1)[:4], exact.features, x.mix, state, **options)
+            parts.append(y)
+        found[kernel] = (torch.cat(parts, 2).double() - expected[:, :, 10:]).abs().amax((0, 1, 3))
+    assert len(calls) == 30
+    size = expected[:, :, 10:].abs().amax((0, 1, 3))
+    assert (found["cpu"] <= 1e-5 * size + 20 * found["chunked"]).all()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_map_that_changes_between_tokens(inference):
+    """Features of keys that are still in the window are made anew."""
+    with torch.inference_mode(inference), torch.no_grad():
+        x = Single(length=30)
+        weight = x.maps[1].weight
+        options = dict(window=5, join="absolute", log_scale=x.log_scale)
+        _, state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)
+        _, other = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)
+        for t in range(10, 30):
+            if t == 16:
+                weight.mul_(-2)
+            y, state = hybrid_attention_step(*x.token(t), x.mix, state, **options)
+            expected, other = hybrid_attention_step(*x.cut(t, t + 1)[:4], x.maps[1].make, x.mix, other, **options)
+            assert (y - expected).abs().max() < 1e-6
+
+
+def test_a_token_like_the_last_one_without_a_map_of_keys_is_refused():
+    x = Single(length=30)
+    options = dict(window=5, join="absolute", log_scale=x.log_scale)
+    with torch.no_grad():
+        _, state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)
+        q, k, v, phi_q, phi_k = x.cut(10, 11)
+        _, state = hybrid_attention_step(q, k, v, phi_q, x.maps[1].make, x.mix, state, **options)
+        with pytest.raises(ValueError, match="state: needs phi_k_fn"):
+            hybrid_attention(q, k, v, phi_q, phi_k, x.mix, state=state, output_state=True, **options)

@@ -65,7 +65,9 @@ def weight_transfer_cpu(
     plain = (("lse", lse), ("mix", mix), ("log_scale", log_scale))
     numbers = {n: dense(x.float()) for n, x in plain if x is not None}
     grads: dict[str, Tensor] = {n: given[n].new_zeros(given[n].shape) for n in ("phi_q", "phi_k") if n in learn}
-    sums = {n: torch.zeros(len(runs), heads, dtype=torch.float64, device=q.device) for n in ("loss", "mix", "log_scale")}
+    sums = {
+        n: torch.zeros(len(runs), heads, dtype=torch.float64, device=q.device) for n in ("loss", "mix", "log_scale")
+    }
     call = _Call(
         **{n: _given(x) for n, x in given.items()},
         **{n: x.data_ptr() for n, x in numbers.items()},
