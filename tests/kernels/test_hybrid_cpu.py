@@ -306,7 +306,7 @@ def test_no_run_and_no_query():
 
 @pytest.mark.parametrize("machine", {"x86_64": ["x86-64", "haswell"], "aarch64": ["armv8-a"]}[platform.machine()])
 def test_vectors_of_other_machines_and_memory_that_is_not_a_number(machine, monkeypatch):
-    """Vectors of 4 and 8 numbers, as this machine's compiler makes them; a thread's memory holds NaN before each piece of work."""
+    """Vectors of 4 and 8 numbers, as this machine's compiler makes them; a thread's memory holds NaN before each piece."""
     monkeypatch.setattr(kernels, "MACHINE", f"-march={machine}")
     monkeypatch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-DPOISONED"))
     made = kernels.library.__wrapped__()
