@@ -55,16 +55,23 @@ def compiles(kernel: Any, grid: Any, arguments: Any, constants: Any, how: Any) -
 
 def stand_in() -> None:
     """From here on this process compiles in the place of launches."""
-    os.environ["RECIPELIN_TEST_GPU"] = "1"
     os.environ.pop("TRITON_INTERPRET", None)
     sys.path.insert(0, str(ROOT / ".ci"))
     from gpu_compile import NoGpu
     from triton.runtime.driver import driver
 
-    from recipelin_kernels.hybrid import gpu_launch, gpu_support
+    from recipelin_kernels.hybrid import gpu_launch
 
     driver.set_active(NoGpu())
     gpu_launch.launch = compiles
+    pretend()
+
+
+def pretend() -> None:
+    """From here on CUDA's tensors are the CPU's, what the GPU's tests compare with is zeros, and graphs are nothing."""
+    os.environ["RECIPELIN_TEST_GPU"] = "1"
+    from recipelin_kernels.hybrid import gpu_support
+
     gpu_support.why_not = lambda *_, **__: ""
     hybrid, transfer = (importlib.import_module(f"recipelin_kernels.{n}") for n in ("hybrid", "weight_transfer"))
 
@@ -100,14 +107,16 @@ def of_bars() -> Iterator[Any]:
             yield replace(case, length=min(length, 4096)) if length else replace(case, steps=1)
 
 
+def normal(length: int, batch: int = 1) -> Any:
+    """In the place of the bars' own: a generator of CUDA's numbers is none of the CPU's."""
+    return lambda heads, width: torch.randn(batch, heads, length, width, dtype=torch.bfloat16)
+
+
 def compile_others(job: tuple[str, int, int]) -> None:
     """Of bars or sweeps every `jobs`-th."""
     what, number, jobs = job
     stand_in()
     from recipelin.bars import gpu
-
-    def normal(length: int, batch: int = 1) -> Any:  # a generator of CUDA's numbers is none of the CPU's
-        return lambda heads, width: torch.randn(batch, heads, length, width, dtype=torch.bfloat16)
 
     gpu._normal = normal
     if what == "sweeps":

@@ -1,10 +1,10 @@
 """Triton's interpreter, as the tests of kernels use it."""
 
-from dataclasses import replace
-
 import pytest
 
 from tests.conftest import GPU
+from tests.kernels.bounds import watch
+from tests.kernels.interpreter import quicken
 
 
 @pytest.fixture(autouse=True)
@@ -17,81 +17,9 @@ def _memory_given_back():
         torch.cuda.empty_cache()
 
 
-class _Nothing:
-    def restore(self):
-        pass
-
-
 @pytest.fixture
 def quick_interpreter(monkeypatch):
-    """What Triton's interpreter does for nothing, or makes anew for every operation, is two thirds of its time: left out, or made
-    once. Numbers, types and shapes stay what they are."""
-    if GPU:
-        return
-    from triton.language import core, semantic
-    from triton.runtime import interpreter
-
-    # Sums and products of int32 are made in int64 too, and where they differ, only an interpreter that debugs says so.
-    builder = interpreter.interpreter_builder
-    assert not builder.options.debug
-    monkeypatch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
-
-    # The language is patched at every call of a kernel's function: once a launch.
-    patch, launch, known = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
-
-    def patched(fn):
-        module = id(fn.__globals__)
-        if module in known:
-            return _Nothing()
-        known.add(module)
-        return patch(fn)
-
-    def launched(self, *arguments, **more):
-        known.clear()
-        return launch(self, *arguments, **more)
-
-    monkeypatch.setattr(interpreter, "_patch_lang", patched)
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launched)
-
-    # Shapes are tuples of Triton's own, whose types are made of their numbers' types: once a shape.
-    make_type, make_tensor, types, shapes = core.block_type.__init__, core.tensor.__init__, {}, {}
-
-    def typed(self, element_ty, shape):
-        key = element_ty.name, *[getattr(size, "value", size) for size in shape]
-        if key not in types:
-            make_type(self, element_ty, shape)
-            types[key] = vars(self)
-        vars(self).update(types[key], element_ty=element_ty)
-
-    def shaped(self, handle, type):
-        key = tuple(type.shape) if type.is_block() else ()
-        if key not in shapes:
-            make_tensor(self, handle, type)
-            shapes[key] = self.shape, self.numel
-        self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = shapes[key]
-
-    monkeypatch.setattr(core.block_type, "__init__", typed)
-    monkeypatch.setattr(core.tensor, "__init__", shaped)
-
-    # Nothing is to be broadcast between blocks of one shape.
-    broadcast = semantic.TritonSemantic.broadcast_impl_value
-
-    def spread(self, lhs, rhs):
-        one, other = lhs.type, rhs.type
-        if one.is_block() and other.is_block() and one.shape.values == other.shape.values:
-            return lhs, rhs
-        return broadcast(self, lhs, rhs)
-
-    monkeypatch.setattr(semantic.TritonSemantic, "broadcast_impl_value", spread)
-
-    # A scalar's type in NumPy: looked up in a table that is filled for each question.
-    ask, answers = interpreter._get_np_dtype, {}
-
-    def numpy_type(given):
-        name = given.scalar.name
-        if name not in answers:
-            answers[name] = ask(given)
-        return answers[name]
-
-    monkeypatch.setattr(interpreter, "_get_np_dtype", numpy_type)
+    """It is quick, and refuses an address that lies in none of a launch's tensors."""
+    if not GPU:
+        watch(monkeypatch.setattr)
+        quicken(monkeypatch.setattr)

@@ -3,7 +3,8 @@
 #include "joins.h"
 #include "threads.h"
 
-#define STRIP 8 /* vectors of sums in registers */
+#define STRIP 8   /* vectors of sums in registers */
+#define AT_ONCE 4 /* queries that read keys and values together */
 
 /* As class Token in hybrid/cpu_step.py. Places of a room: sinks, late keys, ring, the token's own. */
 typedef struct {
@@ -68,28 +69,95 @@ INLINE float sum_rows(const int beside, long rows, long width, const float *a, c
   return found;
 }
 
-/* s [queries, keys] = q k^T; of each row whole vectors are written. */
-static void scores(long queries, long keys, long width, const float *q, const float *k, float *s, long s_row) {
-  enum { AT_ONCE = 4 };
-  for (long p = 0; p < keys; p += LANES)
-    for (long first = 0; first < queries; first += AT_ONCE) {
-      vec part[AT_ONCE][LANES];
-      long few = least(AT_ONCE, queries - first), there = least(LANES, keys - p);
-      for (long i = 0; i < LANES; i++)
-        for (long h = 0; h < few; h++) {
-          vec sum = (vec){0};
-          if (i < there)
-            for (long d = 0; d < width; d += LANES) sum += load(q + (first + h) * width + d) * load(k + (p + i) * width + d);
-          part[h][i] = sum;
-        }
-      for (long h = 0; h < few; h++) {
-        turn(part[h]);
-        vec sum = part[h][0];
-#pragma GCC unroll 16
-        for (int i = 1; i < LANES; i++) sum += part[h][i];
-        store(s + (first + h) * s_row + p, sum);
+/* y [few, wide vectors] += a [few, rows] b, rows of b and y `width` apart. */
+INLINE void values_strip(const int few, const int wide, long rows, long width, const float *a, long a_row, const float *b,
+                         float *y) {
+  vec sum[AT_ONCE][ROWS];
+#pragma GCC unroll 4
+  for (int h = 0; h < few; h++)
+#pragma GCC unroll 8
+    for (int w = 0; w < wide; w++) sum[h][w] = load(y + h * width + w * LANES);
+  for (long i = 0; i < rows; i++) {
+    vec right[ROWS];
+#pragma GCC unroll 8
+    for (int w = 0; w < wide; w++) right[w] = load(b + i * width + w * LANES);
+#pragma GCC unroll 4
+    for (int h = 0; h < few; h++)
+#pragma GCC unroll 8
+      for (int w = 0; w < wide; w++) sum[h][w] += a[h * a_row + i] * right[w];
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < few; h++)
+#pragma GCC unroll 8
+    for (int w = 0; w < wide; w++) store(y + h * width + w * LANES, sum[h][w]);
+}
+
+/* y [queries, width] += a [queries, rows] b [rows, width]: several queries read b together. */
+static void values(long queries, long rows, long width, const float *a, long a_row, const float *b, float *y) {
+  long h = 0;
+#define EACH(few, wide) \
+  for (; h + few <= queries; h += few) { \
+    long j = 0; \
+    for (; j + wide * LANES <= width; j += wide * LANES) \
+      values_strip(few, wide, rows, width, a + h * a_row, a_row, b + j, y + h * width + j); \
+    for (; j < width; j += LANES) values_strip(few, 1, rows, width, a + h * a_row, a_row, b + j, y + h * width + j); \
+  }
+  EACH(4, ROWS / 2) EACH(2, ROWS / 2) EACH(1, ROWS)
+#undef EACH
+}
+
+/* Of LANES vectors the sums over their lanes, each in its place. */
+INLINE vec sums_of(vec x[LANES]) {
+#pragma GCC unroll 4
+  for (int n = LANES / 2; n; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) x[i] = laced(x[i], x[i + n], 0) + laced(x[i], x[i + n], 1);
+  return x[0];
+}
+
+/* Of `few` queries and LANES keys, of which `there` are there. */
+INLINE void scores_block(const int few, long there, long width, const float *q, const float *k, float *s, long s_row) {
+  const int wide = 8 / few < LANES ? 8 / few : LANES; /* keys whose sums are in registers together */
+  vec part[AT_ONCE][LANES];
+  for (int i = 0; i < LANES; i += wide) {
+    const float *key[8];
+    vec sum[AT_ONCE][8];
+#pragma GCC unroll 8
+    for (int w = 0; w < wide; w++) key[w] = k + least(i + w, there - 1) * width;
+#pragma GCC unroll 4
+    for (int h = 0; h < few; h++)
+#pragma GCC unroll 8
+      for (int w = 0; w < wide; w++) sum[h][w] = (vec){0};
+    for (long d = 0; d < width; d += LANES) {
+      vec right[8];
+#pragma GCC unroll 8
+      for (int w = 0; w < wide; w++) right[w] = load(key[w] + d);
+#pragma GCC unroll 4
+      for (int h = 0; h < few; h++) {
+        vec left = load(q + h * width + d);
+#pragma GCC unroll 8
+        for (int w = 0; w < wide; w++) sum[h][w] += left * right[w];
       }
     }
+#pragma GCC unroll 4
+    for (int h = 0; h < few; h++)
+#pragma GCC unroll 8
+      for (int w = 0; w < wide; w++) part[h][i + w] = sum[h][w];
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < few; h++) store(s + h * s_row, sums_of(part[h]));
+}
+
+/* s [queries, keys] = q k^T; of each row whole vectors are written. */
+static void scores(long queries, long keys, long width, const float *q, const float *k, float *s, long s_row) {
+  for (long p = 0; p < keys; p += LANES) {
+    long h = 0;
+#define EACH(few) \
+  for (; h + few <= queries; h += few) \
+    scores_block(few, least(LANES, keys - p), width, q + h * width, k + p * width, s + h * s_row + p, s_row);
+    EACH(4) EACH(2) EACH(1)
+#undef EACH
+  }
 }
 
 static const ivec LANE = {COUNT};
@@ -158,10 +226,10 @@ INLINE void fold_strip(const int wide, const int rows, long late, long count, lo
 
 /* next [F,D+1] = sums + phi^T [v, 1], phi [late,F], v [late,D]: row after row, as memory is read. */
 static void fold(long late, long count, long width, const float *sums, const float *phi, const float *v, float *next) {
-  enum { AT_ONCE = ROWS / 4 };
+  enum { FEW_ROWS = ROWS / 4 };
   long row = width + 1;
   vec mass = (vec){0};
-  for (long f = 0; f < count; f += AT_ONCE) {
+  for (long f = 0; f < count; f += FEW_ROWS) {
     long j = 0;
     if (f % LANES == 0) {
       mass = (vec){0};
@@ -169,10 +237,10 @@ static void fold(long late, long count, long width, const float *sums, const flo
     }
 #define EACH(n) \
   for (; j + n * LANES <= width; j += n * LANES) \
-    fold_strip(n, AT_ONCE, late, count, width, sums + f * row + j, phi + f, v + j, next + f * row + j);
+    fold_strip(n, FEW_ROWS, late, count, width, sums + f * row + j, phi + f, v + j, next + f * row + j);
     EACH(8) EACH(4) EACH(2) EACH(1)
 #undef EACH
-    for (long r = f; r < f + AT_ONCE; r++) next[r * row + width] = sums[r * row + width] + mass[r % LANES];
+    for (long r = f; r < f + FEW_ROWS; r++) next[r * row + width] = sums[r * row + width] + mass[r % LANES];
   }
 }
 
@@ -237,10 +305,11 @@ static void token_head(const void *call, long index, float *room) {
     Row r = {.a_mass = powers(t->sinks, own, top) + powers(seen, window, top)};
     r.b_mass = sum_rows(1, count, width, phi + h * count, sums, width + 1, y) + sum_over(t->late, own + t->sinks);
     set_factors(t->join, t->is_signed, t->strength ? t->strength[head * p.queries + h] : 0, top / LOG2E, 0, &r);
-    scaled(t->sinks, own, r.a_factor), scaled(t->late, own + t->sinks, r.b_factor), scaled(seen, window, r.a_factor);
-    sum_rows(0, newest + 1, width, own, v, width, room);
-    for (long d = 0; d < width; d++) y[d] = (room[d] + r.b_factor * y[d]) * r.inverse;
+    float soft = r.a_factor * r.inverse, linear = r.b_factor * r.inverse;
+    scaled(t->sinks, own, soft), scaled(t->late, own + t->sinks, linear), scaled(seen, window, soft);
+    scaled(width, y, linear);
   }
+  values(p.queries, newest + 1, width, w, p.row, v, t->y + query * width);
   for (long m = 0; m < per_key; m++) {
     float *late = t->room_phi + (map + m) * t->left * count;
     long sums = (map + m) * count * (width + 1);

@@ -1,0 +1,132 @@
+"""Looks at every address of the Triton kernels as a GPU runs them: its tests, bars and sweeps with its sizes of blocks (`make gpu-bounds`).
+
+In Triton's interpreter, of each launch the programs at the corners of its grid and a few between. Nothing is compared: the
+numbers of a bf16 product are wrong there, and most programs do not run. An address that lies in none of a launch's tensors is
+named with its kernel and line.
+"""
+
+import inspect
+import itertools
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import gpu_cache
+import numpy as np
+
+ROOT = gpu_cache.ROOT
+BETWEEN = 3  # programs of a launch beside those at its corners
+STEPS = 20  # tokens: more than enter the sums at once
+
+
+def some(grid: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Places of a grid."""
+    draw = random.Random(str(grid))
+    corners = itertools.product(*({0, n - 1} for n in grid))
+    between = (tuple(draw.randrange(n) for n in grid) for _ in range(BETWEEN))
+    return iter({*corners, *between})
+
+
+def launch_some(self: Any, *given: Any, **named: Any) -> None:
+    """`GridExecutor.__call__` for some programs, of tensors that lie on the CPU."""
+    from triton.runtime import interpreter
+
+    names = inspect.getfullargspec(self.fn).args
+    own, own_named = self._init_args_hst(given, {n: x for n, x in named.items() if n in names})
+    scope = interpreter._patch_lang(self.fn)
+    try:
+        arguments = inspect.getcallargs(self.fn, *own, **own_named)
+        arguments = {n: x if n in self.constexprs else interpreter._implicit_cvt(x) for n, x in arguments.items()}
+        grid = (*self.grid, *(1,) * (3 - len(self.grid)))
+        interpreter.interpreter_builder.set_grid_dim(*grid)
+        for place in some(grid):
+            interpreter.interpreter_builder.set_grid_idx(*place)
+            self.fn(**arguments)
+    finally:
+        scope.restore()
+
+
+def stand_in() -> None:
+    """From here on this process interprets some programs of each launch, with a GPU's sizes."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from recipelin_kernels.hybrid import gpu_call, gpu_step
+    from recipelin_kernels.weight_transfer import gpu as transfer
+    from tests.kernels.bounds import watch
+    from tests.kernels.interpreter import quicken
+
+    # Missing in the interpreter, which holds them as their bits.
+    interpreter.interpreter_builder.get_bf16 = lambda value: interpreter.TensorHandle(
+        (np.array([value], dtype=np.float32).view(np.uint32) >> 16).astype(np.uint16), tl.bfloat16
+    )
+    gpu_cache.pretend()
+    for module in (gpu_call, gpu_step, transfer):
+        module.interpreted = lambda: False  # type: ignore[attr-defined]
+    interpreter.GridExecutor.__call__ = launch_some
+    quicken(setattr)
+    watch(setattr)
+
+
+def pytest_configure() -> None:
+    stand_in()
+
+
+def others(job: tuple[str, int, int]) -> list[str]:
+    """What was found in every `jobs`-th bar or sweep."""
+    what, number, jobs = job
+    stand_in()
+    import gpu_tune
+
+    from recipelin.bars import gpu
+
+    gpu._normal = gpu_cache.normal
+    calls: list[tuple[str, Any]] = []
+    if what == "bars":
+        for case in sorted(set(gpu_cache.of_bars()), key=repr):
+            case = replace(case, steps=STEPS) if hasattr(case, "steps") else case
+            calls.append((repr(case), lambda case=case: case.make()()))
+    else:
+        for sweep, blocks, _ in gpu_tune.variants(gpu_tune.SWEEPS):
+            calls.append((f"{sweep}, {blocks}", lambda s=sweep, b=blocks: gpu_tune.launched(s, b, run=True)))
+        for case, name, blocks in gpu_tune.step_cases():
+            calls.append(
+                (f"{case}, {name}", lambda c=case, b=blocks: gpu_tune.step_call(replace(c, steps=STEPS), b)())
+            )
+    found = []
+    for name, call in calls[number::jobs]:
+        try:
+            call()
+        except Exception as error:
+            found.append(f"{name}: {type(error).__name__}: {error}")
+        print(f"{what}: {name}", file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> int:
+    jobs = os.cpu_count() or 1
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / ".ci")))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONOPTIMIZE": "1", "RECIPELIN_TEST_GPU": "1"}
+    options = f"-q -rfE -W ignore -p gpu_bounds -p no:cacheprovider -n {jobs} --tb=short --assert=plain".split()
+    command = [sys.executable, "-m", "pytest", *options, *(sys.argv[1:] or gpu_cache.TESTS)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    print(done.stdout[-3000:])
+    found = re.findall(r"(?:kernels/recipelin_kernels/\S+: in .*|.*OutOfBounds\(.*)", done.stdout)
+    if not sys.argv[1:]:
+        with ProcessPoolExecutor(jobs) as pool:
+            shares = [(what, n, jobs) for what in ("bars", "sweeps") for n in range(jobs)]
+            found += [line for share in pool.map(others, shares) for line in share]
+    print("\n".join(found) or "every address lies in a tensor")
+    return bool(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
