@@ -5,7 +5,7 @@ CLAIMS ?= pocket-claims
 GPU_PYTHON ?= python3.12
 GPU_TRITON ?= 3.6.0
 
-.PHONY: help demo test test-gpu gpu-compile gpu-tune gpu-pack gpu-cache check plans tables claims catalogue wheel bench clean
+.PHONY: help demo test test-gpu gpu-compile gpu-bounds gpu-tune gpu-pack gpu-cache check plans tables claims catalogue wheel bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -31,6 +31,9 @@ test-gpu: .venv/.dev  ## the Triton kernels on a CUDA device, nothing skipped (J
 
 gpu-compile: .venv/.dev  ## compiles the Triton kernels for an H100, without one: registers, spills, shared memory
 	PYTHONPATH=.:kernels $(BIN)/python .ci/gpu_compile.py
+
+gpu-bounds: .venv/.dev  ## looks at every address of the Triton kernels as a GPU runs them, without one (half an hour on 2 cores)
+	PYTHONPATH=.:kernels:.ci $(BIN)/python .ci/gpu_bounds.py
 
 gpu-tune: .venv/.dev  ## times every Triton kernel by blocks, warps and stages on a CUDA device (JOBS=16 processes compile)
 	PYTHONPATH=.:kernels $(BIN)/python .ci/gpu_tune.py --jobs $(or $(JOBS),8)

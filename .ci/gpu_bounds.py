@@ -1,8 +1,8 @@
-"""Looks at every address of the Triton kernels as a GPU runs them: its tests, bars and sweeps with its sizes of blocks (`make gpu-bounds`).
+"""Looks at every address of the Triton kernels as a GPU runs them, without one (`make gpu-bounds`).
 
-In Triton's interpreter, of each launch the programs at the corners of its grid and a few between. Nothing is compared: the
-numbers of a bf16 product are wrong there, and most programs do not run. An address that lies in none of a launch's tensors is
-named with its kernel and line.
+Its tests, bars and sweeps, with its sizes of blocks, in Triton's interpreter: of each launch the programs at the corners of its
+grid and a few between. Nothing is compared: the numbers of a bf16 product are wrong there, and most programs do not run. An
+address that lies in none of a launch's tensors is named with its kernel and line.
 """
 
 import inspect
@@ -98,9 +98,7 @@ def others(job: tuple[str, int, int]) -> list[str]:
         for sweep, blocks, _ in gpu_tune.variants(gpu_tune.SWEEPS):
             calls.append((f"{sweep}, {blocks}", lambda s=sweep, b=blocks: gpu_tune.launched(s, b, run=True)))
         for case, name, blocks in gpu_tune.step_cases():
-            calls.append(
-                (f"{case}, {name}", lambda c=case, b=blocks: gpu_tune.step_call(replace(c, steps=STEPS), b)())
-            )
+            calls.append((f"{case}, {name}", lambda c=case, b=blocks: gpu_tune.step_call(replace(c, steps=STEPS), b)()))
     found = []
     for name, call in calls[number::jobs]:
         try:

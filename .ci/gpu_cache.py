@@ -11,6 +11,7 @@ nothing is asserted (python -O). This file is also the plugin by which they do. 
 import contextlib
 import importlib
 import io
+import lzma
 import os
 import subprocess
 import sys
@@ -141,8 +142,12 @@ def main() -> int:
         return done.returncode
     with ProcessPoolExecutor(jobs) as pool:
         list(pool.map(compile_others, [(what, n, jobs) for what in ("bars", "sweeps") for n in range(jobs)]))
-    kept = sorted(p for p in CACHE.rglob("*") if p.suffix in KEPT)
-    with tarfile.open(TARGET, "w:xz") as archive:
+    # Variants of a kernel are much alike: one after the other, and looked back at so far, they take half the room.
+    kept = sorted(
+        (p for p in CACHE.rglob("*") if p.suffix in KEPT), key=lambda p: (p.suffix, p.name, p.stat().st_size, p)
+    )
+    how = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 27}]
+    with lzma.open(TARGET, "wb", filters=how) as file, tarfile.open(fileobj=file, mode="w") as archive:
         for p in kept:
             # Triton writes down where it put the files of a kernel: `gpu_session.sh` says where they are now.
             content = p.read_bytes().replace(str(CACHE).encode(), b"@CACHE@") if p.suffix == ".json" else p.read_bytes()

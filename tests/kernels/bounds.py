@@ -38,7 +38,9 @@ class Memory:
         at = np.searchsorted(np.array(self.starts, dtype=np.uint64), used.ravel(), "right") - 1
         wrong = (at < 0) | (used.ravel() + size > np.array(self.ends, dtype=np.uint64)[at])
         if wrong.any():
-            beyond = [int(used.ravel()[i]) + size - self.ends[at[i]] if at[i] >= 0 else 0 for i in np.flatnonzero(wrong)]
+            beyond = [
+                int(used.ravel()[i]) + size - self.ends[at[i]] if at[i] >= 0 else 0 for i in np.flatnonzero(wrong)
+            ]
             raise OutOfBounds(f"{int(wrong.sum())} of {used.size} elements, up to {max(beyond)} bytes behind a tensor")
 
 
@@ -86,5 +88,9 @@ def watch(patch: Callable[[Any, str, Any], None]) -> None:
         return add(operation, pointers, value, mask, *rest)
 
     patch(interpreter.GridExecutor, "_init_args_hst", noted)
-    for name, checked in (("create_masked_load", loaded), ("create_masked_store", stored), ("create_atomic_rmw", added)):
+    for name, checked in (
+        ("create_masked_load", loaded),
+        ("create_masked_store", stored),
+        ("create_atomic_rmw", added),
+    ):
         patch(builder, name, checked)

@@ -11,7 +11,7 @@ VECTOR = 16  # widths are multiples of it (tiles.h)
 
 def dense(x: Tensor) -> Tensor:
     """x as its memory has it: without gaps, and without a sign that is still to be taken (`Tensor.is_neg`)."""
-    return x.resolve_neg().contiguous()
+    return (x.resolve_neg() if x.is_neg() else x).contiguous()
 
 
 def whole_vectors(x: Tensor) -> Tensor:

@@ -109,7 +109,9 @@ def cpu_token(
     q, k, v = dense(q), dense(k), dense(v)
     strength = {"shared": mix, "absolute": log_scale}.get(options.join)
     if strength is not None:
-        strength = dense(strength.to(q).expand(q.shape[1]))
+        if strength.dtype != torch.float32 or strength.shape != (token.heads,):
+            strength = strength.to(q).expand(token.heads)
+        strength = dense(strength)
         token.strength = strength.data_ptr()
     if isinstance(phi_q, Tensor):
         phi_q = dense(phi_q.to(q))
