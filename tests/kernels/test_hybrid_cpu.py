@@ -157,6 +157,10 @@ def test_equally_large_scores_share_the_gradient_of_the_maximum():
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
 def test_scales_of_no_size(scale):
+    half = Inputs((6, 2), 70, dtype=torch.bfloat16)
+    y = attend(half, kernel="cpu", window=9, scale=scale).double()
+    expected = attend(half.like(torch.float64), kernel="reference", window=9, scale=scale)
+    assert ((y - expected).abs() <= torch.finfo(torch.bfloat16).eps * expected.abs() + 1e-5).all()
     x = Inputs((6, 2), 70)
     exact = with_gradients(x, kernel="reference", window=9, sinks=2, scale=scale)
     found = with_gradients(x.like(torch.float32), kernel="cpu", window=9, sinks=2, scale=scale)
@@ -165,12 +169,38 @@ def test_scales_of_no_size(scale):
 
 def test_a_sign_that_is_still_to_be_taken():
     """Of a conjugate's imaginary part torch keeps the sign beside its memory."""
-    x = Inputs((6, 2), 70, dtype=torch.float32)
-    late = [torch.complex(torch.zeros_like(t), -t).conj().imag for t in x.tensors()]
-    assert all(t.is_neg() for t in late)
-    for kernel in ("cpu", "chunked"):
-        expected = hybrid_attention(*x.tensors()[:6], window=9, kernel=kernel)
-        assert torch.equal(hybrid_attention(*late[:6], window=9, kernel=kernel), expected)
+    x = Inputs((6, 2), 70, dtype=torch.float32, dim=16).by_maps(16)
+    with torch.no_grad():
+        lse = teacher_attention(x.q, x.k, x.v)[1].contiguous()
+    names = ("q", "k", "v", "phi_q", "phi_k", "mix")
+
+    def everything(given: dict[str, Tensor], lse: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
+        q, k, v, phi_q, phi_k, mix = leaves = [given[n].detach().requires_grad_() for n in names]
+        y = hybrid_attention(*leaves, window=9, kernel="cpu")
+        found = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+        loss = weight_transfer_loss(
+            q.detach(), k.detach(), phi_q, phi_k, lse, mix=mix, target="hybrid", window=9, kernel="cpu"
+        )
+        found += [loss.detach(), *torch.autograd.grad(loss, (phi_q, phi_k, mix))]
+        weight = weight.detach().requires_grad_()
+        phi = softmax_of(weight)(q)
+        found += [phi.detach(), *torch.autograd.grad(phi, (weight, q), torch.cat((dy, dy), -1))]
+        with torch.no_grad():
+            _, state = hybrid_attention(q, k, v, phi_q, phi_k, mix, window=9, output_state=True)
+            for given_q in (x.maps[0], phi_q[:, :, :1]):
+                y, _ = hybrid_attention_step(
+                    q[:, :, :1], k[:, :, :1], v[:, :, :1], given_q, x.maps[1], mix, state, window=9
+                )
+                found.append(y)
+        return found
+
+    dy = torch.cos(torch.arange(x.q.numel(), dtype=torch.float32)).view_as(x.q)
+    plain = {n: getattr(x, n) for n in names}
+    late = [torch._neg_view(-t) for t in (lse, x.maps[0].weight, dy)]
+    negated = {n: torch._neg_view(-t) for n, t in plain.items()}
+    assert all(t.is_neg() and t.is_contiguous() for t in (*late, *negated.values()))
+    for one, other in zip(everything(plain, lse, x.maps[0].weight, dy), everything(negated, *late), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
@@ -186,6 +216,9 @@ def test_nan_of_a_real_token_is_seen():
     x.k[0, 0, 20] = torch.nan
     y = attend(x, kernel="cpu")
     assert y[0, :3, 20:25].isnan().all() and y.isnan().sum() == 3 * 5 * 8  # the queries whose window it is in
+    x.phi_k[0, 0, 30] = torch.nan
+    for join in JOINS:
+        assert attend(x, kernel="cpu", join=join, signed=True)[0, 0, 35:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

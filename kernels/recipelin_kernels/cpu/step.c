@@ -186,8 +186,9 @@ INLINE float sum_over(long n, const float *x) {
   return sum_of(sum);
 }
 
-INLINE void scaled(long n, float *x, float scale) {
-  for (long j = 0; j < n; j++) x[j] *= scale;
+/* By both, one after the other: their product may be too large. */
+INLINE void scaled(long n, float *x, float factor, float inverse) {
+  for (long j = 0; j < n; j++) x[j] = x[j] * factor * inverse;
 }
 
 /* Features of late keys from .. to of a map head; of rows whose ring is not full yet, zeros for its empty places. */
@@ -305,9 +306,8 @@ static void token_head(const void *call, long index, float *room) {
     Row r = {.a_mass = powers(t->sinks, own, top) + powers(seen, window, top)};
     r.b_mass = sum_rows(1, count, width, phi + h * count, sums, width + 1, y) + sum_over(t->late, own + t->sinks);
     set_factors(t->join, t->is_signed, t->strength ? t->strength[head * p.queries + h] : 0, top / LOG2E, 0, &r);
-    float soft = r.a_factor * r.inverse, linear = r.b_factor * r.inverse;
-    scaled(t->sinks, own, soft), scaled(t->late, own + t->sinks, linear), scaled(seen, window, soft);
-    scaled(width, y, linear);
+    scaled(t->sinks, own, r.a_factor, r.inverse), scaled(seen, window, r.a_factor, r.inverse);
+    scaled(t->late, own + t->sinks, r.b_factor, r.inverse), scaled(width, y, r.b_factor, r.inverse);
   }
   values(p.queries, newest + 1, width, w, p.row, v, t->y + query * width);
   for (long m = 0; m < per_key; m++) {

@@ -160,7 +160,7 @@ def hybrid_attention_cpu(
             raise RuntimeError(f"hybrid_attention: q is on {q.device}, another tensor on {x.device}")
     dtype = q.dtype
     if options.scale <= 0:  # the kernels take the largest product for the largest score
-        q, options = q * options.scale, replace(options, scale=1.0)
+        q, options = q.float() * options.scale, replace(options, scale=1.0)
     if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
         phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)  # a dropped head's sums hold the sinks too
     tensors = [whole_vectors(x).contiguous() for x in (q, k, v, phi_q, phi_k)]
