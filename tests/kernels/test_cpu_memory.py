@@ -11,7 +11,7 @@ from recipelin_kernels import cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZERS = ("libasan.so", "libubsan.so")
-WATCHED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+WATCHED = ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
 def found(name: str) -> str:
