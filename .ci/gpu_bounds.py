@@ -13,7 +13,6 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -28,12 +27,12 @@ BETWEEN = 3  # programs of a launch beside those at its corners
 STEPS = 20  # tokens: more than enter the sums at once
 
 
-def some(grid: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def some(grid: tuple[int, ...]) -> set[tuple[int, ...]]:
     """Places of a grid."""
     draw = random.Random(str(grid))
     corners = itertools.product(*({0, n - 1} for n in grid))
     between = (tuple(draw.randrange(n) for n in grid) for _ in range(BETWEEN))
-    return iter({*corners, *between})
+    return {*corners, *between}
 
 
 def launch_some(self: Any, *given: Any, **named: Any) -> None:
@@ -90,9 +89,6 @@ def others(job: tuple[str, int, int]) -> list[str]:
     stand_in()
     import gpu_tune
 
-    from recipelin.bars import gpu
-
-    gpu._normal = gpu_cache.normal
     calls: list[tuple[str, Any]] = []
     if what == "bars":
         for case in sorted(set(gpu_cache.of_bars()), key=repr):

@@ -71,8 +71,10 @@ def stand_in() -> None:
 def pretend() -> None:
     """From here on CUDA's tensors are the CPU's, what the GPU's tests compare with is zeros, and graphs are nothing."""
     os.environ["RECIPELIN_TEST_GPU"] = "1"
+    from recipelin.bars import gpu
     from recipelin_kernels.hybrid import gpu_support
 
+    gpu._normal = normal
     gpu_support.why_not = lambda *_, **__: ""
     hybrid, transfer = (importlib.import_module(f"recipelin_kernels.{n}") for n in ("hybrid", "weight_transfer"))
 
@@ -117,9 +119,6 @@ def compile_others(job: tuple[str, int, int]) -> None:
     """Of bars or sweeps every `jobs`-th."""
     what, number, jobs = job
     stand_in()
-    from recipelin.bars import gpu
-
-    gpu._normal = normal
     if what == "sweeps":
         import gpu_tune
 

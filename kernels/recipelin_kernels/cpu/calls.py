@@ -1,12 +1,28 @@
-"""What calls of the C kernels share: float32 in whole vectors, and runs of real tokens."""
+"""What calls of the C kernels share: float32 in whole vectors, runs of real tokens, and how they are run."""
+
+import ctypes
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import cpu
 from ..hybrid.rows import PlainRows, Rows
 
 VECTOR = 16  # widths are multiples of it (tiles.h)
+
+
+def run(name: str, call: ctypes.Structure) -> None:
+    """A function of the library, on as many threads as torch has. Raises MemoryError where none of them finds room."""
+    if getattr(cpu.library(), name)(ctypes.byref(call), ctypes.c_long(torch.get_num_threads())):
+        raise MemoryError(f"{name}: no memory for a thread of the C kernels")
+
+
+def check_device(name: str, x: Tensor, *others: Tensor | None) -> None:
+    """Raises RuntimeError for a tensor that is not where x is: what would be read is an address."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(f"{name}: a tensor is on {x.device}, another tensor on {other.device}")
 
 
 def dense(x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ typedef struct {
   const long *runs;                             /* [n,3]: row, first token, tokens */
   float *grad_phi_q, *grad_phi_k;               /* as phi_q and phi_k without gaps, zeros; NULL: not wanted */
   double *loss, *grad_mix, *grad_log_scale;     /* [n,H] */
-  long heads, key_heads, feature_heads, length; /* length: T; feature_heads: of phi_k */
+  long run_count, heads, key_heads, feature_heads, length; /* length: T; feature_heads: of phi_k */
   long width, features, longest;                /* longest: the tokens of the longest run */
   long join, is_signed, window, terraced, anchor, sinks, cover_all, reach, teacher_window;
   float scale;
@@ -379,6 +379,6 @@ static void work(const void *given, long index, float *room) {
 }
 
 /* Returns 0, or 1 where memory is lacking. */
-int weight_transfer(const Call *call, long runs, long threads) {
-  return deal(work, call, runs * call->key_heads, room_of(call), threads);
+int weight_transfer(const Call *call, long threads) {
+  return deal(work, call, call->run_count * call->key_heads, room_of(call), threads);
 }

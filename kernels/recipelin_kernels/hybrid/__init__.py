@@ -187,9 +187,10 @@ def hybrid_attention(
             window_keep is None, mix is None, log_scale is None,
         )  # fmt: skip
         call = None if state.room is None else state.room.prepared
-        free = not torch.is_grad_enabled() and not _is_traced() and phi_k_fn is not None
-        if call is not None and call.signature == signature and free:  # a token as the last one
-            assert phi_k_fn is not None
+        free = not torch.is_grad_enabled() and not _is_traced()
+        if (
+            call is not None and phi_k_fn is not None and call.signature == signature and free
+        ):  # a token as the last one
             return cpu_step.cpu_token(q, k, v, phi_q, mix, log_scale, phi_k_fn, call.options, state, signature)
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..cpu import library
-from ..cpu.calls import dense, runs_of, whole_vectors
+from .. import cpu
+from ..cpu.calls import check_device, dense, run, runs_of, whole_vectors
 from .rows import JOINS, Options, Rows
 
 INPUTS = ("q", "k", "v", "phi_q", "phi_k", "mix", "log_scale")
@@ -82,11 +82,6 @@ def _struct(given: _Given, inputs: list[Tensor | None], **others: Tensor | None)
     )
 
 
-def _run(name: str, call: _Call) -> None:
-    if getattr(library(), name)(ctypes.byref(call), ctypes.c_long(torch.get_num_threads())):
-        raise MemoryError(f"{name}: no memory for its chunks")
-
-
 def _forward(given: _Given, inputs: list[Tensor | None], *, components: bool, learns: bool) -> list[Tensor]:
     """y, with components their three parts, and where it learns the held states."""
     q, _, _, _, phi_k, *_ = inputs
@@ -98,12 +93,12 @@ def _forward(given: _Given, inputs: list[Tensor | None], *, components: bool, le
     held = None
     if learns:
         sizes = (ctypes.c_int64 * 2)()
-        library().hybrid_held(ctypes.byref(_struct(given, inputs)), sizes)
+        cpu.library().hybrid_held(ctypes.byref(_struct(given, inputs)), sizes)
         tokens = given.runs[:, 2] - given.runs[:, 1]
         counts = (tokens + sizes[1] - 1) // sizes[1]
         given.runs[:, 3] = counts.cumsum(0) - counts
         held = q.new_empty(int(counts.sum()) * phi_k.shape[1] * sizes[0])
-    _run("hybrid_forward", _struct(given, inputs, held=held, **dict(zip(OUTPUTS, outputs, strict=False))))
+    run("hybrid_forward", _struct(given, inputs, held=held, **dict(zip(OUTPUTS, outputs, strict=False))))
     return outputs if held is None else [*outputs, held]
 
 
@@ -134,7 +129,7 @@ class _Hybrid(torch.autograd.Function):
             grads["phi_q"] = torch.empty_like(inputs[INPUTS.index("phi_q")])
         others = {f"d{n}": x for n, x in grads.items()}
         dy = dense(dy)  # held here for as long as C reads it
-        _run("hybrid_backward", _struct(given, inputs, y=y, held=held, dy=dy, **others))
+        run("hybrid_backward", _struct(given, inputs, y=y, held=held, dy=dy, **others))
         found = {n: x.sum(0) if n in ("mix", "log_scale") else x for n, x in grads.items()}
         return None, None, *(found.get(n) if w else None for n, w in zip(INPUTS, ctx.needs_input_grad[2:], strict=True))
 
@@ -155,9 +150,7 @@ def hybrid_attention_cpu(
     first_query: int = 0,
 ) -> list[Tensor]:
     """y, and with `components` the three parts, as `hybrid_attention_chunked` has them; without a state."""
-    for x in (k, v, phi_q, phi_k, mix, log_scale, window_keep):
-        if x is not None and x.device != q.device:
-            raise RuntimeError(f"hybrid_attention: q is on {q.device}, another tensor on {x.device}")
+    check_device("hybrid_attention", q, k, v, phi_q, phi_k, mix, log_scale, window_keep)
     dtype = q.dtype
     if options.scale <= 0:  # the kernels take the largest product for the largest score
         q, options = q.float() * options.scale, replace(options, scale=1.0)

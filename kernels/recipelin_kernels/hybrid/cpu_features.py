@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..cpu import library
-from ..cpu.calls import VECTOR, dense
+from ..cpu.calls import VECTOR, check_device, dense, run, whole_vectors
 
 
 class Features(ctypes.Structure):
@@ -36,8 +35,7 @@ def _run(name: str, x: Tensor, weight: Tensor, clamp: float, **others: Tensor | 
         batch=batch, x_heads=x_heads, heads=heads, length=length, width=width, columns=columns,
         x_batch=x_batch, x_head=x_head, x_row=x_row, least=clamp, **pointers,
     )  # fmt: skip
-    if getattr(library(), name)(ctypes.byref(call), ctypes.c_long(torch.get_num_threads())):
-        raise MemoryError(f"{name}: no memory for its blocks")
+    run(name, call)
 
 
 class _Features(torch.autograd.Function):
@@ -71,8 +69,6 @@ def softmax_features_cpu(x: Tensor, weight: Tensor, clamp: float) -> Tensor:
         raise ValueError(
             f"x {tuple(x.shape)}: expected a width of {weight.shape[1]}, and heads that divide {weight.shape[0]}"
         )
-    if x.device != weight.device:
-        raise RuntimeError(f"x is on {x.device}, its map on {weight.device}")
-    x = x.float().resolve_neg()
-    phi: Tensor = _Features.apply(x if x.stride(-1) == 1 else x.contiguous(), dense(weight.float()), clamp)
+    check_device("softmax features", x, weight)
+    phi: Tensor = _Features.apply(whole_vectors(x), dense(weight.float()), clamp)
     return phi

@@ -5,8 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .. import cpu
-from ..cpu.calls import dense, runs_of, whole_vectors
+from ..cpu.calls import check_device, dense, run, runs_of, whole_vectors
 from ..hybrid.rows import JOINS, Options, Rows
 
 LINEAR = -1  # in the place of a join: target linear
@@ -23,7 +22,7 @@ class _Call(ctypes.Structure):
         *((name, _Given) for name in ("q", "k", "phi_q", "phi_k")),
         *((name, ctypes.c_void_p) for name in ("lse", "mix", "log_scale", "runs")),
         *((name, ctypes.c_void_p) for name in ("grad_phi_q", "grad_phi_k", "loss", "grad_mix", "grad_log_scale")),
-        *((name, ctypes.c_long) for name in ("heads", "key_heads", "feature_heads", "length")),
+        *((name, ctypes.c_long) for name in ("run_count", "heads", "key_heads", "feature_heads", "length")),
         *((name, ctypes.c_long) for name in ("width", "features", "longest")),
         *((name, ctypes.c_long) for name in ("join", "is_signed", "window", "terraced", "anchor", "sinks")),
         *((name, ctypes.c_long) for name in ("cover_all", "reach", "teacher_window")),
@@ -55,9 +54,7 @@ def weight_transfer_cpu(
     Raises MemoryError where a thread finds no room: about T (D + F + 256) numbers.
     """
     (batch, heads, length, _), features = q.shape, phi_q.shape[-1]
-    for x in (k, phi_q, phi_k, mix, log_scale, lse):
-        if x is not None and x.device != q.device:
-            raise RuntimeError(f"weight_transfer_loss: q is on {q.device}, another tensor on {x.device}")
+    check_device("weight_transfer_loss", q, k, phi_q, phi_k, mix, log_scale, lse)
     hybrid = target == "hybrid"
     runs = runs_of(rows, batch)
     runs[:, 2] -= runs[:, 1]  # to tokens
@@ -76,6 +73,7 @@ def weight_transfer_cpu(
         loss=sums["loss"].data_ptr(),
         grad_mix=sums["mix"].data_ptr(),
         grad_log_scale=sums["log_scale"].data_ptr(),
+        run_count=len(runs),
         heads=heads,
         key_heads=k.shape[1],
         feature_heads=phi_k.shape[1],
@@ -94,9 +92,7 @@ def weight_transfer_cpu(
         teacher_window=min(length, teacher_window or length),
         scale=options.scale,
     )
-    threads = ctypes.c_long(torch.get_num_threads())
-    if cpu.library().weight_transfer(ctypes.byref(call), ctypes.c_long(len(runs)), threads):
-        raise MemoryError("weight_transfer_loss: no memory for a thread of the C kernel")
+    run("weight_transfer", call)
     found = {n: x[..., :features] for n, x in grads.items()}
     found |= {n: sums[n].sum(0).float() for n in ("mix", "log_scale") if n in learn}
     return sums["loss"].sum(0).float(), found
