@@ -1,5 +1,6 @@
 """Hybrid attention that goes on from a state: prefill in parts, one token at once, padding, the teacher's reach."""
 
+import copy
 import itertools
 
 import pytest
@@ -352,8 +353,8 @@ def test_a_token_of_the_c_function_is_its_definition_for_any_threads(window, sin
     monkeypatch.setattr(cpu_step, "WORTH_A_THREAD", 1)
     calls, threads, length = [], torch.get_num_threads(), window + 42
     first = window + sinks + 5 if sinks else 20  # sinks are soon behind the window of the shorter row
-    step = cpu_step.cpu_token
-    monkeypatch.setattr(cpu_step, "cpu_token", lambda *a: calls.append(1) or step(*a))
+    step = cpu_step._token
+    monkeypatch.setattr(cpu_step, "_token", lambda *a: calls.append(1) or step(*a))
     # Each way by which query heads of a key head read together, and what is left of them: 4 and 4, 4 and 2 and 1, 4 and 1.
     for dim, columns, heads, per_key_head in (
         (128, 64, (8, 1), False),
@@ -411,8 +412,8 @@ def test_the_c_kernels_by_name_go_on_from_any_state(options):
 @pytest.mark.parametrize("join", [j for j in JOINS if j != "replace"])
 def test_tokens_of_signed_features(join, monkeypatch):
     """With rows at the floor of the denominator. What `chunked` has in float32 is the measure."""
-    step, calls = cpu_step.cpu_token, []
-    monkeypatch.setattr(cpu_step, "cpu_token", lambda *a: calls.append(1) or step(*a))
+    step, calls = cpu_step._token, []
+    monkeypatch.setattr(cpu_step, "_token", lambda *a: calls.append(1) or step(*a))
     exact = Inputs(length=40, dim=16, features=32)
     make = torch.Generator().manual_seed(2)
     exact.features = lambda k: (k.repeat_interleave(3, 1) @ exact.map.to(k)) * (k[..., :1] > -1).repeat_interleave(3, 1)
@@ -450,6 +451,51 @@ def test_a_map_that_changes_between_tokens(inference):
             y, state = hybrid_attention_step(*x.token(t), x.mix, state, **options)
             expected, other = hybrid_attention_step(*x.cut(t, t + 1)[:4], x.maps[1].make, x.mix, other, **options)
             assert (y - expected).abs().max() < 1e-6
+
+
+OTHERWISE = (
+    {"scale": 0.7},
+    {"kernel": "chunked"},
+    {"join": "shared"},
+    {"join": "average"},
+    {"cover": "all"},
+    {"ablate": {"linear": "mass"}},
+    {"key_mask": torch.tensor([[True], [False]])},
+    {"window_keep": torch.arange(12).view(2, 6) % 2 == 0},
+    {"log_scale": torch.tensor([0.3])},
+    {"log_scale": torch.linspace(-1, 1, 6).double()},
+    {"signed": True},
+)
+
+
+@pytest.mark.parametrize("options", OTHERWISE, ids=lambda options: next(iter(options)))
+def test_tokens_that_ask_the_same_are_prepared_once(options, monkeypatch):
+    """From room to room. One that asks for something else, or comes in another precision, is not taken for one of them."""
+    made, ran = ([] for _ in range(2))
+    for name, calls in (("_prepare", made), ("_token", ran)):
+        own = getattr(cpu_step, name)
+        monkeypatch.setattr(cpu_step, name, lambda *a, own=own, calls=calls: calls.append(1) or own(*a))
+    x = Single(length=24)
+    same = dict(window=5, join="absolute", log_scale=x.log_scale)
+    same |= dict(kernel="auto", cover="outside", ablate={}, key_mask=None, window_keep=None, scale=0.25, signed=False)
+    with torch.no_grad():
+        _, state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **same)
+        for t in range(10, 22):
+            _, state = hybrid_attention_step(*x.token(t), x.mix, state, **same)
+        assert len(made) == 1 and len(ran) == 12
+        found, expected = copy.copy(state), settled(state)
+        same["ablate"].update(options.get("ablate", {}))  # the caller's own
+        for t in (22, 23):
+            y, expected = hybrid_attention_step(*x.token(t), x.mix, settled(expected), **same | options)
+            other, found = hybrid_attention_step(*x.token(t), x.mix, found, **same | options)
+            assert (other - y).abs().max() < 1e-6
+        expected = settled(state)
+        same["ablate"].clear()
+        for t in (22, 23):
+            q, *others = x.token(t)
+            y, expected = hybrid_attention_step(q, *others, x.mix, expected, **same)
+            other, state = hybrid_attention_step(q.double(), *others, x.mix, state, **same)
+            assert other.dtype == torch.float64 and (other - y).abs().max() < 1e-6
 
 
 def test_a_token_like_the_last_one_without_a_map_of_keys_is_refused():

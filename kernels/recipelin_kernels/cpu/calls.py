@@ -25,6 +25,11 @@ def check_device(name: str, x: Tensor, *others: Tensor | None) -> None:
             raise RuntimeError(f"{name}: a tensor is on {x.device}, another tensor on {other.device}")
 
 
+def is_traced() -> bool:
+    """Whether torch.compile or torch.jit.trace looks on: neither can look into the C kernels."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def dense(x: Tensor) -> Tensor:
     """x as its memory has it: without gaps, and without a sign that is still to be taken (`Tensor.is_neg`)."""
     return (x.resolve_neg() if x.is_neg() else x).contiguous()

@@ -22,8 +22,7 @@ typedef struct {
   float *next_sums, *next_k, *next_v;
   float *room_k, *room_v; /* [B,Hkv,sinks + ring + left,D] */
   float *room_phi;        /* [B,p,left,F] */
-  const int64_t *positions;
-  int64_t *next_positions;
+  const int64_t *positions; /* [B]: before the room's first token */
   float *y; /* [B,H,D] */
 } Token;
 
@@ -193,7 +192,7 @@ INLINE void scaled(long n, float *x, float factor, float inverse) {
 
 /* Features of late keys from .. to of a map head; of rows whose ring is not full yet, zeros for its empty places. */
 static void late_features(const Token *t, long row, const float *keys, const float *weight, float *phi, float *u) {
-  long n = t->end - t->begin, columns = t->features / 2, empty = t->ring + t->late - t->positions[row];
+  long n = t->end - t->begin, columns = t->features / 2, empty = t->ring - t->positions[row];
   product(n, columns, t->width, keys + t->begin * t->width, t->width, 1, weight, columns, LANES, u, columns, NULL, 0);
   for (long i = 0; i < n; i++) {
     float *made = phi + (t->begin + i) * t->features;
@@ -272,12 +271,11 @@ static void token_head(const void *call, long index, float *room) {
   Plan p = plan_of(t);
   long row = index / t->key_heads, head = index % t->key_heads, width = t->width, count = t->features;
   long oldest = t->sinks + t->late, newest = oldest + t->ring, per_key = t->map_heads / t->key_heads;
-  long first = oldest + most(0, t->ring - t->positions[row]); /* of the window that is there */
+  long first = oldest + most(0, t->ring - t->late - t->positions[row]); /* of the window that is there */
   float *k = t->room_k + index * p.places * width, *v = t->room_v + index * p.places * width;
   float *q = room + p.q, *made = room + p.phi, *w = room + p.weights;
   memcpy(k + newest * width, t->k + index * width, width * sizeof(float));
   memcpy(v + newest * width, t->v + index * width, width * sizeof(float));
-  if (head == 0) t->next_positions[row] = t->positions[row] + 1;
 
   long query = row * t->heads + head * p.queries, map = row * t->map_heads + head * per_key;
   const float *given = t->q + query * width, *phi = t->phi_q ? t->phi_q + query * count : made;

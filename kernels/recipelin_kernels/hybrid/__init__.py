@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..autocast import ignores_autocast
 from ..cpu import why_not as why_no_c
+from ..cpu.calls import is_traced
 from . import cpu_step, gpu_support
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
@@ -90,15 +91,12 @@ def _not_in_c(device: torch.device | str, dtype: torch.dtype | None) -> str | No
         return f"the C kernels are for a CPU, found {torch.device(device).type}"
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         return f"the C kernels compute in float32, found {dtype}"
-    if _is_traced():
+    if is_traced():
         return "torch.compile and torch.jit.trace cannot look into the C kernels"
     return why_no_c()
 
 
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
+@cpu_step.as_the_last_token
 @ignores_autocast
 def hybrid_attention(
     q: Tensor,
@@ -179,19 +177,6 @@ def hybrid_attention(
     token after a state has a kernel of its own, see `hybrid_attention_step`; of more tokens `cpu` leaves to `chunked` what
     goes on from a state.
     """
-    signature: tuple[object, ...] = ()
-    if isinstance(state, HybridState) and output_state:
-        signature = cpu_step.signature_of(
-            q, k, v, phi_q, phi_k_fn, window, shape, sinks, cover, join, scale, on_drop, components, kernel, signed, reach,
-            compat, chunk, first_query, max_gradient, not ablate, key_mask is None, segment_ids is None,
-            window_keep is None, mix is None, log_scale is None,
-        )  # fmt: skip
-        call = None if state.room is None else state.room.prepared
-        free = not torch.is_grad_enabled() and not _is_traced()
-        if (
-            call is not None and phi_k_fn is not None and call.signature == signature and free
-        ):  # a token as the last one
-            return cpu_step.cpu_token(q, k, v, phi_q, mix, log_scale, phi_k_fn, call.options, state, signature)
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)
     one_of("join", join, JOINS)
@@ -251,7 +236,7 @@ def hybrid_attention(
             state = standing(state, phi_k_fn)
             check_lead(state, held)
             if takes == "cpu" and cpu_step.takes(q, k, v, phi_q, phi_k_fn, state):
-                return cpu_step.cpu_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state, signature)
+                return cpu_step.cpu_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
             phi_q = phi_q(q) if isinstance(phi_q, SoftmaxMap) else phi_q
             return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
     if isinstance(phi_q, SoftmaxMap):

@@ -5,21 +5,26 @@ and leave the window before the room is full.
 """
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import cpu
-from ..cpu.calls import VECTOR, dense
+from ..autocast import without_autocast
+from ..cpu.calls import VECTOR, dense, is_traced
+from .room import Room
 from .rows import JOINS, LOG2E, Options
 from .softmax_map import SoftmaxMap
 from .state import HybridState, RoomState, check_heads
 from .step import map_leaving, moved, placed
 
 WORTH_A_THREAD = 1 << 20  # bytes of the sums: to start a thread takes as long as to read some 0.3 MB
+
+ARGUMENTS = ("q", "k", "v", "phi_q", "phi_k", "mix")  # of `hybrid_attention` by their places
 
 Maps = Callable[[Tensor], Tensor] | Tensor | SoftmaxMap | None
 
@@ -33,24 +38,32 @@ class Token(ctypes.Structure):
         *((n, ctypes.c_float) for n in ("scale", "clamp_q", "clamp_k")),
         *((n, ctypes.c_void_p) for n in ("q", "k", "v", "phi_q", "weight_q", "weight_k", "strength", "sums")),
         *((n, ctypes.c_void_p) for n in ("next_sums", "next_k", "next_v", "room_k", "room_v", "room_phi")),
-        *((n, ctypes.c_void_p) for n in ("positions", "next_positions", "y")),
+        *((n, ctypes.c_void_p) for n in ("positions", "y")),
     )  # fmt: skip
 
 
 @dataclass(eq=False)
 class Prepared:
-    """A Token whose fields of a room are filled in, for calls that ask the same.
+    """A Token whose fields of a room and of the maps are filled in, and what the calls have in common that may use it.
 
-    made: late keys, from the room's first on, whose features are there. maker: what made them, by a weight that is held.
+    maps: of queries and keys, where the token names their weights. is_fixed: the map of keys is made in inference mode, and
+    so does not say when it changes. made: late keys, from the room's first on, whose features are there, by this version of
+    their map.
     """
 
     token: Token
-    signature: tuple[object, ...]
     options: Options
-    sums: Tensor
-    held: tuple[Maps, ...]
+    maps: tuple[SoftmaxMap | None, SoftmaxMap | None]
+    is_fixed: bool
+    signature: list[object] = field(default_factory=list)
     made: int = 0
-    maker: tuple[object, ...] = ()
+    version: int = -1
+
+    def of(self, room: Room) -> "Prepared":
+        """The same for a room of the same sizes, of whose late keys none has features yet."""
+        token = Token.from_buffer_copy(self.token)
+        _place_in(token, room)
+        return replace(self, token=token, made=0)
 
 
 @cache
@@ -71,18 +84,41 @@ def takes(q: Tensor, k: Tensor, v: Tensor, phi_q: Maps, phi_k_fn: Maps, state: H
     return whole and all(w.is_contiguous() and not w.is_neg() and not w.shape[2] % VECTOR for w in weights)
 
 
-def signature_of(
-    q: Tensor, k: Tensor, v: Tensor, phi_q: object, phi_k_fn: object, *options: object
-) -> tuple[object, ...]:
-    """What two calls have in common of which the second needs no checks: their options, and the kinds of their tensors."""
-    return _kind(q), _kind(k), _kind(v), _kind(phi_q), _kind(phi_k_fn), *options
+def as_the_last_token(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`hybrid_attention`, but a token that asks what the one before it asked, in numbers of the same kinds, is not checked.
+
+    What a call is asked for are its arguments: tensors and maps by their kinds, all others by value.
+    """
+
+    @wraps(function)
+    def called(*given: Any, **named: Any) -> Any:
+        asked = dict(zip(ARGUMENTS, given, strict=False)) | named
+        state = asked.pop("state", None)
+        if not isinstance(state, HybridState) or torch.is_grad_enabled():
+            return function(*given, **named)
+        signature = [*asked, *map(_kind, asked.values())]
+        behind = state if isinstance(state, RoomState) else None
+        call = behind and behind.room.prepared
+        if behind and call and call.signature == signature and not is_traced() and behind.room.take(behind.late):
+            numbers = asked.get("mix"), asked.get("log_scale")
+            return _token(call, asked["q"], asked["k"], asked["v"], asked["phi_q"], *numbers, asked["phi_k_fn"], behind)
+        found = function(*given, **named)
+        following = found[1] if isinstance(found, tuple) else None
+        if isinstance(following, RoomState) and following.room.prepared and not following.room.prepared.signature:
+            # By this call. The caller may change what it has given.
+            following.room.prepared.signature = [dict(x) if isinstance(x, Mapping) else x for x in signature]
+        return found
+
+    return called
 
 
 def _kind(given: object) -> object:
+    if isinstance(given, Tensor):
+        return given.shape, given.dtype, given.device
     if isinstance(given, SoftmaxMap):
         weight = given.weight
         return id(weight), weight.data_ptr(), weight.dtype, given.clamp
-    return (given.shape, given.dtype, given.device) if isinstance(given, Tensor) else None
+    return given
 
 
 def cpu_token(
@@ -95,81 +131,107 @@ def cpu_token(
     phi_k_fn: Callable[[Tensor], Tensor],
     options: Options,
     state: HybridState,
-    signature: tuple[object, ...],
 ) -> tuple[Tensor, HybridState]:
     """`plain_token` where `takes`; features of phi_q and phi_k_fn are made by the same function where they are SoftmaxMaps."""
     state = placed(state)
-    room, late = state.room, state.late
-    call = room.prepared
-    if call is None or call.signature != signature or call.sums is not state.sums:
-        token = _prepare(q, k, phi_q, phi_k_fn, options, state)
-        call = room.prepared = Prepared(token, signature, options, state.sums, (phi_q, phi_k_fn))
-    token = call.token
+    call = state.room.prepared = _prepare(q, k, phi_q, phi_k_fn, options, state)
+    return _token(call, q, k, v, phi_q, mix, log_scale, phi_k_fn, state)
+
+
+def _token(
+    call: Prepared,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_q: Tensor | SoftmaxMap,
+    mix: Tensor | None,
+    log_scale: Tensor | None,
+    phi_k_fn: Callable[[Tensor], Tensor],
+    state: RoomState,
+) -> tuple[Tensor, HybridState]:
+    """A token of the kinds that the call is prepared for, at a place of the room that is the caller's."""
+    token, room, late = call.token, state.room, state.late
     # Held by their names, as all that is made here, until the call is over.
-    q, k, v = dense(q), dense(k), dense(v)
-    strength = {"shared": mix, "absolute": log_scale}.get(options.join)
+    q, k, v, y = dense(q), dense(k), dense(v), torch.empty_like(q)
+    token.q, token.k, token.v, token.y, token.late = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(), late
+    strength = {"shared": mix, "absolute": log_scale}.get(call.options.join)
     if strength is not None:
-        if strength.dtype != torch.float32 or strength.shape != (token.heads,):
-            strength = strength.to(q).expand(token.heads)
+        if strength.dtype != torch.float32 or strength.shape != q.shape[1:2]:
+            strength = strength.to(q).expand(q.shape[1])
         strength = dense(strength)
         token.strength = strength.data_ptr()
     if isinstance(phi_q, Tensor):
         phi_q = dense(phi_q.to(q))
         token.phi_q = phi_q.data_ptr()
-    else:
-        token.weight_q, token.clamp_q = phi_q.weight.data_ptr(), phi_q.clamp
-    by_map, following = isinstance(phi_k_fn, SoftmaxMap), None
-    positions, y = torch.empty_like(state.positions), torch.empty_like(q)
-    if isinstance(phi_k_fn, SoftmaxMap):
-        _make_ahead(call, phi_k_fn, late)
+    by_map, after = call.maps[1], None
+    if by_map is not None:
+        _make_ahead(call, by_map.weight, late)
         if late + 1 == room.left:
-            full = room.full or int(state.positions.min()) + 1 >= state.ring
-            sums, after = torch.empty_like(state.sums), room.empty(full)
-            token.next_sums, token.next_k, token.next_v = sums.data_ptr(), after.k.data_ptr(), after.v.data_ptr()
-            following = RoomState(sums, state.sink_k, state.sink_v, positions, after, 0)
-    token.q, token.k, token.v, token.y = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr()
-    token.late, token.positions, token.next_positions = late, state.positions.data_ptr(), positions.data_ptr()
+            begin = state.positions + 1
+            after = room.empty(begin, room.full or int(begin.min()) >= state.ring)
+            token.next_sums, token.next_k, token.next_v = after.sums.data_ptr(), after.k.data_ptr(), after.v.data_ptr()
     if _library().step_token(ctypes.byref(token)):
         raise MemoryError("the C kernels found no memory for a thread")
-    if by_map:
-        call.made = token.end
-    else:
-        map_leaving(state, phi_k_fn, k.dtype)
-    return y, following or moved(state, positions)
+    if by_map is None:
+        with without_autocast(q.device):
+            map_leaving(state, phi_k_fn, k.dtype)
+            return y, moved(state)
+    call.made = token.end
+    if after is None:
+        return y, moved(state)
+    after.prepared = call.of(after)
+    return y, RoomState(after, 0)
 
 
-def _prepare(q: Tensor, k: Tensor, phi_q: Maps, phi_k_fn: Maps, options: Options, state: RoomState) -> Token:
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    phi_q: Tensor | SoftmaxMap,
+    phi_k_fn: Callable[[Tensor], Tensor],
+    options: Options,
+    state: RoomState,
+) -> Prepared:
     """Raises ValueError for a state of calls of other sizes."""
     (batch, heads, _, width), key_heads, room, sums = q.shape, k.shape[1], state.room, state.sums
-    features = phi_q.features if isinstance(phi_q, SoftmaxMap) else phi_q.shape[3] if isinstance(phi_q, Tensor) else 0
+    features = phi_q.features if isinstance(phi_q, SoftmaxMap) else phi_q.shape[3]
     if (*room.k.shape[:2], room.k.shape[3]) != (batch, key_heads, width) or sums.shape[2:] != (features, width + 1):
         raise ValueError(
             f"state: holds keys {tuple(room.k.shape)} and sums {tuple(sums.shape)}, beside q {tuple(q.shape)}, "
             f"k {tuple(k.shape)} and {features} features: it was made by other calls"
         )
-    if isinstance(phi_k_fn, SoftmaxMap):
-        check_heads(sums.shape[1], phi_k_fn.heads)
-    return Token(
+    token = Token(
         batch=batch, heads=heads, key_heads=key_heads, map_heads=sums.shape[1], width=width, features=features,
         sinks=options.sinks, ring=state.ring, left=room.left, join=JOINS.index(options.join), is_signed=options.signed,
         threads=min(torch.get_num_threads(), max(1, sums.nbytes // WORTH_A_THREAD)), scale=options.scale * LOG2E,
-        sums=sums.data_ptr(), room_k=room.k.data_ptr(), room_v=room.v.data_ptr(), room_phi=room.phi.data_ptr(),
     )  # fmt: skip
+    _place_in(token, room)
+    map_q = phi_q if isinstance(phi_q, SoftmaxMap) else None
+    map_k = phi_k_fn if isinstance(phi_k_fn, SoftmaxMap) else None
+    if map_q is not None:
+        token.weight_q, token.clamp_q = map_q.weight.data_ptr(), map_q.clamp
+    if map_k is not None:
+        check_heads(sums.shape[1], map_k.heads)
+        token.weight_k, token.clamp_k = map_k.weight.data_ptr(), map_k.clamp
+    return Prepared(token, options, (map_q, map_k), map_k is not None and map_k.weight.is_inference(), made=state.late)
 
 
-def _make_ahead(call: Prepared, map_k: SoftmaxMap, late: int) -> None:
+def _place_in(token: Token, room: Room) -> None:
+    token.sums, token.positions = room.sums.data_ptr(), room.begin.data_ptr()
+    token.room_k, token.room_v, token.room_phi = room.k.data_ptr(), room.v.data_ptr(), room.phi.data_ptr()
+    token.next_sums = None
+
+
+def _make_ahead(call: Prepared, weight: Tensor, late: int) -> None:
     """Has the features of all keys of the room made that leave the window before it is full, once the next one lacks them.
 
-    A weight made in inference mode does not say when it changes: then of one key alone.
+    A weight that does not say when it changes makes those of one key alone.
     """
-    token, weight = call.token, map_k.weight
-    maker = id(weight), weight.data_ptr(), None if weight.is_inference() else weight._version, map_k.clamp
-    if call.maker != maker:
-        call.maker, call.made = maker, late
-    token.begin = call.made
-    ahead = 1 if weight.is_inference() else token.ring + 1
-    token.end = call.made if call.made > late else min(token.left, late + ahead)
-    token.weight_k, token.clamp_k = weight.data_ptr(), map_k.clamp
+    token, version = call.token, -1 if call.is_fixed else weight._version
+    if call.version != version:
+        call.version, call.made = version, late
+    token.begin = token.end = call.made
+    if call.made <= late:
+        token.end = min(token.left, late + (1 if call.is_fixed else token.ring + 1))
 
 
-__all__ = ["Prepared", "cpu_token", "signature_of", "takes"]
+__all__ = ["Prepared", "as_the_last_token", "cpu_token", "takes"]

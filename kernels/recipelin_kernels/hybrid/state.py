@@ -48,9 +48,9 @@ class HybridState:
 
     @property
     def bytes(self) -> int:
-        in_room = () if self.room is None else ("ring_k", "ring_v", "late_phi", "late_v")
-        own = sum(x.numel() * x.element_size() for n, x in self.tensors.items() if n not in in_room)
-        return own if self.room is None else own + self.room.bytes
+        if self.room is not None:
+            return self.room.bytes
+        return sum(x.numel() * x.element_size() for x in self.tensors.values())
 
     @property
     def batch(self) -> int:
@@ -64,16 +64,32 @@ class HybridState:
 
 
 class RoomState(HybridState):
-    """A state in a room, after `late` keys have left its ring; its views are made when they are looked at.
+    """A state in a room, after `late` keys have left its ring; what it holds is made when it is looked at.
 
-    Decoding does not look: it would make four for each token.
+    Decoding does not look: it would make five tensors for each token.
     """
 
     room: Room
     late: int
 
-    def __init__(self, sums: Tensor, sink_k: Tensor, sink_v: Tensor, positions: Tensor, room: Room, late: int) -> None:
-        vars(self).update(sums=sums, sink_k=sink_k, sink_v=sink_v, positions=positions, room=room, late=late)
+    def __init__(self, room: Room, late: int) -> None:
+        vars(self).update(room=room, late=late)
+
+    @property
+    def sums(self) -> Tensor:
+        return self.room.sums
+
+    @property
+    def sink_k(self) -> Tensor:
+        return self.room.sink_k
+
+    @property
+    def sink_v(self) -> Tensor:
+        return self.room.sink_v
+
+    @cached_property
+    def positions(self) -> Tensor:
+        return self.room.begin + self.late
 
     @property
     def ring(self) -> int:

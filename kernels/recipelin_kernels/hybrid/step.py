@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .block import Block, Chunk, Past
 from .chunk import HIDDEN, Inputs, Sums, dot, factors, fold, forward, weigh
-from .room import room_for
+from .room import Room, in_front
 from .rows import LOG2E, Options, Rows
 from .state import HybridState, RoomState, added, check_heads, filled, late_most, settled, state_rows, whole_sums
 from .step_state import StepState
@@ -76,7 +76,7 @@ def plain_token(
     past = held[..., :-1]
     y.add_(past if b_factor is None else past * b_factor).div_(den)
     map_leaving(state, phi_k_fn, k.dtype)
-    return y.to(q.dtype), moved(state, state.positions + 1)
+    return y.to(q.dtype), moved(state)
 
 
 def placed(state: HybridState) -> RoomState:
@@ -98,9 +98,9 @@ def map_leaving(state: RoomState, phi_k_fn: Callable[[Tensor], Tensor], dtype: t
         room.phi.narrow(2, late, 1).mul_((state.positions >= state.ring)[:, None, None, None])
 
 
-def moved(state: RoomState, positions: Tensor) -> RoomState:
+def moved(state: RoomState) -> RoomState:
     """The state after a token, whose key and value are in the room as are the features of the key that leaves."""
-    following = RoomState(state.sums, state.sink_k, state.sink_v, positions, state.room, state.late + 1)
+    following = RoomState(state.room, state.late + 1)
     return following if following.late < state.room.left else _in_room(following, whole_sums(following))
 
 
@@ -108,10 +108,12 @@ def _in_room(state: HybridState, sums: Tensor) -> RoomState:
     """The state in a room of its own; sums: with its late keys."""
     sums = sums.contiguous()
     batch, map_heads, features, width = sums.shape
+    left = late_most(width - 1)
     full = bool((state.positions >= state.ring_k.shape[2]).all())
-    phi = sums.new_empty(batch, map_heads, late_most(width - 1), features)
-    room = room_for((state.sink_k, state.ring_k), (state.sink_v, state.ring_v), full, phi)
-    return RoomState(sums, state.sink_k, state.sink_v, state.positions, room, 0)
+    phi = sums.new_empty(batch, map_heads, left, features)
+    k, v = in_front(state.sink_k, state.ring_k, left), in_front(state.sink_v, state.ring_v, left)
+    room = Room(sums, state.sink_k, state.sink_v, state.positions, k, v, phi, full, set(range(left)))
+    return RoomState(room, 0)
 
 
 @torch.no_grad()
