@@ -45,14 +45,13 @@ static void outputs(const Unit *u, const Chunk *h, const Head *head, const float
     return;
   }
   float *window_y = c->window_y + at * width;
-  memset(window_y, 0, count * width * sizeof(float));
-  if (sinks) product(count, width, sinks, s, ld, 1, u->v, width, LANES, window_y, width, window_scale, 1);
+  if (sinks) product(count, width, sinks, s, ld, 1, u->v, width, LANES, window_y, width, window_scale, 0);
   for (long r = 0; r < count; r += ROWS) {
     long n = least(ROWS, count - r), keys = h->t0 + r + n - h->origin;
     long from = c->sinks > h->origin ? 0 : most(0, window_start(c, h->t0 + r) - h->origin);
     long linear = most(0, linear_end(c, head, h->t0 + r + n - 1) - h->origin);
     product(n, width, most(0, keys - from), s + r * ld + u->extra + from, ld, 1, v + from * width, width, LANES,
-            window_y + r * width, width, window_scale + r, 1);
+            window_y + r * width, width, window_scale + r, sinks > 0);
     if (c->has_linear && c->shown_linear)
       product(n, width, linear, l + r * ld + u->extra, ld, 1, v, width, LANES, linear_y + r * width, width, linear_scale + r, 1);
   }

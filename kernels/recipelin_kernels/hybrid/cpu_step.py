@@ -8,7 +8,7 @@ import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ WORTH_A_THREAD = 1 << 20  # bytes of the sums: to start a thread takes as long a
 
 ARGUMENTS = ("q", "k", "v", "phi_q", "phi_k", "mix")  # of `hybrid_attention` by their places
 
+F = TypeVar("F", bound=Callable[..., Any])
 Maps = Callable[[Tensor], Tensor] | Tensor | SoftmaxMap | None
 
 
@@ -84,7 +85,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, phi_q: Maps, phi_k_fn: Maps, state: H
     return whole and all(w.is_contiguous() and not w.is_neg() and not w.shape[2] % VECTOR for w in weights)
 
 
-def as_the_last_token(function: Callable[..., Any]) -> Callable[..., Any]:
+def as_the_last_token(function: F) -> F:
     """`hybrid_attention`, but a token that asks what the one before it asked, in numbers of the same kinds, is not checked.
 
     What a call is asked for are its arguments: tensors and maps by their kinds, all others by value.
@@ -109,7 +110,7 @@ def as_the_last_token(function: Callable[..., Any]) -> Callable[..., Any]:
             following.room.prepared.signature = [dict(x) if isinstance(x, Mapping) else x for x in signature]
         return found
 
-    return called
+    return called  # type: ignore[return-value]
 
 
 def _kind(given: object) -> object:
