@@ -132,11 +132,12 @@ def test_a_states_sink_may_be_the_largest_score_of_a_row(monkeypatch):
     assert_same(*found, FP32, names=("y", "d_q", "d_k", "d_v", "d_phi_q", "d_phi_k"))
 
 
-def test_goes_on_from_a_state_with_windows_dropped_and_features_of_key_heads():
+@pytest.mark.parametrize("on_drop", ["linear_outside", "linear_covers_all"])
+def test_goes_on_from_a_state_with_windows_dropped_and_features_of_key_heads(on_drop):
     """Whether a sink is linear depends on the query head then: the state's heads are repeated."""
     x = Inputs((4, 2), 40, 1, per_key_head=True).like(torch.float32, DEVICE)
     keep = torch.tensor([[True, False, False, True]], device=DEVICE)
-    options = dict(window=6, sinks=3, window_keep=keep, on_drop="linear_outside")
+    options = dict(window=6, sinks=3, window_keep=keep, on_drop=on_drop)
     whole = attend(x.like(torch.float64, DEVICE), kernel="reference", **options)
     _, state = hybrid_attention(*x.cut(0, 20), x.mix, kernel="chunked", output_state=True, **options)
     assert state.sums.shape[1] == 2

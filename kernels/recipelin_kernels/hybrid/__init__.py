@@ -25,6 +25,7 @@ from .state import (
     check_lead,
     check_state,
     continued,
+    dropping,
     empty_state,
     filled,
     next_state,
@@ -154,7 +155,7 @@ def hybrid_attention(
     ablate {branch: "mass" | "output"}: the branch leaves numerator and denominator, or the numerator alone (in `average`
     its weight stays). `window` means its keys that are no sinks, `sinks` those that are not in the window; keys that are
     switched off do not become linear. window_keep [B,H] bool: where False, W is empty in training (SSD); `on_drop` says
-    whether L then covers all keys. A row that sees nothing gives exactly 0, and so do padded queries. signed: features
+    whether L then covers all keys, sinks too. A row that sees nothing gives exactly 0, and so do padded queries. signed: features
     may be negative (activation `none`): |denominator| >= 1e-6. max_gradient: whether the row maximum, which `shared`
     does not cancel, carries gradient. state: goes on from there (no gradient into it); needs `phi_k_fn`, keys
     [B,Hkv,n,D] -> features, for the ring's keys. phi_k may be None, and is computed by `phi_k_fn` where it is needed. Then
@@ -209,6 +210,8 @@ def hybrid_attention(
         reach=reach,
     )
     batch, _, length, _ = k.shape
+    if window_keep is not None:
+        window_keep = window_keep.expand(q.shape[:2])
     held = options  # of the state
     if compat is not None:
         check_compat(compat, options, key_mask, segment_ids)
@@ -295,7 +298,8 @@ def hybrid_attention(
     if before:
         q = F.pad(q, (0, 0, before, 0))
         phi_q = phi_q if maps else F.pad(phi_q, (0, 0, before, 0))
-    arguments = (q, k, v, phi_q, phi_k, mix, log_scale, window_keep, options)
+    of_heads, past_of_heads = dropping(phi_k, past, window_keep, options)
+    arguments = (q, k, v, phi_q, of_heads, mix, log_scale, window_keep, options)
     if ran == "reference":
         if state is not None:
             raise ValueError("kernel='reference' computes whole rows: it takes no state; use 'chunked'")
@@ -315,7 +319,7 @@ def hybrid_attention(
             raise ValueError(f"chunk={chunk}: kernel 'gpu' has blocks of its own; chunks are of 'chunked'")
         packed = segment_ids is not None
         parts = hybrid_attention_gpu(
-            *arguments, own, k_rows, past=past, plain=plain, segmented=packed, components=components,
+            *arguments, own, k_rows, past=past_of_heads, plain=plain, segmented=packed, components=components,
             map_q=maps[0] if maps else None,
         )  # fmt: skip
     elif ran == "cpu":
@@ -324,7 +328,14 @@ def hybrid_attention(
         parts = hybrid_attention_cpu(*arguments, own, components=components, first_query=first_query)
     else:
         parts = hybrid_attention_chunked(
-            *arguments, own, k_rows, past=past, plain=plain, components=components, chunk=chunk, first_query=first_query
+            *arguments,
+            own,
+            k_rows,
+            past=past_of_heads,
+            plain=plain,
+            components=components,
+            chunk=chunk,
+            first_query=first_query,
         )
     parts = [x[:, :, before:] for x in parts] if before else parts
     returned: list[Any] = [parts[0]]

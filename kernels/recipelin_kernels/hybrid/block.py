@@ -1,7 +1,7 @@
 """Some rows and heads of a call of the chunked form: its chunks, who sees whom in them, and the running state between them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -36,14 +36,6 @@ class Past:
             self.sink_phi[rows, map_heads],
             self.sink_rows.cut(rows),
             self.lead,
-        )
-
-    def repeated(self, times: int) -> "Past":
-        """With a head of phi_k for each of `times` query heads."""
-        return replace(
-            self,
-            sums=self.sums.repeat_interleave(times, 1),
-            sink_phi=self.sink_phi.repeat_interleave(times, 1),
         )
 
 

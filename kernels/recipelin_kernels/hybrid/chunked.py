@@ -246,10 +246,6 @@ def hybrid_attention_chunked(
 ) -> list[Tensor]:
     """y, and with `components` the three parts, as the reference has them; in float32 (float64 for float64)."""
     given, dtype = q.dtype, torch.promote_types(q.dtype, torch.float32)
-    if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
-        # Whether a sink is in the state depends on the query head here.
-        group = q.shape[1] // phi_k.shape[1]
-        phi_k, past = phi_k.repeat_interleave(group, 1), past and past.repeated(group)
     chunk = chunk or (SHORT_CHUNK if options.span <= SHORT_CHUNK else CHUNK)
     whole = Block(options, q_rows, k_rows, window_keep, past, plain, chunk, first_query, dtype, {})
     tensors = [None if x is None else x.to(dtype).contiguous() for x in (q, k, v, phi_q, phi_k, mix, log_scale)]

@@ -154,11 +154,9 @@ def hybrid_attention_cpu(
     dtype = q.dtype
     if options.scale <= 0:  # the kernels take the largest product for the largest score
         q, options = q.float() * options.scale, replace(options, scale=1.0)
-    if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
-        phi_k = phi_k.repeat_interleave(q.shape[1] // phi_k.shape[1], 1)  # a dropped head's sums hold the sinks too
     tensors = [whole_vectors(x).contiguous() for x in (q, k, v, phi_q, phi_k)]
     numbers = [None if x is None else dense(x.float().expand(q.shape[1])) for x in (mix, log_scale)]
-    keep = None if window_keep is None else window_keep.expand(q.shape[:2]).to(torch.uint8).contiguous()
+    keep = None if window_keep is None else window_keep.to(torch.uint8).contiguous()
     runs = F.pad(runs_of(rows, q.shape[0]), (0, 1))  # held states are counted where there are any
     whole = int((runs[:, 2] - runs[:, 1]).sum()) == q.shape[0] * k.shape[2]
     given = _Given(runs, keep, options, first_query, whole)

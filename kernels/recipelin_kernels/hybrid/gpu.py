@@ -279,10 +279,6 @@ def hybrid_attention_gpu(
     q, k, v = (x.to(kind) for x in (q, k, v))
     features = kind if map_q is not None or phi_q.dtype == phi_k.dtype == kind else torch.float32
     phi_q, phi_k = q if map_q is not None else phi_q.to(features), phi_k.to(features)
-    if window_keep is not None and options.sinks and phi_k.shape[1] < q.shape[1]:
-        # Whether a sink is in the state depends on the query head here.
-        group = q.shape[1] // phi_k.shape[1]
-        phi_k, past = phi_k.repeat_interleave(group, 1), past and past.repeated(group)
     call = make_call(
         options, q, k, phi_k, map_q, window_keep, q_rows, k_rows, past, plain, segmented,
         blocks or fitting(kind, features, q.shape[-1]),

@@ -104,6 +104,12 @@ class Options:
         """Whether keys before the span go on to count, in sums."""
         return self.has("linear") and self.reach is None
 
+    @property
+    def drops_onto_sinks(self) -> bool:
+        """Whether sums hold the sinks of heads whose window is dropped, and of no others."""
+        covers = self.sinks > 0 and self.cover == "outside" and self.on_drop == "linear_covers_all"
+        return covers and self.sums_up
+
     def has(self, branch: str) -> bool:
         """Whether a branch is part of the row's mass."""
         return (branch, "mass") not in self.ablate

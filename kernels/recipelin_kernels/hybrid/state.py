@@ -21,11 +21,12 @@ def late_most(width: int) -> int:
 
 @dataclass(frozen=True)
 class HybridState:
-    """What decoding needs of the past. Its bytes do not grow, once it has a `room`.
+    """What decoding needs of the past, without gradient. Its bytes do not grow, once it has a `room`.
 
     p heads of phi_k, H or Hkv. sums [B,p,F,D+1]: sum of phi(k) [v, 1] over the keys that have left the ring (fp32; fp64
-    for fp64 inputs); zeros under `reach`. ring_k, ring_v [B,Hkv,n,D]: the last keys and values after RoPE, the newest last;
-    unused places are zeros. n is window - 1, terraced 2 window - 1, with `reach` and a linear branch reach - 1.
+    for fp64 inputs), with cover `outside` but for the sinks; zeros under `reach`. ring_k, ring_v [B,Hkv,n,D]: the last
+    keys and values after RoPE, the newest last; unused places are zeros. n is window - 1, terraced 2 window - 1, with
+    `reach` and a linear branch reach - 1.
     sink_k, sink_v [B,Hkv,sinks,D]: the first keys of the row. positions [B]: real tokens seen.
     late_phi [B,p,m,F], late_v [B,Hkv,m,D]: features (as the sums) and values (as the ring) of keys that have left the ring and
     are not yet in the sums, m < D / 8: the sums are most of the bytes, and so are mostly read; late keys add an eighth of
@@ -236,7 +237,7 @@ def continued(
         sums=state.sums,
         sink_k=state.sink_k.to(k.dtype),
         sink_v=state.sink_v.to(v.dtype),
-        sink_phi=phi_k_fn(state.sink_k.to(k.dtype)) if state.sink_k.shape[2] else phi_k[:, :, :0],
+        sink_phi=sink_features(state, phi_k_fn, k.dtype) if state.sink_k.shape[2] else phi_k[:, :, :0],
         sink_rows=sink_rows,
         lead=lead,
     )
@@ -244,6 +245,35 @@ def continued(
         phi_k = torch.cat((phi_k_fn(state.ring_k.to(k.dtype)), phi_k), 2)
         k, v = torch.cat((state.ring_k.to(k.dtype), k), 2), torch.cat((state.ring_v.to(v.dtype), v), 2)
     return own, k_rows, k, v, phi_k, past
+
+
+@torch.no_grad()
+def sink_features(state: HybridState, phi_k_fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+    return phi_k_fn(state.sink_k.to(dtype))
+
+
+def dropping(phi_k: Tensor, past: Past | None, keep: Tensor | None, options: Options) -> tuple[Tensor, Past | None]:
+    """phi_k and the past beside keep [B,H], as kernels take them: whether sums hold the sinks depends on the query head then."""
+    if keep is None or not options.sinks:
+        return phi_k, past
+    group = keep.shape[1] // phi_k.shape[1]
+    return _each(phi_k, group), None if past is None else with_dropped(past, group, keep, options)
+
+
+@torch.no_grad()
+def with_dropped(past: Past, group: int, keep: Tensor, options: Options) -> Past:
+    """The past with a head of phi_k for each query head; where the linear side of a dropped one covers the sinks, with those in
+    its sums. A state's own never hold them with cover `outside`: which windows are dropped may change from call to call."""
+    sums, sink_phi = _each(past.sums, group), _each(past.sink_phi, group)
+    if options.drops_onto_sinks:
+        enters = ~keep[:, :, None] & (past.sink_rows.segment >= 0)[:, None]
+        sums = added(sums, (sink_phi * enters[..., None]).to(sums), past.sink_v.to(sums))
+    return replace(past, sums=sums, sink_phi=sink_phi)
+
+
+def _each(x: Tensor, group: int) -> Tensor:
+    """[B,p,...] -> [B,p group,...]."""
+    return x if group == 1 else x.repeat_interleave(group, 1)
 
 
 def final_sums(
@@ -279,6 +309,7 @@ def final_sums(
     return sums
 
 
+@torch.no_grad()
 def next_state(
     k: Tensor,
     v: Tensor,

@@ -14,7 +14,19 @@ from .block import Block, Chunk, Past
 from .chunk import HIDDEN, Inputs, Sums, dot, factors, fold, forward, weigh
 from .room import Room, in_front
 from .rows import LOG2E, Options, Rows
-from .state import HybridState, RoomState, added, check_heads, filled, late_most, settled, state_rows, whole_sums
+from .state import (
+    HybridState,
+    RoomState,
+    added,
+    check_heads,
+    filled,
+    late_most,
+    settled,
+    sink_features,
+    state_rows,
+    whole_sums,
+    with_dropped,
+)
 from .step_state import StepState
 
 
@@ -142,10 +154,13 @@ def one_token(
         state = filled(state)
     own, k_rows, sink_rows = state_rows(state, own)
     lead, sinks = state.ring_k.shape[2], options.sinks
-    past = Past(state.sums, state.sink_k, state.sink_v, phi_k[:, :, :0], sink_rows, lead)
-    # Whether a sink is linear depends on the query head where windows are dropped.
-    group = q.shape[1] // phi_k.shape[1] if keep is not None and sinks else 1
-    past = past if group == 1 else past.repeated(group)
+    needs_sinks = keep is not None and options.drops_onto_sinks
+    sink_phi = sink_features(state, phi_k_fn, k.dtype) if needs_sinks else phi_k[:, :, :0]
+    past = Past(state.sums, state.sink_k, state.sink_v, sink_phi, sink_rows, lead)
+    group = 1
+    if keep is not None and sinks:
+        group = q.shape[1] // phi_k.shape[1]
+        past = with_dropped(past, group, keep, options)
     block = Block(options, own, k_rows, keep, past, False, 1, 0, dtype, {})
     masks = block.masks(Chunk(0, 0, 1, 0, lead + 1, 0), None)
 
