@@ -85,6 +85,14 @@ def test_what_owns_keys_may_meet_fewer_queries_and_a_call_without_components_kee
     compare(*of_case(name), components=(True, False) if GPU else (False,))
 
 
+def test_a_row_without_mass_is_zero():
+    """0 / 0 of the formula: a mix of 0, or features of 0, where there is no linear side beside the window."""
+    x = Inputs((2, 1), 33, 1)
+    x.mix[1], x.phi_q[:, :, 20:30] = 0, 0
+    for join in ("shared", "replace"):
+        compare(x, dict(window=25, join=join))
+
+
 def test_fp16():
     """Half precision in the interpreter, which cannot multiply bf16."""
     x = Inputs((2, 1), 40, 1)

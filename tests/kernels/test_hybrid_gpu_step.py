@@ -106,6 +106,17 @@ def test_equals_the_definition_and_its_state_the_chunked_ones(name):
     same(standing(moved, x.like(torch.float32, DEVICE).features), exact, stop, **options)
 
 
+def test_a_token_without_mass_is_zero():
+    """A head whose mix is 0 has nothing until a key has left the window."""
+    x = Inputs((2, 1), 6, 1).like(torch.float32, DEVICE)
+    x.mix[1] = 0
+    _, state = hybrid_attention(*x.cut(0, 1), x.mix, window=3, output_state=True, kernel="chunked")
+    y, _ = decode(x, state, 1, 6, window=3)
+    exact = x.like(torch.float64, DEVICE)
+    close(y, hybrid_attention(*exact.cut(0, 6), exact.mix, window=3, kernel="reference")[:, :, 1:])
+    assert not y[:, 1, :2].any()
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_state_of_other_feature_heads_is_refused(moved):
     x, other = (Inputs((4, 2), 8, 1, per_key_head).like(torch.float32, DEVICE) for per_key_head in (False, True))

@@ -73,6 +73,46 @@ def test_a_row_that_sees_nothing_is_exactly_zero(join, kernel):
     assert not empty.any()
 
 
+def without_mass(x: Inputs, what: str) -> Inputs:
+    """x with numbers that leave rows of some heads, or of some queries, without mass."""
+    for name in ("mix", "phi_q", "phi_k"):
+        setattr(x, name, getattr(x, name).clone())
+    if what == "mix":
+        x.mix[1:3] = 0
+    elif what == "log_scale":
+        x.log_scale = torch.where(torch.arange(len(x.mix)) % 2 == 0, x.log_scale, -torch.inf)
+    elif what == "queries":
+        x.phi_q[:, :, 3:20] = 0
+    else:
+        x.phi_k[:, :, :20] = 0
+    return x
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "cpu", "auto"])
+@pytest.mark.parametrize("what", ["mix", "log_scale", "queries", "keys"])
+def test_a_row_without_mass_is_zero_and_passes_no_gradient(what, kernel):
+    """0 / 0 of the formula, where a window counts for nothing and there is no linear side beside it; `auto` of float64, whose
+    window of 60 holds all keys, is torch's softmax."""
+    dtype, tolerance = (torch.float32, 3e-5) if kernel == "cpu" else (torch.float64, EXACT)
+    for join, cover, (window, sinks), signed in itertools.product(
+        JOINS, COVERS, [(5, 2), (60, 0), (0, 0)], [False, True]
+    ):
+        options = dict(window=window, sinks=sinks, join=join, cover=cover, signed=signed, components=False)
+        x = without_mass(Inputs((4, 2)), what)
+        expected = with_gradients(x, kernel="reference", **options)
+        found = with_gradients(x.like(dtype), kernel=kernel, **options)
+        for one, other in zip(found, expected, strict=True):
+            assert bool(one.isfinite().all()) and (one - other).norm() <= tolerance * max(float(other.norm()), 1.0)
+        with torch.no_grad():
+            assert (attend(x.like(dtype), kernel=kernel, **options) - found[0]).abs().max() < tolerance
+        empty = (expected[0] == 0).all(-1)
+        assert bool((found[0][empty] == 0).all()) and bool((found[4].norm(dim=-1)[empty] == 0).all())  # dphi_q
+        if (what, join, cover) == ("mix", "shared", "outside"):
+            assert bool(empty[:, 1:3, :window].all())
+        if (what, join, window) == ("queries", "replace", 60):
+            assert bool(empty[:, :, 3:20].all())
+
+
 @pytest.mark.parametrize("join", JOINS)
 @pytest.mark.parametrize("cover", COVERS)
 @pytest.mark.parametrize("kernel", ["reference", "chunked"])

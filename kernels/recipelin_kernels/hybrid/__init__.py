@@ -15,9 +15,23 @@ from ..cpu.calls import is_traced
 from . import cpu_step, gpu_support
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
+from .covered import covered_attention
 from .cpu import hybrid_attention_cpu
 from .reference import hybrid_attention_reference
-from .rows import ABLATIONS, BRANCHES, COVERS, DROPS, GRADIENTS, JOINS, SHAPES, Options, check_shapes, one_of, rows
+from .rows import (
+    ABLATIONS,
+    BRANCHES,
+    COVERS,
+    DROPS,
+    GRADIENTS,
+    JOINS,
+    SHAPES,
+    Options,
+    check_shapes,
+    learning,
+    one_of,
+    rows,
+)
 from .softmax_map import SoftmaxMap
 from .state import (
     HybridState,
@@ -155,7 +169,8 @@ def hybrid_attention(
     ablate {branch: "mass" | "output"}: the branch leaves numerator and denominator, or the numerator alone (in `average`
     its weight stays). `window` means its keys that are no sinks, `sinks` those that are not in the window; keys that are
     switched off do not become linear. window_keep [B,H] bool: where False, W is empty in training (SSD); `on_drop` says
-    whether L then covers all keys, sinks too. A row that sees nothing gives exactly 0, and so do padded queries. signed: features
+    whether L then covers all keys, sinks too. A row without mass gives exactly 0 and passes no gradient, as padded queries: it
+    sees nothing, or what it sees counts for nothing, by a mix of 0, a log_scale of -inf, or features. signed: features
     may be negative (activation `none`): |denominator| >= 1e-6. max_gradient: whether the row maximum, which `shared`
     does not cancel, carries gradient. state: goes on from there (no gradient into it); needs `phi_k_fn`, keys
     [B,Hkv,n,D] -> features, for the ring's keys. phi_k may be None, and is computed by `phi_k_fn` where it is needed. Then
@@ -235,7 +250,7 @@ def hybrid_attention(
     if token and not steps and kernel in ("auto", "cpu") and key_mask is None:
         assert state is not None and phi_k_fn is not None
         of_queries = phi_q.weight if isinstance(phi_q, SoftmaxMap) else phi_q
-        if is_plain(held, window_keep, state) and not _learning(q, k, v, of_queries, phi_k, mix, log_scale):
+        if is_plain(held, window_keep, state) and not learning(q, k, v, of_queries, phi_k, mix, log_scale):
             state = standing(state, phi_k_fn)
             check_lead(state, held)
             if takes == "cpu" and cpu_step.takes(q, k, v, phi_q, phi_k_fn, state):
@@ -244,11 +259,11 @@ def hybrid_attention(
             return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
     if isinstance(phi_q, SoftmaxMap):
         if phi_k is None and isinstance(phi_k_fn, SoftmaxMap):
-            learns = _learning(q, k, v, mix, log_scale, phi_q.weight, phi_k_fn.weight)
-            if not learns and takes == "gpu":
+            learned = (q, k, v, mix, log_scale, phi_q.weight, phi_k_fn.weight)
+            if not learning(*learned) and takes == "gpu":
                 maps = (phi_q, phi_k_fn) if (steps if token else _makes_queries(phi_q, q, k, v)) else None
         phi_q = shaped if maps else phi_q(q)
-    if steps and not _learning(q, k, v, phi_q, phi_k, mix, log_scale):
+    if steps and not learning(q, k, v, phi_q, phi_k, mix, log_scale):
         assert state is not None and phi_k_fn is not None
         from .gpu_step import hybrid_attention_step_gpu
 
@@ -261,9 +276,6 @@ def hybrid_attention(
         # As the kernel reads them, unless the next state is made of them.
         phi_k = phi_k_fn(k) if maps is None or output_state else maps[1].made(k, q.dtype)
         check_shapes(q, k, v, shaped, phi_k, window, sinks, first_query)
-    # Every earlier key is in the window: mix, row maximum and mass cancel (facts/performance.md §2). What learns keeps
-    # its gradients, zeros.
-    learns = _learning(phi_q, phi_k, mix, log_scale)
     asked = options.cover == "all" or ablate or window_keep is not None or signed or components
     own = rows(1 if plain else batch, length, q.device, key_mask, segment_ids)
     if state is None and reach is not None and (length <= reach or int(own.position.max()) < reach):
@@ -288,8 +300,8 @@ def hybrid_attention(
         check_state(state, own, options)
         check_heads(state.sums.shape[1], phi_k.shape[1])
         tensors = (q, k, v, phi_q, phi_k, mix, log_scale)
-        learns = learns or _learning(q, k, v)
-        if kernel in ("auto", "cpu") and length == 1 and output_state and not components and not learns:
+        one = length == 1 and output_state and not components
+        if kernel in ("auto", "cpu") and one and not learning(*tensors):
             return one_token(*tensors, phi_k_fn, window_keep, options, state, own)
         state = settled(state)
         ring = state if reach is None else filled(state)
@@ -305,13 +317,7 @@ def hybrid_attention(
             raise ValueError("kernel='reference' computes whole rows: it takes no state; use 'chunked'")
         parts = list(hybrid_attention_reference(*arguments, own.columns(first_query), own))[: 4 if components else 1]
     elif ran == "sdpa":
-        gqa = k.shape[1] < q.shape[1]
-        learns = learns or _learning(q, k, v)
-        exact = torch.promote_types(q.dtype, torch.float32) if learns else q.dtype  # SDPA would learn in bf16
-        y = F.scaled_dot_product_attention(
-            q.to(exact), k.to(exact), v.to(exact), is_causal=True, scale=options.scale, enable_gqa=gqa
-        ).to(q.dtype)
-        parts = [_Beside.apply(y, phi_q, phi_k, mix, log_scale) if learns else y]
+        parts = [covered_attention(q, k, v, None if maps else phi_q, phi_k, mix, log_scale, options)]
     elif ran == "gpu":
         from .gpu import hybrid_attention_gpu
 
@@ -376,20 +382,6 @@ def hybrid_attention_step(
     return hybrid_attention(q, k, v, phi_q, None, mix, state=state, output_state=True, phi_k_fn=phi_k_fn, **options)
 
 
-class _Beside(torch.autograd.Function):
-    """y, which does not depend on the other tensors: their gradients are zeros, whatever they hold."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, *others: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*others)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
-        return dy, *(x.new_zeros(()).expand(x.shape) if want else None for x, want in wanted)  # one zero in memory
-
-
 _options = lru_cache(256)(Options)  # made at every token of every layer
 
 
@@ -397,10 +389,6 @@ def _makes_queries(phi_q: SoftmaxMap, q: Tensor, k: Tensor, v: Tensor) -> bool:
     from .gpu_call import makes_queries
 
     return q.dtype == k.dtype == v.dtype and makes_queries(phi_q, q.dtype, q.shape[-1])
-
-
-def _learning(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 __all__ = [

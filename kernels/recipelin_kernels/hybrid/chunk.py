@@ -84,7 +84,7 @@ class Weights:
     sums: Sums
     a_factor: Tensor
     b_factor: Tensor | None  # None: 1
-    den: Tensor  # inf where the row is empty, so that everything divided by it is 0
+    den: Tensor  # inf where no side has mass, so that everything divided by it is 0
     live: Tensor | None  # 0 where a signed denominator is held at its floor; None: all live
 
 
@@ -106,7 +106,7 @@ def weigh(x: Inputs, state: State | None, masks: Masks, o: Options, sums: Sums |
         sums = Sums(top, a.sum(-1, keepdim=True), b_mass)
 
     a_factor, b_factor, den, live = factors(o, x.mix, x.log_scale, sums, window_mass)
-    return Weights(a, b, sums, a_factor, b_factor, den.masked_fill(den == 0, torch.inf), live)
+    return Weights(a, b, sums, a_factor, b_factor, den, live)
 
 
 def factors(
@@ -116,7 +116,7 @@ def factors(
     sums: Sums,
     window_mass: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """a_factor, b_factor, den and live of `Weights`, den 0 where the row is empty; window_mass: of `replace`, M."""
+    """a_factor, b_factor, den and live of `Weights`; window_mass: of `replace`, M."""
     (top, a_mass, b_mass), b_factor = sums, None
     if o.join in SEPARATE:
         a_weight, b_weight = branch_weights(o.join, a_mass, b_mass)
@@ -141,7 +141,7 @@ def factors(
     live = None
     if o.signed:
         den, live = floored(den)
-    return a_factor, b_factor, den, live
+    return a_factor, b_factor, den.masked_fill(den == 0, torch.inf), live
 
 
 def floored(den: Tensor) -> tuple[Tensor, Tensor]:

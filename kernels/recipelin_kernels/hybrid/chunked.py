@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from ..autocast import without_autocast
 from .block import Block, Chunk, Past, spread
 from .chunk import Gradients, Inputs, Masks, State, Sums, Weights, backward, forward, weigh
-from .rows import Options, Rows
+from .rows import Options, Rows, learning
 
 CHUNK = 64  # measured best with window 64 (facts/performance.md §2)
 SHORT_CHUNK = 32  # and with windows of at most 32: a query meets fewer keys by their features
@@ -251,8 +251,5 @@ def hybrid_attention_chunked(
     tensors = [None if x is None else x.to(dtype).contiguous() for x in (q, k, v, phi_q, phi_k, mix, log_scale)]
     call = _Call(whole, components)
     # Inside a Function `needs_input_grad` is true under no_grad too: ask here.
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        found = list(_Hybrid.apply(call, *tensors))
-    else:
-        found = _forward(call, Inputs(*tensors))  # type: ignore[arg-type]
+    found = _Hybrid.apply(call, *tensors) if learning(*tensors) else _forward(call, Inputs(*tensors))  # type: ignore[arg-type]
     return [x.to(given) for x in found]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import cpu
 from ..cpu.calls import check_device, dense, run, runs_of, whole_vectors
-from .rows import JOINS, Options, Rows
+from .rows import JOINS, Options, Rows, learning
 
 INPUTS = ("q", "k", "v", "phi_q", "phi_k", "mix", "log_scale")
 
@@ -161,7 +161,7 @@ def hybrid_attention_cpu(
     whole = int((runs[:, 2] - runs[:, 1]).sum()) == q.shape[0] * k.shape[2]
     given = _Given(runs, keep, options, first_query, whole)
     inputs = [*tensors, *numbers]
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if learning(*inputs):
         found = list(_Hybrid.apply(given, components, *inputs))
     else:
         found = _forward(given, inputs, components=components, learns=False)

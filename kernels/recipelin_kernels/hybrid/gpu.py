@@ -19,7 +19,7 @@ from . import gpu_backward, gpu_backward_keys, gpu_forward
 from .block import Past
 from .chunk import Inputs
 from .gpu_call import Blocks, Call, cdiv, check_size, fitting, make_call, strides
-from .rows import Options, Rows
+from .rows import Options, Rows, learning
 from .softmax_map import SoftmaxMap
 
 
@@ -272,7 +272,8 @@ def hybrid_attention_gpu(
     bf16: products of bf16, summed in fp32; features may be fp32 beside it, whose pairs are then taken in tf32. fp16: what
     multiplies values in tf32. fp32: three products of tf32 in the place of one, which keep 21 bits or more. States
     are summed in fp32, of parts that are kept as the states are: in bf16 for bf16, each rounded once more on its way.
-    Of a row's equally large scores the first has the maximum's gradient (the reference shares it among them).
+    Of a row's equally large scores the first has the maximum's gradient (the reference shares it among them). With a
+    log_scale of -inf a row without a softmax set is its linear side, in the place of 0.
     """
     given = q.dtype
     kind = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
@@ -291,7 +292,7 @@ def hybrid_attention_gpu(
     check_size(tensors)
     numbers = [None if x is None else x.float().contiguous() for x in (mix, log_scale)]
     # Inside a Function `needs_input_grad` is true under no_grad too: ask here.
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, *numbers)):
+    if learning(*tensors, *numbers):
         made = _Hybrid.apply(call, components, *tensors, *numbers)
         parts = list(made) if components else [made]
     else:

@@ -29,6 +29,11 @@ def one_of(name: str, value: object, valid: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(valid)}{hint}")
 
 
+def learning(*tensors: Tensor | None) -> bool:
+    """Whether a gradient to any of them is asked for."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def check_shapes(
     q: Tensor,
     k: Tensor,
