@@ -12,6 +12,7 @@ from torch import Tensor
 from ..autocast import ignores_autocast
 from ..cpu import why_not as why_no_c
 from ..cpu.calls import is_traced
+from ..transforms import refuse_transforms
 from . import cpu_step, gpu_support
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
@@ -188,11 +189,14 @@ def hybrid_attention(
     first_query: only the queries from there on are asked for: q, phi_q and y hold T - first_query of them, k, v and phi_k
     all T. `gpu` and SDPA compute the others too.
 
-    Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that cannot run
-    here. `gpu` (Triton) and `cpu` (C) compute what `chunked` does, forward and backward; the precision of `gpu`: gpu.py. One
-    token after a state has a kernel of its own, see `hybrid_attention_step`; of more tokens `cpu` leaves to `chunked` what
-    goes on from a state.
+    Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that cannot run here; all but
+    `reference` take no part in torch.func (vmap, grad, jvp, ...) and forward-mode derivatives (RuntimeError). `gpu` (Triton) and
+    `cpu` (C) compute what `chunked` does, forward and backward; the precision of `gpu`: gpu.py. One token after a state has a
+    kernel of its own, see `hybrid_attention_step`; of more tokens `cpu` leaves to `chunked` what goes on from a state.
     """
+    if kernel != "reference":
+        of_maps = (x.weight for x in (phi_q, phi_k_fn) if isinstance(x, SoftmaxMap))
+        refuse_transforms("hybrid_attention", q, k, v, phi_q, phi_k, mix, log_scale, *of_maps)
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)
     one_of("join", join, JOINS)

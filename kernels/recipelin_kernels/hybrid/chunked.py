@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..autocast import without_autocast
+from ..transforms import plain_backward
 from .block import Block, Chunk, Past, spread
 from .chunk import Gradients, Inputs, Masks, State, Sums, Weights, backward, forward, weigh
 from .rows import Options, Rows, learning
@@ -144,7 +144,7 @@ class _Hybrid(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
         *tensors, y = ctx.saved_tensors
         x = Inputs(*tensors)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import cpu
 from ..cpu.calls import check_device, dense, run, runs_of, whole_vectors
+from ..transforms import plain_backward
 from .rows import JOINS, Options, Rows, learning
 
 INPUTS = ("q", "k", "v", "phi_q", "phi_k", "mix", "log_scale")
@@ -112,7 +112,7 @@ class _Hybrid(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
         *inputs, y, held = ctx.saved_tensors
         given: _Given = ctx.given

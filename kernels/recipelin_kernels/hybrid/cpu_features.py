@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..cpu.calls import VECTOR, check_device, dense, run, whole_vectors
+from ..transforms import plain_backward, refuse_transforms
 
 
 class Features(ctypes.Structure):
@@ -50,7 +50,7 @@ class _Features(torch.autograd.Function):
         return phi
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, phi = ctx.saved_tensors
         dx = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
@@ -70,5 +70,6 @@ def softmax_features_cpu(x: Tensor, weight: Tensor, clamp: float) -> Tensor:
             f"x {tuple(x.shape)}: expected a width of {weight.shape[1]}, and heads that divide {weight.shape[0]}"
         )
     check_device("softmax features", x, weight)
+    refuse_transforms("softmax features in C", x, weight)
     phi: Tensor = _Features.apply(whole_vectors(x), dense(weight.float()), clamp)
     return phi

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import cpu
 from ..autocast import without_autocast
 from ..cpu.calls import VECTOR, dense, is_traced
+from ..transforms import under_way
 from .room import Room
 from .rows import JOINS, LOG2E, Options
 from .softmax_map import SoftmaxMap
@@ -95,7 +96,7 @@ def as_the_last_token(function: F) -> F:
     def called(*given: Any, **named: Any) -> Any:
         asked = dict(zip(ARGUMENTS, given, strict=False)) | named
         state = asked.pop("state", None)
-        if not isinstance(state, HybridState) or torch.is_grad_enabled():
+        if not isinstance(state, HybridState) or torch.is_grad_enabled() or under_way():
             return function(*given, **named)
         signature = [*asked, *map(_kind, asked.values())]
         behind = state if isinstance(state, RoomState) else None

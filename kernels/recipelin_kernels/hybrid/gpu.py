@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..transforms import plain_backward
 from . import gpu_backward, gpu_backward_keys, gpu_forward
 from .block import Past
 from .chunk import Inputs
@@ -117,7 +117,7 @@ class _Hybrid(torch.autograd.Function):
         return kept.y, *parts
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, dy: Tensor, *_: Any) -> Any:
         *tensors, y, y_soft, stats, bests, value, mass = ctx.saved_tensors
         kept = Kept(y, y_soft, None, None, stats, bests, value, mass)

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..autocast import without_autocast
+from ..transforms import plain_backward
 from .gpu_call import Compiled, cdiv, power
 from .gpu_parts import head, mapped, softmax_of
 
@@ -84,7 +84,7 @@ class _Features(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, phi = ctx.saved_tensors
         batch, heads, length, features = phi.shape

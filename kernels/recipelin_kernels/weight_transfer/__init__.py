@@ -7,6 +7,7 @@ from ..hybrid import resolve_kernel
 from ..hybrid.chunk import dot
 from ..hybrid.compat import check_compat, whole_rows
 from ..hybrid.rows import COVERS, JOINS, SHAPES, Options, check_shapes, one_of, rows, visible
+from ..transforms import refuse_transforms
 from .chunked import BLOCK, cut, sets, weight_transfer_chunked
 from .cpu import weight_transfer_cpu
 from .made import learning, made
@@ -142,6 +143,8 @@ def weight_transfer_loss(
     one_of("target", target, TARGETS)
     options = _options(window, shape, sinks, cover, join, scale, reach, q.shape[-1], signed=signed)
     ran = resolve_kernel(kernel, q.device, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1])
+    if ran != "reference":
+        refuse_transforms("weight_transfer_loss", q, k, phi_q, phi_k, lse, mix, log_scale)
     if q.requires_grad or k.requires_grad:
         raise ValueError("weight_transfer_loss: q and k are the teacher's and get no gradient; detach them")
     if compat is not None:

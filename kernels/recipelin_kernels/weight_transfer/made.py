@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..transforms import plain_backward
 
 LEARNED = ("phi_q", "phi_k", "mix", "log_scale")
 
@@ -25,7 +26,7 @@ class _Loss(torch.autograd.Function):
         return sums
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, weight: Tensor) -> Any:
         # The gradients of each head's own sum: one factor a head scales them.
         found: list[Tensor | None] = []
