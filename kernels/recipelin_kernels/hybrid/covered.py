@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..cpu.calls import is_traced
 from .rows import Options, learning
 
 
@@ -39,14 +40,20 @@ def covered_attention(
 
 
 def _window_counts(join: str, phi_q: Tensor | None, phi_k: Tensor, mix: Tensor | None) -> Tensor | None:
-    """Whether the window has a factor above 0, broadcastable to [B,H,T,1]: without it a row has no mass. None: always."""
+    """Whether the window has a factor other than 0, broadcastable to [B,H,T,1]: without it a row has no mass. None: always."""
     if join == "shared" and mix is not None:
         return (mix != 0)[:, None, None]
-    if join == "replace" and phi_q is not None:
-        total = phi_k.cumsum(2, dtype=torch.promote_types(phi_k.dtype, torch.float32))
-        heads = phi_q.unflatten(1, (phi_k.shape[1], -1))
-        return ((heads * total[:, :, None]).sum(-1, keepdim=True) != 0).flatten(1, 2)
-    return None
+    if join != "replace" or phi_q is None or (_above_zero(phi_q) and _above_zero(phi_k)):
+        return None
+    total = phi_k.cumsum(2, dtype=torch.promote_types(phi_k.dtype, torch.float32))
+    heads = phi_q.unflatten(1, (phi_k.shape[1], -1))
+    return ((heads * total[:, :, None]).sum(-1, keepdim=True) != 0).flatten(1, 2)
+
+
+def _above_zero(phi: Tensor) -> bool:
+    """Whether the features are known to be so large that their squares are not 0, where it costs little to ask."""
+    asked = type(phi) is Tensor and phi.device.type == "cpu" and not is_traced()
+    return asked and phi.numel() > 0 and bool(phi.amin() > 1e-18)
 
 
 class _Beside(torch.autograd.Function):
