@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from recipelin_kernels import hybrid_attention
+from recipelin_kernels import hybrid_attention, hybrid_attention_step
 from tests.kernels.hybrid_inputs import (
     COVERS,
     EXACT,
@@ -19,6 +19,7 @@ from tests.kernels.hybrid_inputs import (
     padding,
     with_gradients,
 )
+from tests.kernels.test_hybrid_state import both_kinds
 
 # ablation, empty rows, padding
 
@@ -111,6 +112,23 @@ def test_a_row_without_mass_is_zero_and_passes_no_gradient(what, kernel):
             assert bool(empty[:, 1:3, :window].all())
         if (what, join, window) == ("queries", "replace", 60):
             assert bool(empty[:, :, 3:20].all())
+
+
+@both_kinds
+@pytest.mark.parametrize("kernel", ["auto", "chunked"])
+def test_a_token_without_mass_is_zero(kernel, kind):
+    """Heads whose mix is 0 have nothing until a key has left the window, and a query whose features are 0 never."""
+    x = kind(length=24)
+    x.mix[1:3], x.phi_q[:, :, 15] = 0, 0
+    options = dict(window=5, log_scale=x.log_scale)
+    expected = x.whole(kernel="reference", **options)
+    state = hybrid_attention(*x.cut(0, 1), x.mix, output_state=True, **options)[1]
+    for t in range(1, 24):
+        given = x.cut(t, t + 1)[:4]
+        y, state = hybrid_attention_step(*given, x.features, x.mix, state, kernel=kernel, **options)
+        assert (y - expected[:, :, t : t + 1]).abs().max() < x.tolerance
+        if t < 5 or t == 15:
+            assert not y[:, 1:3].any()
 
 
 @pytest.mark.parametrize("join", JOINS)

@@ -393,23 +393,6 @@ def test_a_token_of_the_c_function_is_its_definition_for_any_threads(window, sin
         assert all(map(torch.equal, found["maps", 1], found["maps", 2]))
 
 
-@both_kinds
-@pytest.mark.parametrize("kernel", ["auto", "chunked"])
-def test_a_token_without_mass_is_zero(kernel, kind):
-    """Heads whose mix is 0 have nothing until a key has left the window, and a query whose features are 0 never."""
-    x = kind(length=24)
-    x.mix[1:3], x.phi_q[:, :, 15] = 0, 0
-    options = dict(window=5, log_scale=x.log_scale)
-    expected = x.whole(kernel="reference", **options)
-    state = hybrid_attention(*x.cut(0, 1), x.mix, output_state=True, **options)[1]
-    for t in range(1, 24):
-        given = x.cut(t, t + 1)[:4]
-        y, state = hybrid_attention_step(*given, x.features, x.mix, state, kernel=kernel, **options)
-        assert (y - expected[:, :, t : t + 1]).abs().max() < x.tolerance
-        if t < 5 or t == 15:
-            assert not y[:, 1:3].any()
-
-
 @pytest.mark.parametrize("options", STATE_OPTIONS, **NAMES)
 def test_the_c_kernels_by_name_go_on_from_any_state(options):
     """A prompt, three tokens at once, then one by one: by C where it can, else by torch."""
