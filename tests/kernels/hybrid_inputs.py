@@ -3,6 +3,7 @@
 import warnings
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -167,3 +168,34 @@ def empty_is_nan(device="cpu"):
             yield
         finally:
             torch.set_deterministic_debug_mode(before)
+
+
+class Double(Inputs):
+    tolerance = EXACT
+
+    def token(self, t, rows=slice(None)):
+        """A token's arguments before mix."""
+        return *(x[rows] for x in self.cut(t, t + 1)[:4]), self.features
+
+    def whole(self, at=slice(None), **options):
+        """y of tokens in float64."""
+        exact = self.like(torch.float64)
+        x = (t[:, :, at] for t in exact.tensors()[:5])
+        return hybrid_attention(*x, exact.mix, **{**options, "log_scale": exact.log_scale})
+
+
+class Single(Double):
+    """In fp32, of widths that the C function of a token takes, which makes their features by standard maps."""
+
+    tolerance = 1e-5
+
+    def __init__(self, **sizes):
+        super().__init__(dim=16, **sizes)
+        self.by_maps(16)
+        vars(self).update(vars(self.like(torch.float32)))
+
+    def token(self, t, rows=slice(None)):
+        return *(x[rows] for x in self.cut(t, t + 1)[:3]), *self.maps
+
+
+both_kinds = pytest.mark.parametrize("kind", [Double, Single])

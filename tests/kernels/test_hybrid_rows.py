@@ -14,12 +14,12 @@ from tests.kernels.hybrid_inputs import (
     Inputs,
     assert_same,
     attend,
+    both_kinds,
     empty_is_nan,
     gradients,
     padding,
     with_gradients,
 )
-from tests.kernels.test_hybrid_state import both_kinds
 
 # ablation, empty rows, padding
 

@@ -1,48 +1,26 @@
 """Hybrid attention that goes on from a state: prefill in parts, one token at once, padding, the teacher's reach."""
 
-import copy
 import itertools
 
 import pytest
 import torch
 
 from recipelin_kernels import empty_state, hybrid_attention, hybrid_attention_step
-from recipelin_kernels.hybrid import cpu_step
 from recipelin_kernels.hybrid import state as states
 from recipelin_kernels.hybrid.state import settled
-from tests.kernels.hybrid_inputs import COVERS, DIM, EXACT, FEATURES, JOINS, Inputs, attend, empty_is_nan
-
-
-class Double(Inputs):
-    tolerance = EXACT
-
-    def token(self, t, rows=slice(None)):
-        """A token's arguments before mix."""
-        return *(x[rows] for x in self.cut(t, t + 1)[:4]), self.features
-
-    def whole(self, at=slice(None), **options):
-        """y of tokens in float64."""
-        exact = self.like(torch.float64)
-        x = (t[:, :, at] for t in exact.tensors()[:5])
-        return hybrid_attention(*x, exact.mix, **{**options, "log_scale": exact.log_scale})
-
-
-class Single(Double):
-    """In fp32, of widths that the C function of a token takes, which makes their features by standard maps."""
-
-    tolerance = 1e-5
-
-    def __init__(self, **sizes):
-        super().__init__(dim=16, **sizes)
-        self.by_maps(16)
-        vars(self).update(vars(self.like(torch.float32)))
-
-    def token(self, t, rows=slice(None)):
-        return *(x[rows] for x in self.cut(t, t + 1)[:3]), *self.maps
-
-
-both_kinds = pytest.mark.parametrize("kind", [Double, Single])
-
+from tests.kernels.hybrid_inputs import (
+    COVERS,
+    DIM,
+    EXACT,
+    FEATURES,
+    JOINS,
+    Double,
+    Inputs,
+    Single,
+    attend,
+    both_kinds,
+    empty_is_nan,
+)
 
 GEOMETRIES = [
     (0, 0, "sliding", None),
@@ -346,53 +324,6 @@ def test_a_beam_goes_on_token_by_token_and_bytes_are_those_in_memory(sinks, kind
     assert len(sizes) == 1 and state.room is not None
 
 
-@pytest.mark.parametrize("join", [j for j in JOINS if j != "replace"])
-@pytest.mark.parametrize(("window", "sinks"), [(1, 0), (9, 0), (5, 3), (64, 2)])
-def test_a_token_of_the_c_function_is_its_definition_for_any_threads(window, sinks, join, monkeypatch):
-    """Rows of two lengths, one of whose windows is short at first; maps, and features that are made before."""
-    monkeypatch.setattr(cpu_step, "WORTH_A_THREAD", 1)
-    calls, threads, length = [], torch.get_num_threads(), window + 42
-    first = window + sinks + 5 if sinks else 20  # sinks are soon behind the window of the shorter row
-    step = cpu_step._token
-    monkeypatch.setattr(cpu_step, "_token", lambda *a: calls.append(1) or step(*a))
-    # Each way by which query heads of a key head read together, and what is left of them: 4 and 4, 4 and 2 and 1, 4 and 1.
-    for dim, columns, heads, per_key_head in (
-        (128, 64, (8, 1), False),
-        (64, 16, (7, 1), True),
-        (80, 16, (10, 2), False),
-        (128, 16, (2, 2), True),
-        (16, 32, (6, 3), False),
-    ):
-        exact = Inputs(heads, length, per_key_head=per_key_head, dim=dim).by_maps(columns)
-        options = dict(window=window, sinks=sinks, join=join)
-        expected = [
-            hybrid_attention(*exact.cut(a, length, slice(r, r + 1)), exact.mix, log_scale=exact.log_scale, **options)
-            for r, a in ((0, 9), (1, 0))
-        ]
-        x = exact.like(torch.float32)
-        mask = (torch.arange(first) >= 9) | torch.tensor([[False], [True]])
-        found = {}
-        for name, count in (("maps", 1), ("maps", 2), ("features", 1)):
-            torch.set_num_threads(count)
-            options["log_scale"] = x.log_scale
-            with torch.no_grad(), empty_is_nan():
-                _, state = hybrid_attention(*x.cut(0, first), x.mix, key_mask=mask, output_state=True, **options)
-                calls.clear()
-                parts = []
-                for t in range(first, length):
-                    q, k, v, phi_q, _ = x.cut(t, t + 1)
-                    maps = x.maps if name == "maps" else (phi_q, x.maps[1].make)
-                    y, state = hybrid_attention_step(q, k, v, *maps, x.mix, state, **options)
-                    parts.append(y)
-            assert len(calls) >= length - first - 4
-            y = torch.cat(parts, 2)
-            for row, other in zip(y.double(), expected, strict=True):
-                assert (row - other[0, :, first - length :]).norm() < 1e-5 * other.norm()
-            found[name, count] = [y, *settled(state).tensors.values()]
-        torch.set_num_threads(threads)
-        assert all(map(torch.equal, found["maps", 1], found["maps", 2]))
-
-
 @pytest.mark.parametrize("options", STATE_OPTIONS, **NAMES)
 def test_the_c_kernels_by_name_go_on_from_any_state(options):
     """A prompt, three tokens at once, then one by one: by C where it can, else by torch."""
@@ -407,103 +338,3 @@ def test_the_c_kernels_by_name_go_on_from_any_state(options):
         y, state = hybrid_attention(*x.cut(t, stop), x.mix, **rest)
         parts.append(y)
     assert (torch.cat(parts, 2) - expected).abs().max() < 3e-6 * max(1, float(expected.abs().max()))
-
-
-@pytest.mark.parametrize("join", [j for j in JOINS if j != "replace"])
-def test_tokens_of_signed_features(join, monkeypatch):
-    """With rows at the floor of the denominator. What `chunked` has in float32 is the measure."""
-    step, calls = cpu_step._token, []
-    monkeypatch.setattr(cpu_step, "_token", lambda *a: calls.append(1) or step(*a))
-    exact = Inputs(length=40, dim=16, features=32)
-    make = torch.Generator().manual_seed(2)
-    exact.features = lambda k: (k.repeat_interleave(3, 1) @ exact.map.to(k)) * (k[..., :1] > -1).repeat_interleave(3, 1)
-    exact.phi_q, exact.phi_k = torch.randn(2, 6, 40, 32, generator=make, dtype=torch.float64), exact.features(exact.k)
-    exact.phi_q[:, :, 15::3] *= 1e-9
-    exact.mix *= 1e-9  # so that of `shared` too a denominator is near 0
-    options = dict(window=5, join=join, signed=True)
-    expected = hybrid_attention(*exact.cut(0, 40), exact.mix, log_scale=exact.log_scale, **options)
-    x, found = exact.like(torch.float32), {}
-    for kernel in ("cpu", "chunked"):
-        options |= {"log_scale": x.log_scale, "kernel": kernel}
-        _, state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)
-        parts = []
-        for t in range(10, 40):
-            y, state = hybrid_attention_step(*x.cut(t, t + 1)[:4], exact.features, x.mix, state, **options)
-            parts.append(y)
-        found[kernel] = (torch.cat(parts, 2).double() - expected[:, :, 10:]).abs().amax((0, 1, 3))
-    assert len(calls) == 30
-    size = expected[:, :, 10:].abs().amax((0, 1, 3))
-    assert (found["cpu"] <= 1e-5 * size + 20 * found["chunked"]).all()
-
-
-@pytest.mark.parametrize("inference", [False, True])
-def test_a_map_that_changes_between_tokens(inference):
-    """Features of keys that are still in the window are made anew."""
-    with torch.inference_mode(inference), torch.no_grad():
-        x = Single(length=30)
-        weight = x.maps[1].weight
-        options = dict(window=5, join="absolute", log_scale=x.log_scale)
-        _, state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)
-        _, other = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)
-        for t in range(10, 30):
-            if t == 15:  # features of keys of this room are there
-                weight.mul_(-2)
-            y, state = hybrid_attention_step(*x.token(t), x.mix, state, **options)
-            expected, other = hybrid_attention_step(*x.cut(t, t + 1)[:4], x.maps[1].make, x.mix, other, **options)
-            assert (y - expected).abs().max() < 1e-6
-
-
-OTHERWISE = (
-    {"scale": 0.7},
-    {"kernel": "chunked"},
-    {"join": "shared"},
-    {"join": "average"},
-    {"cover": "all"},
-    {"ablate": {"linear": "mass"}},
-    {"key_mask": torch.tensor([[True], [False]])},
-    {"window_keep": torch.arange(12).view(2, 6) % 2 == 0},
-    {"log_scale": torch.tensor([0.3])},
-    {"log_scale": torch.linspace(-1, 1, 6).double()},
-    {"signed": True},
-)
-
-
-@pytest.mark.parametrize("options", OTHERWISE, ids=lambda options: next(iter(options)))
-def test_tokens_that_ask_the_same_are_prepared_once(options, monkeypatch):
-    """From room to room. One that asks for something else, or comes in another precision, is not taken for one of them."""
-    made, ran = ([] for _ in range(2))
-    for name, calls in (("_prepare", made), ("_token", ran)):
-        own = getattr(cpu_step, name)
-        monkeypatch.setattr(cpu_step, name, lambda *a, own=own, calls=calls: calls.append(1) or own(*a))
-    x = Single(length=24)
-    same = dict(window=5, join="absolute", log_scale=x.log_scale)
-    same |= dict(kernel="auto", cover="outside", ablate={}, key_mask=None, window_keep=None, scale=0.25, signed=False)
-    with torch.no_grad():
-        _, state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **same)
-        for t in range(10, 22):
-            _, state = hybrid_attention_step(*x.token(t), x.mix, state, **same)
-        assert len(made) == 1 and len(ran) == 12
-        found, expected = copy.copy(state), settled(state)
-        same["ablate"].update(options.get("ablate", {}))  # the caller's own
-        for t in (22, 23):
-            y, expected = hybrid_attention_step(*x.token(t), x.mix, settled(expected), **same | options)
-            other, found = hybrid_attention_step(*x.token(t), x.mix, found, **same | options)
-            assert (other - y).abs().max() < 1e-6
-        expected = settled(state)
-        same["ablate"].clear()
-        for t in (22, 23):
-            q, *others = x.token(t)
-            y, expected = hybrid_attention_step(q, *others, x.mix, expected, **same)
-            other, state = hybrid_attention_step(q.double(), *others, x.mix, state, **same)
-            assert other.dtype == torch.float64 and (other - y).abs().max() < 1e-6
-
-
-def test_a_token_like_the_last_one_without_a_map_of_keys_is_refused():
-    x = Single(length=30)
-    options = dict(window=5, join="absolute", log_scale=x.log_scale)
-    with torch.no_grad():
-        _, state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **options)
-        q, k, v, phi_q, phi_k = x.cut(10, 11)
-        _, state = hybrid_attention_step(q, k, v, phi_q, x.maps[1].make, x.mix, state, **options)
-        with pytest.raises(ValueError, match="state: needs phi_k_fn"):
-            hybrid_attention(q, k, v, phi_q, phi_k, x.mix, state=state, output_state=True, **options)

@@ -40,10 +40,15 @@ def covered_attention(
 
 
 def _window_counts(join: str, phi_q: Tensor | None, phi_k: Tensor, mix: Tensor | None) -> Tensor | None:
-    """Whether the window has a factor other than 0, broadcastable to [B,H,T,1]: without it a row has no mass. None: always."""
+    """Whether the window has a factor other than 0, broadcastable to [B,H,T,1]: without it a row has no mass. None: always.
+
+    A CPU can be asked whether it is so everywhere, which spares a pass over y.
+    """
+    may_ask = type(phi_k) is Tensor and phi_k.device.type == "cpu" and not is_traced()
     if join == "shared" and mix is not None:
-        return (mix != 0)[:, None, None]
-    if join != "replace" or phi_q is None or (_above_zero(phi_q) and _above_zero(phi_k)):
+        counts = mix != 0
+        return None if may_ask and bool(counts.all()) else counts[:, None, None]
+    if join != "replace" or phi_q is None or (may_ask and _above_zero(phi_q) and _above_zero(phi_k)):
         return None
     total = phi_k.cumsum(2, dtype=torch.promote_types(phi_k.dtype, torch.float32))
     heads = phi_q.unflatten(1, (phi_k.shape[1], -1))
@@ -51,9 +56,8 @@ def _window_counts(join: str, phi_q: Tensor | None, phi_k: Tensor, mix: Tensor |
 
 
 def _above_zero(phi: Tensor) -> bool:
-    """Whether the features are known to be so large that their squares are not 0, where it costs little to ask."""
-    asked = type(phi) is Tensor and phi.device.type == "cpu" and not is_traced()
-    return asked and phi.numel() > 0 and bool(phi.amin() > 1e-18)
+    """Whether the features are so large that their squares are not 0."""
+    return phi.numel() > 0 and bool(phi.amin() > 1e-18)
 
 
 class _Beside(torch.autograd.Function):
