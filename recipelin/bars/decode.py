@@ -118,8 +118,8 @@ _BYTES = (
     "a token reads the sums (2.1 MB), the queries' map (1.05 MB), the ring (0.5 MB) and late keys' features (0.13 MB), and of "
     "16 tokens one the keys' map and writes new sums: 4.3 MB a token, where SDPA reads 33.5 MB at 4,096 and 537 MB at 65,536. "
     "Beyond a core's cache of 2 MiB that is 0.18 ms at the 24 GB/s that one core reads at best, which the C function takes "
-    "(0.17 ms, and 0.02 a token for what is done every 16th). The rest is Python: 0.03 ms while its code and data are in the "
-    "core's cache, about 0.1 once the reading has driven them out of it."
+    "(0.17 ms, and 0.02 a token for what is done every 16th). The rest is Python: 0.02 ms while its code and data are in the "
+    "core's cache, 0.05 once the reading has driven them out of it."
 )
 
 BARS: list[Bar | Fact] = [
