@@ -7,6 +7,7 @@ They are plain C with vector extensions (gcc from 12, clang), without Python's o
 import ctypes
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -15,7 +16,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-MACHINE = "-march=native"
+# Clang up to 14, Apple's too, refuses -march=native on ARM, where -mcpu is what x86 has as -march.
+MACHINE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 FLAGS = ("-O3", "-std=gnu11", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 HERE = Path(__file__).parent
 
