@@ -11,27 +11,30 @@
 #include <stdint.h>
 #include <string.h>
 
-/* A tile is of ROWS rows and two vectors: half the machine's registers hold its sums. COUNT: the lanes' numbers. Of two
- * vectors x and y, LACED_LOW is x0 y0 x1 y1 .. and LACED_HIGH goes on. */
+/* COUNT: the lanes' numbers. Of two vectors x and y, LACED_LOW is x0 y0 x1 y1 .. and LACED_HIGH goes on. */
 #if defined(__AVX512F__)
 #define LANES 16
-#define ROWS 8
 #define COUNT 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 #define LACED_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define LACED_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif defined(__AVX__)
 #define LANES 8
-#define ROWS 4
 #define COUNT 0, 1, 2, 3, 4, 5, 6, 7
 #define LACED_LOW 0, 8, 1, 9, 2, 10, 3, 11
 #define LACED_HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #else
 #define LANES 4
-#define ROWS 4
 #define COUNT 0, 1, 2, 3
 #define LACED_LOW 0, 4, 1, 5
 #define LACED_HIGH 2, 6, 3, 7
 #endif
+/* A tile is of ROWS rows and two vectors: half the machine's registers hold its sums. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define ROWS 8
+#else
+#define ROWS 4
+#endif
+_Static_assert(sizeof(long) == sizeof(int64_t), "torch's int64 and ctypes' c_long are read as long"); /* not on Windows */
 #define LOG2E 1.4426950408889634f
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(4 * LANES)));
