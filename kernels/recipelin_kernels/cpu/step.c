@@ -27,7 +27,7 @@ typedef struct {
 } Token;
 
 INLINE void add_row(const int wide, const int beside, float left, const float *x, vec *sum, float *after) {
-#pragma GCC unroll 8
+  UNROLL
   for (int w = 0; w < wide; w++) sum[w] += left * load(x + w * LANES);
   if (beside) *after += left * x[wide * LANES];
 }
@@ -37,22 +37,22 @@ INLINE float strip(const int wide, const int deep, const int beside, long rows, 
                    float *y) {
   vec sum[STRIP][STRIP];
   float after[STRIP] = {0};
-#pragma GCC unroll 8
+  UNROLL
   for (int r = 0; r < deep; r++)
-#pragma GCC unroll 8
+    UNROLL
     for (int w = 0; w < wide; w++) sum[r][w] = (vec){0};
   long i = 0;
   for (; i + deep <= rows; i += deep)
-#pragma GCC unroll 8
+    UNROLL
     for (int r = 0; r < deep; r++) add_row(wide, beside, a[i + r], b + (i + r) * row, sum[r], after + r);
   for (; i < rows; i++) add_row(wide, beside, a[i], b + i * row, sum[0], after);
-#pragma GCC unroll 8
+  UNROLL
   for (int r = 1; r < deep; r++) {
-#pragma GCC unroll 8
+    UNROLL
     for (int w = 0; w < wide; w++) sum[0][w] += sum[r][w];
     after[0] += after[r];
   }
-#pragma GCC unroll 8
+  UNROLL
   for (int w = 0; w < wide; w++) store(y + w * LANES, sum[0][w]);
   return after[0];
 }
@@ -72,22 +72,22 @@ INLINE float sum_rows(const int beside, long rows, long width, const float *a, c
 INLINE void values_strip(const int few, const int wide, long rows, long width, const float *a, long a_row, const float *b,
                          float *y) {
   vec sum[AT_ONCE][ROWS];
-#pragma GCC unroll 4
+  UNROLL
   for (int h = 0; h < few; h++)
-#pragma GCC unroll 8
+    UNROLL
     for (int w = 0; w < wide; w++) sum[h][w] = load(y + h * width + w * LANES);
   for (long i = 0; i < rows; i++) {
     vec right[ROWS];
-#pragma GCC unroll 8
+    UNROLL
     for (int w = 0; w < wide; w++) right[w] = load(b + i * width + w * LANES);
-#pragma GCC unroll 4
+    UNROLL
     for (int h = 0; h < few; h++)
-#pragma GCC unroll 8
+      UNROLL
       for (int w = 0; w < wide; w++) sum[h][w] += a[h * a_row + i] * right[w];
   }
-#pragma GCC unroll 4
+  UNROLL
   for (int h = 0; h < few; h++)
-#pragma GCC unroll 8
+    UNROLL
     for (int w = 0; w < wide; w++) store(y + h * width + w * LANES, sum[h][w]);
 }
 
@@ -107,9 +107,9 @@ static void values(long queries, long rows, long width, const float *a, long a_r
 
 /* Of LANES vectors the sums over their lanes, each in its place. */
 INLINE vec sums_of(vec x[LANES]) {
-#pragma GCC unroll 4
+  UNROLL
   for (int n = LANES / 2; n; n /= 2)
-#pragma GCC unroll 8
+    UNROLL
     for (int i = 0; i < n; i++) x[i] = laced(x[i], x[i + n], 0) + laced(x[i], x[i + n], 1);
   return x[0];
 }
@@ -121,29 +121,29 @@ INLINE void scores_block(const int few, long there, long width, const float *q, 
   for (int i = 0; i < LANES; i += wide) {
     const float *key[8];
     vec sum[AT_ONCE][8];
-#pragma GCC unroll 8
+    UNROLL
     for (int w = 0; w < wide; w++) key[w] = k + least(i + w, there - 1) * width;
-#pragma GCC unroll 4
+    UNROLL
     for (int h = 0; h < few; h++)
-#pragma GCC unroll 8
+      UNROLL
       for (int w = 0; w < wide; w++) sum[h][w] = (vec){0};
     for (long d = 0; d < width; d += LANES) {
       vec right[8];
-#pragma GCC unroll 8
+      UNROLL
       for (int w = 0; w < wide; w++) right[w] = load(key[w] + d);
-#pragma GCC unroll 4
+      UNROLL
       for (int h = 0; h < few; h++) {
         vec left = load(q + h * width + d);
-#pragma GCC unroll 8
+        UNROLL
         for (int w = 0; w < wide; w++) sum[h][w] += left * right[w];
       }
     }
-#pragma GCC unroll 4
+    UNROLL
     for (int h = 0; h < few; h++)
-#pragma GCC unroll 8
+      UNROLL
       for (int w = 0; w < wide; w++) part[h][i + w] = sum[h][w];
   }
-#pragma GCC unroll 4
+  UNROLL
   for (int h = 0; h < few; h++) store(s + h * s_row, sums_of(part[h]));
 }
 
@@ -207,20 +207,20 @@ static void late_features(const Token *t, long row, const float *keys, const flo
 INLINE void fold_strip(const int wide, const int rows, long late, long count, long width, const float *sums, const float *phi,
                        const float *v, float *next) {
   vec sum[ROWS / 4][STRIP];
-#pragma GCC unroll 8
+  UNROLL
   for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
+    UNROLL
     for (int w = 0; w < wide; w++) sum[r][w] = load(sums + r * (width + 1) + w * LANES);
   for (long j = 0; j < late; j++)
-#pragma GCC unroll 8
+    UNROLL
     for (int w = 0; w < wide; w++) {
       vec right = load(v + j * width + w * LANES);
-#pragma GCC unroll 8
+      UNROLL
       for (int r = 0; r < rows; r++) sum[r][w] += phi[j * count + r] * right;
     }
-#pragma GCC unroll 8
+  UNROLL
   for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
+    UNROLL
     for (int w = 0; w < wide; w++) store(next + r * (width + 1) + w * LANES, sum[r][w]);
 }
 

@@ -11,28 +11,37 @@
 #include <stdint.h>
 #include <string.h>
 
-/* A tile is of ROWS rows and two vectors: half the machine's registers hold its sums. COUNT: the lanes' numbers. Of two
- * vectors x and y, LACED_LOW is x0 y0 x1 y1 .. and LACED_HIGH goes on. */
+/* COUNT: the lanes' numbers. Of two vectors x and y, LACED_LOW is x0 y0 x1 y1 .. and LACED_HIGH goes on. */
 #if defined(__AVX512F__)
 #define LANES 16
-#define ROWS 8
 #define COUNT 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 #define LACED_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
 #define LACED_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif defined(__AVX__)
 #define LANES 8
-#define ROWS 4
 #define COUNT 0, 1, 2, 3, 4, 5, 6, 7
 #define LACED_LOW 0, 8, 1, 9, 2, 10, 3, 11
 #define LACED_HIGH 4, 12, 5, 13, 6, 14, 7, 15
 #else
 #define LANES 4
-#define ROWS 4
 #define COUNT 0, 1, 2, 3
 #define LACED_LOW 0, 4, 1, 5
 #define LACED_HIGH 2, 6, 3, 7
 #endif
+/* A tile is of ROWS rows and two vectors: half the machine's registers hold its sums. */
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define ROWS 8
+#else
+#define ROWS 4
+#endif
+_Static_assert(sizeof(long) == sizeof(int64_t), "torch's int64 and ctypes' c_long are read as long"); /* not on Windows */
 #define LOG2E 1.4426950408889634f
+/* Before a loop of a constant count. Clang 14 and 16 leave one rolled that is given a larger number. */
+#ifdef __clang__
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4), may_alias)); /* of memory that is not aligned */
@@ -56,13 +65,13 @@ INLINE vec laced(vec x, vec y, int high) {
 }
 
 INLINE float sum_of(vec x) {
-#pragma GCC unroll 4
+  UNROLL
   for (int n = 1; n < LANES; n *= 2) x = laced(x, x, 0) + laced(x, x, 1);
   return x[0];
 }
 
 INLINE float most_of(vec x) {
-#pragma GCC unroll 4
+  UNROLL
   for (int n = 1; n < LANES; n *= 2) x = larger(laced(x, x, 0), laced(x, x, 1));
   return x[0];
 }
@@ -105,24 +114,24 @@ INLINE vec log2_of(vec x) {
 INLINE void tile(const int rows, const int wide, long depth, const float *a, long a_row, long a_step, const float *b,
                  long b_step, long b_wide, float *c, long c_row, const float *scale, int add) {
   vec sum[ROWS][2];
-#pragma GCC unroll 8
+  UNROLL
   for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
+    UNROLL
     for (int w = 0; w < wide; w++) sum[r][w] = (vec){0};
   for (long k = 0; k < depth; k++) {
     vec right[2];
-#pragma GCC unroll 2
+    UNROLL
     for (int w = 0; w < wide; w++) right[w] = load(b + k * b_step + w * b_wide);
-#pragma GCC unroll 8
+    UNROLL
     for (int r = 0; r < rows; r++) {
       float left = a[r * a_row + k * a_step];
-#pragma GCC unroll 2
+      UNROLL
       for (int w = 0; w < wide; w++) sum[r][w] += left * right[w];
     }
   }
-#pragma GCC unroll 8
+  UNROLL
   for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
+    UNROLL
     for (int w = 0; w < wide; w++) {
       float *at = c + r * c_row + w * LANES;
       vec found = scale ? sum[r][w] * scale[r] : sum[r][w];
@@ -159,12 +168,12 @@ static __attribute__((noinline)) void product(long rows, long width, long depth,
 
 /* LANES rows, turned: as often as LANES can be halved, rows i and i + LANES / 2 are laced into each other. */
 INLINE void turn(vec x[LANES]) {
-#pragma GCC unroll 4
+  UNROLL
   for (int n = 1; n < LANES; n *= 2) {
     vec y[LANES];
-#pragma GCC unroll 16
+    UNROLL
     for (int i = 0; i < LANES; i++) y[i] = laced(x[i / 2], x[i / 2 + LANES / 2], i % 2);
-#pragma GCC unroll 16
+    UNROLL
     for (int i = 0; i < LANES; i++) x[i] = y[i];
   }
 }
@@ -174,10 +183,10 @@ static inline void pack(long keys, long width, const float *x, long row, float *
   for (long p = 0; p < keys; p += LANES)
     for (long d = 0; d < width; d += LANES) {
       vec block[LANES];
-#pragma GCC unroll 16
+      UNROLL
       for (int i = 0; i < LANES; i++) block[i] = p + i < keys ? load(x + (p + i) * row + d) : (vec){0};
       turn(block);
-#pragma GCC unroll 16
+      UNROLL
       for (int i = 0; i < LANES; i++) store(panels + p * width + (d + i) * LANES, block[i]);
     }
 }
