@@ -30,7 +30,7 @@ def _refuse(what: str, *given: object) -> None:
         if isinstance(x, Tensor) and _transformed(x):
             raise RuntimeError(
                 f"{what}: takes no part in torch.func (vmap, grad, jvp, ...), is_grads_batched and forward-mode derivatives; "
-                "kernel='reference' does, in memory of T x T"
+                "of the operators kernel='reference' does, in memory of T x T"
             )
 
 

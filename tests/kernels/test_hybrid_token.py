@@ -1,11 +1,12 @@
 """One more token by the C function: its definition, what it has made ahead, and which calls it takes for the last one's like."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from recipelin_kernels import hybrid_attention, hybrid_attention_step
+from recipelin_kernels import SoftmaxMap, hybrid_attention, hybrid_attention_step
 from recipelin_kernels.hybrid import cpu_step
 from recipelin_kernels.hybrid.state import settled
 from tests.kernels.hybrid_inputs import JOINS, Inputs, Single, empty_is_nan
@@ -114,18 +115,20 @@ OTHERWISE = (
     {"log_scale": torch.tensor([0.3])},
     {"log_scale": torch.linspace(-1, 1, 6).double()},
     {"signed": True},
+    {"scale": torch.tensor(0.7)},
 )
 
 
+@pytest.mark.parametrize("window", [5, 30])
 @pytest.mark.parametrize("options", OTHERWISE, ids=lambda options: next(iter(options)))
-def test_tokens_that_ask_the_same_are_prepared_once(options, monkeypatch):
+def test_tokens_that_ask_the_same_are_prepared_once(options, window, monkeypatch):
     """From room to room. One that asks for something else, or comes in another precision, is not taken for one of them."""
     made, ran = ([] for _ in range(2))
     for name, calls in (("_prepare", made), ("_token", ran)):
         own = getattr(cpu_step, name)
         monkeypatch.setattr(cpu_step, name, lambda *a, own=own, calls=calls: calls.append(1) or own(*a))
     x = Single(length=24)
-    same = dict(window=5, join="absolute", log_scale=x.log_scale)
+    same = dict(window=window, join="absolute", log_scale=x.log_scale)
     same |= dict(kernel="auto", cover="outside", ablate={}, key_mask=None, window_keep=None, scale=0.25, signed=False)
     with torch.no_grad():
         _, state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, **same)
@@ -135,9 +138,10 @@ def test_tokens_that_ask_the_same_are_prepared_once(options, monkeypatch):
         found, expected = copy.copy(state), settled(state)
         same["ablate"].update(options.get("ablate", {}))  # the caller's own
         for t in (22, 23):
-            y, expected = hybrid_attention_step(*x.token(t), x.mix, settled(expected), **same | options)
+            by_torch = same | options | {"kernel": "chunked"}
+            y, expected = hybrid_attention_step(*x.token(t), x.mix, settled(expected), **by_torch)
             other, found = hybrid_attention_step(*x.token(t), x.mix, found, **same | options)
-            assert (other - y).abs().max() < 1e-6
+            assert (other - y).abs().max() < 3e-6
         expected = settled(state)
         same["ablate"].clear()
         for t in (22, 23):
@@ -145,6 +149,79 @@ def test_tokens_that_ask_the_same_are_prepared_once(options, monkeypatch):
             y, expected = hybrid_attention_step(q, *others, x.mix, expected, **same)
             other, state = hybrid_attention_step(q.double(), *others, x.mix, state, **same)
             assert other.dtype == torch.float64 and (other - y).abs().max() < 1e-6
+
+
+def test_a_scale_that_is_a_tensor_is_looked_at_anew():
+    x = Single(length=24)
+    with torch.no_grad():
+        _, state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, window=5)
+        _, state = hybrid_attention_step(*x.token(10), x.mix, state, window=5, scale=torch.tensor(0.25))
+        expected, _ = hybrid_attention_step(*x.token(11), x.mix, settled(state), window=5, scale=0.9)
+        found, _ = hybrid_attention_step(*x.token(11), x.mix, state, window=5, scale=torch.tensor(0.9))
+    assert (found - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_was_prepared_with_gradients_on_is_not_taken_for_another_precision(dtype):
+    """By a call that torch's token answers, in the room of one that the C function has answered."""
+    x = Inputs(length=24, dim=64).by_maps(16).like(torch.float32)  # a room of several places
+    with torch.no_grad():
+        _, state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, window=5)
+    _, state = hybrid_attention_step(*x.cut(10, 11)[:3], *x.maps, x.mix, state, window=5)
+    with torch.no_grad():
+        expected = settled(state)
+        for t in range(11, 14):
+            q, k, v = (a.to(dtype) for a in x.cut(t, t + 1)[:3])
+            y, expected = hybrid_attention_step(q.float(), k.float(), v.float(), *x.maps, x.mix, expected, window=5)
+            found, state = hybrid_attention_step(q, k, v, *x.maps, x.mix, state, window=5)
+            assert found.dtype == dtype and (found - y).abs().max() < (1e-6 if dtype == torch.float64 else 2e-2)
+
+
+def test_tokens_whose_numbers_lie_in_another_order():
+    """Heads before rows, as a product of all heads at once leaves them; positions of rows that share one in memory."""
+    x = Single(length=24, batch=2)
+    for name in ("q", "k", "v"):
+        getattr(x, name)[1] = getattr(x, name)[0]
+    with torch.no_grad():
+        _, state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, window=20)
+        assert state.positions.tolist() == [10, 10]
+        other = replace(state, positions=state.positions[:1].expand(2))
+        for t in range(10, 24):
+            tokens = x.token(t)
+            y, state = hybrid_attention_step(*tokens, x.mix, state, window=20)
+            turned = [a.transpose(0, 1).contiguous().transpose(0, 1) for a in tokens[:3]]
+            assert not turned[0].is_contiguous()
+            found, other = hybrid_attention_step(*turned, *tokens[3:], x.mix, other, window=20)
+            assert torch.equal(found, y)
+
+
+@pytest.mark.parametrize("change", ["data", "turned", "clamp"])
+def test_a_map_of_queries_that_changes_between_tokens(change):
+    """Behind the back of its version; its width is that of its columns, so that it may be turned."""
+    x = Single(length=24)
+    weight = x.maps[0].weight.clone()
+
+    def features(z, clamp):
+        u = z @ weight
+        return torch.cat((u.softmax(-1), (-u).softmax(-1)), -1).clamp(min=clamp)
+
+    def map_of(clamp):
+        return SoftmaxMap(lambda z: features(z, clamp), weight, clamp)
+
+    with torch.no_grad():
+        clamp, map_q, map_k = 1e-6, map_of(1e-6), x.maps[1]
+        _, state = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, window=1)
+        for t in range(10, 16):
+            q, k, v, *_ = x.token(t)
+            expected, _ = hybrid_attention_step(q, k, v, features(q, clamp), map_k, x.mix, settled(state), window=1)
+            y, state = hybrid_attention_step(q, k, v, map_q, map_k, x.mix, state, window=1)
+            assert (y - expected).abs().max() < 1e-6
+            if t == 12 and change == "data":
+                weight.data = -2 * weight.data
+            elif t == 12 and change == "turned":
+                weight.transpose_(1, 2)
+            elif t == 12:
+                clamp, map_q = 0.1, map_of(0.1)
 
 
 def test_a_token_like_the_last_one_without_a_map_of_keys_is_refused():

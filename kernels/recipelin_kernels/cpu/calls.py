@@ -26,8 +26,8 @@ def check_device(name: str, x: Tensor, *others: Tensor | None) -> None:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile or torch.jit.trace looks on: neither can look into the C kernels."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether torch.compile, torch.jit.trace or a dispatch mode (make_fx) looks on: none can look into the C kernels."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def dense(x: Tensor) -> Tensor:

@@ -108,7 +108,7 @@ def _not_in_c(device: torch.device | str, dtype: torch.dtype | None) -> str | No
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         return f"the C kernels compute in float32, found {dtype}"
     if is_traced():
-        return "torch.compile and torch.jit.trace cannot look into the C kernels"
+        return "torch.compile, torch.jit.trace and dispatch modes cannot look into the C kernels"
     return why_no_c()
 
 
@@ -196,7 +196,9 @@ def hybrid_attention(
     """
     if kernel != "reference":
         of_maps = (x.weight for x in (phi_q, phi_k_fn) if isinstance(x, SoftmaxMap))
-        refuse_transforms("hybrid_attention", q, k, v, phi_q, phi_k, mix, log_scale, *of_maps)
+        refuse_transforms(
+            "hybrid_attention", q, k, v, phi_q, phi_k, mix, log_scale, key_mask, segment_ids, window_keep, *of_maps
+        )
     one_of("shape", shape, SHAPES)
     one_of("cover", cover, COVERS)
     one_of("join", join, JOINS)

@@ -26,6 +26,8 @@ from .step import map_leaving, moved, placed
 WORTH_A_THREAD = 1 << 20  # bytes of the sums: to start a thread takes as long as to read some 0.3 MB
 
 ARGUMENTS = ("q", "k", "v", "phi_q", "phi_k", "mix")  # of `hybrid_attention` by their places
+PLAIN = (Tensor, torch.nn.Parameter)  # with memory of their own
+NUMBERS = frozenset((*ARGUMENTS, "log_scale"))
 
 F = TypeVar("F", bound=Callable[..., Any])
 Maps = Callable[[Tensor], Tensor] | Tensor | SoftmaxMap | None
@@ -80,7 +82,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, phi_q: Maps, phi_k_fn: Maps, state: H
     width, features = q.shape[3], state.sums.shape[2]
     weights = [m.weight for m in (phi_q, phi_k_fn) if isinstance(m, SoftmaxMap)]
     tensors = (q, k, v, state.sums, state.ring_k, state.ring_v, *weights)
-    if any(x.dtype != torch.float32 or x.device != q.device for x in tensors):
+    if any(x.dtype != torch.float32 or x.device != q.device or type(x) not in PLAIN for x in tensors):
         return False
     whole = not width % VECTOR and not features % VECTOR and features > 0
     return whole and all(w.is_contiguous() and not w.is_neg() and not w.shape[2] % VECTOR for w in weights)
@@ -89,7 +91,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, phi_q: Maps, phi_k_fn: Maps, state: H
 def as_the_last_token(function: F) -> F:
     """`hybrid_attention`, but a token that asks what the one before it asked, in numbers of the same kinds, is not checked.
 
-    What a call is asked for are its arguments: tensors and maps by their kinds, all others by value.
+    What a call is asked for are its arguments: NUMBERS and maps by their kinds, all others by value.
     """
 
     @wraps(function)
@@ -98,28 +100,30 @@ def as_the_last_token(function: F) -> F:
         state = asked.pop("state", None)
         if not isinstance(state, HybridState) or torch.is_grad_enabled() or under_way():
             return function(*given, **named)
-        signature = [*asked, *map(_kind, asked.values())]
-        behind = state if isinstance(state, RoomState) else None
-        call = behind and behind.room.prepared
-        if behind and call and call.signature == signature and not is_traced() and behind.room.take(behind.late):
-            numbers = asked.get("mix"), asked.get("log_scale")
-            return _token(call, asked["q"], asked["k"], asked["v"], asked["phi_q"], *numbers, asked["phi_k_fn"], behind)
+        signature = [len(given), len(named), *asked, *map(_kind, asked, asked.values())]
+        before: Prepared | None = None
+        if isinstance(state, RoomState) and (before := state.room.prepared) and before.signature == signature:
+            q, k, v, phi_q, map_k = (asked[name] for name in ("q", "k", "v", "phi_q", "phi_k_fn"))
+            if not is_traced() and state.room.take(state.late):
+                return _token(before, q, k, v, phi_q, asked.get("mix"), asked.get("log_scale"), map_k, state)
         found = function(*given, **named)
         following = found[1] if isinstance(found, tuple) else None
-        if isinstance(following, RoomState) and following.room.prepared and not following.room.prepared.signature:
-            # By this call. The caller may change what it has given.
-            following.room.prepared.signature = [dict(x) if isinstance(x, Mapping) else x for x in signature]
+        made = following.room.prepared if isinstance(following, RoomState) else None
+        if made is not None and made is not before:  # by this call
+            # A mapping is the caller's, who may change it.
+            made.signature = [dict(x) if isinstance(x, Mapping) else x for x in signature]
         return found
 
     return called  # type: ignore[return-value]
 
 
-def _kind(given: object) -> object:
+def _kind(name: str, given: object) -> object:
     if isinstance(given, Tensor):
-        return given.shape, given.dtype, given.device
+        # An option that is a tensor has a value, which is not looked at here: it is never the same.
+        return (type(given), given.shape, given.dtype, given.device) if name in NUMBERS else object()
     if isinstance(given, SoftmaxMap):
         weight = given.weight
-        return id(weight), weight.data_ptr(), weight.dtype, given.clamp
+        return id(weight), weight.data_ptr(), weight.dtype, weight.is_contiguous(), given.clamp
     return given
 
 
@@ -154,7 +158,8 @@ def _token(
     """A token of the kinds that the call is prepared for, at a place of the room that is the caller's."""
     token, room, late = call.token, state.room, state.late
     # Held by their names, as all that is made here, until the call is over.
-    q, k, v, y = dense(q), dense(k), dense(v), torch.empty_like(q)
+    q, k, v = dense(q), dense(k), dense(v)
+    y = torch.empty_like(q)
     token.q, token.k, token.v, token.y, token.late = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(), late
     strength = {"shared": mix, "absolute": log_scale}.get(call.options.join)
     if strength is not None:
@@ -204,7 +209,7 @@ def _prepare(
     token = Token(
         batch=batch, heads=heads, key_heads=key_heads, map_heads=sums.shape[1], width=width, features=features,
         sinks=options.sinks, ring=state.ring, left=room.left, join=JOINS.index(options.join), is_signed=options.signed,
-        threads=min(torch.get_num_threads(), max(1, sums.nbytes // WORTH_A_THREAD)), scale=options.scale * LOG2E,
+        scale=options.scale * LOG2E,
     )  # fmt: skip
     _place_in(token, room)
     map_q = phi_q if isinstance(phi_q, SoftmaxMap) else None
@@ -218,6 +223,7 @@ def _prepare(
 
 
 def _place_in(token: Token, room: Room) -> None:
+    token.threads = min(torch.get_num_threads(), max(1, room.sums.nbytes // WORTH_A_THREAD))
     token.sums, token.positions = room.sums.data_ptr(), room.begin.data_ptr()
     token.room_k, token.room_v, token.room_phi = room.k.data_ptr(), room.v.data_ptr(), room.phi.data_ptr()
     token.next_sums = None

@@ -124,7 +124,8 @@ def _in_room(state: HybridState, sums: Tensor) -> RoomState:
     full = bool((state.positions >= state.ring_k.shape[2]).all())
     phi = sums.new_empty(batch, map_heads, left, features)
     k, v = in_front(state.sink_k, state.ring_k, left), in_front(state.sink_v, state.ring_v, left)
-    room = Room(sums, state.sink_k, state.sink_v, state.positions, k, v, phi, full, set(range(left)))
+    begin = state.positions.long().contiguous()  # read by its address
+    room = Room(sums, state.sink_k, state.sink_v, begin, k, v, phi, full, set(range(left)))
     return RoomState(room, 0)
 
 
