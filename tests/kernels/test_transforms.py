@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from recipelin_kernels import hybrid_attention, hybrid_attention_step, teacher_attention, weight_transfer_loss
 from recipelin_kernels.hybrid import cpu_features
@@ -114,3 +115,22 @@ def test_losses_and_features_refuse(transform):
             )
     with pytest.raises(RuntimeError, match=f"^softmax features in C: {REFUSED}"):
         run(lambda q, *_: cpu_features.softmax_features_cpu(q, x.maps[0].weight, 1e-12), x.q, x.k, x.v)
+
+
+@pytest.mark.parametrize("window", [5, 60])
+def test_what_make_fx_records_is_the_operator(window):
+    """A dispatch mode sees torch's operations alone: no C kernel is taken beneath it, and nothing is decided by numbers."""
+    x = Inputs(length=20).like(torch.float32)
+    given = attention(x, "auto", window=window, sinks=0)
+    with torch.no_grad():
+        graph = make_fx(given)(x.q, x.k, x.v)
+        other = x.q.cos(), x.k.sin(), x.v + 1
+        assert (graph(*other) - given(*other)).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("name", ["key_mask", "window_keep"])
+def test_masks_of_a_transform_are_refused_too(name):
+    x = Inputs().like(torch.float32)
+    mask = torch.ones(3, 2, {"key_mask": x.k.shape[2], "window_keep": x.q.shape[1]}[name], dtype=torch.bool)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        torch.func.vmap(lambda m: attention(x, "auto", **{name: m})(x.q, x.k, x.v))(mask)
