@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from recipelin_kernels import hybrid_attention, hybrid_attention_step
+from recipelin_kernels.hybrid.rows import DROPS
 from tests.kernels.hybrid_inputs import COVERS, EXACT, JOINS, Inputs, assert_same, attend
 
-DROPS = ["linear_covers_all", "linear_outside"]
 KEEP = torch.tensor([[True, False, False, True], [False, True, False, False]])
 LENGTH, STEPS = 29, 24  # from token STEPS on one by one
 

@@ -12,15 +12,20 @@ from recipelin_kernels.hybrid.state import settled
 from tests.kernels.hybrid_inputs import JOINS, Inputs, Single, empty_is_nan
 
 
+def counted(monkeypatch, name):
+    """A list that grows with each call of a function of cpu_step."""
+    own, calls = getattr(cpu_step, name), []
+    monkeypatch.setattr(cpu_step, name, lambda *a: calls.append(1) or own(*a))
+    return calls
+
+
 @pytest.mark.parametrize("join", [j for j in JOINS if j != "replace"])
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (9, 0), (5, 3), (64, 2)])
 def test_a_token_of_the_c_function_is_its_definition_for_any_threads(window, sinks, join, monkeypatch):
     """Rows of two lengths, one of whose windows is short at first; maps, and features that are made before."""
     monkeypatch.setattr(cpu_step, "WORTH_A_THREAD", 1)
-    calls, threads, length = [], torch.get_num_threads(), window + 42
+    calls, threads, length = counted(monkeypatch, "cpu_token"), torch.get_num_threads(), window + 42
     first = window + sinks + 5 if sinks else 20  # sinks are soon behind the window of the shorter row
-    step = cpu_step._token
-    monkeypatch.setattr(cpu_step, "_token", lambda *a: calls.append(1) or step(*a))
     # Each way by which query heads of a key head read together, and what is left of them: 4 and 4, 4 and 2 and 1, 4 and 1.
     for dim, columns, heads, per_key_head in (
         (128, 64, (8, 1), False),
@@ -62,8 +67,7 @@ def test_a_token_of_the_c_function_is_its_definition_for_any_threads(window, sin
 @pytest.mark.parametrize("join", [j for j in JOINS if j != "replace"])
 def test_tokens_of_signed_features(join, monkeypatch):
     """With rows at the floor of the denominator. What `chunked` has in float32 is the measure."""
-    step, calls = cpu_step._token, []
-    monkeypatch.setattr(cpu_step, "_token", lambda *a: calls.append(1) or step(*a))
+    calls = counted(monkeypatch, "cpu_token")
     exact = Inputs(length=40, dim=16, features=32)
     make = torch.Generator().manual_seed(2)
     exact.features = lambda k: (k.repeat_interleave(3, 1) @ exact.map.to(k)) * (k[..., :1] > -1).repeat_interleave(3, 1)
@@ -123,10 +127,7 @@ OTHERWISE = (
 @pytest.mark.parametrize("options", OTHERWISE, ids=lambda options: next(iter(options)))
 def test_tokens_that_ask_the_same_are_prepared_once(options, window, monkeypatch):
     """From room to room. One that asks for something else, or comes in another precision, is not taken for one of them."""
-    made, ran = ([] for _ in range(2))
-    for name, calls in (("_prepare", made), ("_token", ran)):
-        own = getattr(cpu_step, name)
-        monkeypatch.setattr(cpu_step, name, lambda *a, own=own, calls=calls: calls.append(1) or own(*a))
+    made, ran = counted(monkeypatch, "prepared"), counted(monkeypatch, "cpu_token")
     x = Single(length=24)
     same = dict(window=window, join="absolute", log_scale=x.log_scale)
     same |= dict(kernel="auto", cover="outside", ablate={}, key_mask=None, window_keep=None, scale=0.25, signed=False)

@@ -260,7 +260,8 @@ def hybrid_attention(
             state = standing(state, phi_k_fn)
             check_lead(state, held)
             if takes == "cpu" and cpu_step.takes(q, k, v, phi_q, phi_k_fn, state):
-                return cpu_step.cpu_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
+                state = cpu_step.prepared(q, k, phi_q, phi_k_fn, held, state)
+                return cpu_step.cpu_token(q, k, v, phi_q, *own_numbers, phi_k_fn, state)
             phi_q = phi_q(q) if isinstance(phi_q, SoftmaxMap) else phi_q
             return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
     if isinstance(phi_q, SoftmaxMap):

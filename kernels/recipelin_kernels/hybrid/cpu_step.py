@@ -105,7 +105,7 @@ def as_the_last_token(function: F) -> F:
         if isinstance(state, RoomState) and (before := state.room.prepared) and before.signature == signature:
             q, k, v, phi_q, map_k = (asked[name] for name in ("q", "k", "v", "phi_q", "phi_k_fn"))
             if not is_traced() and state.room.take(state.late):
-                return _token(before, q, k, v, phi_q, asked.get("mix"), asked.get("log_scale"), map_k, state)
+                return cpu_token(q, k, v, phi_q, asked.get("mix"), asked.get("log_scale"), map_k, state)
         found = function(*given, **named)
         following = found[1] if isinstance(found, tuple) else None
         made = following.room.prepared if isinstance(following, RoomState) else None
@@ -135,28 +135,15 @@ def cpu_token(
     mix: Tensor | None,
     log_scale: Tensor | None,
     phi_k_fn: Callable[[Tensor], Tensor],
-    options: Options,
-    state: HybridState,
-) -> tuple[Tensor, HybridState]:
-    """`plain_token` where `takes`; features of phi_q and phi_k_fn are made by the same function where they are SoftmaxMaps."""
-    state = placed(state)
-    call = state.room.prepared = _prepare(q, k, phi_q, phi_k_fn, options, state)
-    return _token(call, q, k, v, phi_q, mix, log_scale, phi_k_fn, state)
-
-
-def _token(
-    call: Prepared,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    phi_q: Tensor | SoftmaxMap,
-    mix: Tensor | None,
-    log_scale: Tensor | None,
-    phi_k_fn: Callable[[Tensor], Tensor],
     state: RoomState,
 ) -> tuple[Tensor, HybridState]:
-    """A token of the kinds that the call is prepared for, at a place of the room that is the caller's."""
-    token, room, late = call.token, state.room, state.late
+    """`plain_token` where `takes`, at a place of a room that is the caller's, and for which such calls are `prepared`.
+
+    Features of phi_q and phi_k_fn are made by the same function where they are SoftmaxMaps.
+    """
+    room, late = state.room, state.late
+    call: Prepared = room.prepared
+    token = call.token
     # Held by their names, as all that is made here, until the call is over.
     q, k, v = dense(q), dense(k), dense(v)
     y = torch.empty_like(q)
@@ -190,15 +177,19 @@ def _token(
     return y, RoomState(after, 0)
 
 
-def _prepare(
+def prepared(
     q: Tensor,
     k: Tensor,
     phi_q: Tensor | SoftmaxMap,
     phi_k_fn: Callable[[Tensor], Tensor],
     options: Options,
-    state: RoomState,
-) -> Prepared:
-    """Raises ValueError for a state of calls of other sizes."""
+    state: HybridState,
+) -> RoomState:
+    """The state at a place of the caller's in a room that is prepared for calls of these kinds.
+
+    Raises ValueError for a state of calls of other sizes.
+    """
+    state = placed(state)
     (batch, heads, _, width), key_heads, room, sums = q.shape, k.shape[1], state.room, state.sums
     features = phi_q.features if isinstance(phi_q, SoftmaxMap) else phi_q.shape[3]
     if (*room.k.shape[:2], room.k.shape[3]) != (batch, key_heads, width) or sums.shape[2:] != (features, width + 1):
@@ -219,7 +210,9 @@ def _prepare(
     if map_k is not None:
         check_heads(sums.shape[1], map_k.heads)
         token.weight_k, token.clamp_k = map_k.weight.data_ptr(), map_k.clamp
-    return Prepared(token, options, (map_q, map_k), map_k is not None and map_k.weight.is_inference(), made=state.late)
+    is_fixed = map_k is not None and map_k.weight.is_inference()
+    room.prepared = Prepared(token, options, (map_q, map_k), is_fixed, made=state.late)
+    return state
 
 
 def _place_in(token: Token, room: Room) -> None:
@@ -242,4 +235,4 @@ def _make_ahead(call: Prepared, weight: Tensor, late: int) -> None:
         token.end = min(token.left, late + (1 if call.is_fixed else token.ring + 1))
 
 
-__all__ = ["Prepared", "as_the_last_token", "cpu_token", "takes"]
+__all__ = ["Prepared", "as_the_last_token", "cpu_token", "prepared", "takes"]
