@@ -38,7 +38,7 @@ static void through_rows(const Unit *u, const Chunk *h, const Head *head, const 
   for (long r = 0; r < h->t1 - h->t0; r++) {
     const Row *row = rows + r;
     float *a = m->s + r * ld, *b = m->l + r * ld, *dx = m->dx + r * ld;
-    long t = h->t0 + r;
+    long t = h->t0 + r, start = window_start(c, t), soft = head->soft; /* a weight of 0 may be a key's far below the maximum */
     float soft_shift = dyy[r];
     shift[r] = dyy[r];
     if (c->join >= REPLACE) { /* softmax has a denominator of its own */
@@ -72,10 +72,10 @@ static void through_rows(const Unit *u, const Chunk *h, const Head *head, const 
         if (c->shown_linear) weight += load(b + j) * linear_by;
         ivec set = c->has_linear ? linear_keys(c, head, h, key_of(u, h, j), t) : all_int(0);
         vec db = where(set, ((c->shown_linear ? x : all(0)) - shift[r]) * linear_by);
-        if (c->join == REPLACE) db += where(e != 0.0f, all(to_window));
+        if (c->join == REPLACE) db += where(soft ? soft_keys(c, key_of(u, h, j), start, t) : all_int(0), all(to_window));
         store(b + j, db);
       } else if (c->join == REPLACE) {
-        store(b + j, where(e != 0.0f, all(to_window)));
+        store(b + j, where(soft ? soft_keys(c, j, start, t) & (places(j) < (int32_t)sinks) : all_int(0), all(to_window)));
       }
       store(dx + j, weight);
       store(a + j, by * (where(e != 0.0f, e * (d - soft_shift)) - where(e == 1.0f, all(to_top))));
