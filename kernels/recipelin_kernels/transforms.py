@@ -16,12 +16,14 @@ from torch.autograd.function import once_differentiable
 
 def under_way() -> bool:
     """Whether what is computed now may be part of a transform; in backward is_grads_batched does not say so."""
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def refuse_transforms(what: str, *given: object) -> None:
     """Raises RuntimeError where a tensor is one of a transform that is under way."""
-    if not torch.compiler.is_compiling() and under_way():
+    if under_way():
         _refuse(what, *given)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..autocast import ignores_autocast
 from ..cpu import why_not as why_no_c
 from ..cpu.calls import is_traced
-from ..transforms import refuse_transforms
+from ..transforms import refuse_transforms, under_way
 from . import cpu_step, gpu_support
 from .chunked import hybrid_attention_chunked
 from .compat import check_compat, decoding, whole_rows
@@ -194,7 +194,7 @@ def hybrid_attention(
     `cpu` (C) compute what `chunked` does, forward and backward; the precision of `gpu`: gpu.py. One token after a state has a
     kernel of its own, see `hybrid_attention_step`; of more tokens `cpu` leaves to `chunked` what goes on from a state.
     """
-    if kernel != "reference":
+    if kernel != "reference" and under_way():
         of_maps = (x.weight for x in (phi_q, phi_k_fn) if isinstance(x, SoftmaxMap))
         refuse_transforms(
             "hybrid_attention", q, k, v, phi_q, phi_k, mix, log_scale, key_mask, segment_ids, window_keep, *of_maps

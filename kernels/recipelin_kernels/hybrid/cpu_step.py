@@ -96,10 +96,11 @@ def as_the_last_token(function: F) -> F:
 
     @wraps(function)
     def called(*given: Any, **named: Any) -> Any:
-        asked = dict(zip(ARGUMENTS, given, strict=False)) | named
-        state = asked.pop("state", None)
+        state = named.get("state")
         if not isinstance(state, HybridState) or torch.is_grad_enabled() or under_way():
             return function(*given, **named)
+        asked = dict(zip(ARGUMENTS, given, strict=False)) | named
+        del asked["state"]
         signature = [len(given), len(named), *asked, *map(_kind, asked, asked.values())]
         before: Prepared | None = None
         if isinstance(state, RoomState) and (before := state.room.prepared) and before.signature == signature:

@@ -59,16 +59,17 @@ def check_shapes(
         raise ValueError(f"window={window!r}, sinks={sinks!r}: expected integers of at least 0")
     if heads % key_heads:
         raise ValueError(f"{heads} query heads are not a multiple of {key_heads} key heads")
+    features, map_heads = phi_q.shape[-1], key_heads if phi_k is None else phi_k.shape[1]
     for name, x, expected in (
         ("k", k, (batch, key_heads, length, width)),
         ("v", v, (batch, key_heads, length, width)),
-        ("phi_q", phi_q, (batch, heads, queries, phi_q.shape[-1])),
-        *([] if phi_k is None else [("phi_k", phi_k, (batch, phi_k.shape[1], length, phi_q.shape[-1]))]),
+        ("phi_q", phi_q, (batch, heads, queries, features)),
+        ("phi_k", phi_k, (batch, map_heads, length, features)),
     ):
-        if tuple(x.shape) != expected:
+        if x is not None and x.shape != expected:
             raise ValueError(f"{name} {tuple(x.shape)}: expected {expected} beside q {tuple(q.shape)}")
-    if phi_k is not None and phi_k.shape[1] not in (heads, key_heads):
-        raise ValueError(f"phi_k has {phi_k.shape[1]} heads: expected {heads} (query heads) or {key_heads} (key heads)")
+    if map_heads not in (heads, key_heads):
+        raise ValueError(f"phi_k has {map_heads} heads: expected {heads} (query heads) or {key_heads} (key heads)")
 
 
 def span_of(window: int, shape: str, reach: int | None, *, linear: bool) -> int:
