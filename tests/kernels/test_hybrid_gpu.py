@@ -86,11 +86,12 @@ def test_what_owns_keys_may_meet_fewer_queries_and_a_call_without_components_kee
 
 
 def test_a_row_without_mass_is_zero():
-    """0 / 0 of the formula: a mix of 0, or features of 0, where there is no linear side beside the window."""
+    """0 / 0 of the formula: a mix of 0, or features of 0, where there is no linear side beside the window; a log_scale of -inf
+    where the window is dropped."""
     x = Inputs((2, 1), 33, 1)
-    x.mix[1], x.phi_q[:, :, 20:30] = 0, 0
-    for join in ("shared", "replace"):
-        compare(x, dict(window=25, join=join))
+    x.mix[1], x.phi_q[:, :, 20:30], x.log_scale[1] = 0, 0, -torch.inf
+    for options in (dict(join="shared"), dict(join="replace"), dict(join="absolute", window_keep=KEEP)):
+        compare(x, dict(window=25, **options))
 
 
 def test_fp16():

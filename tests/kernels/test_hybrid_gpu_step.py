@@ -107,14 +107,16 @@ def test_equals_the_definition_and_its_state_the_chunked_ones(name):
 
 
 def test_a_token_without_mass_is_zero():
-    """A head whose mix is 0 has nothing until a key has left the window."""
+    """A head whose mix is 0 has nothing until a key has left the window; one whose log_scale is -inf never without a window."""
     x = Inputs((2, 1), 6, 1).like(torch.float32, DEVICE)
-    x.mix[1] = 0
-    _, state = hybrid_attention(*x.cut(0, 1), x.mix, window=3, output_state=True, kernel="chunked")
-    y, _ = decode(x, state, 1, 6, window=3)
+    x.mix[1], x.log_scale[1] = 0, -torch.inf
     exact = x.like(torch.float64, DEVICE)
-    close(y, hybrid_attention(*exact.cut(0, 6), exact.mix, window=3, kernel="reference")[:, :, 1:])
-    assert not y[:, 1, :2].any()
+    for window, join, nothing in ((3, "shared", 2), (0, "absolute", 5)):
+        options = dict(window=window, join=join, log_scale=x.log_scale)
+        _, state = hybrid_attention(*x.cut(0, 1), x.mix, output_state=True, kernel="chunked", **options)
+        y, _ = decode(x, state, 1, 6, **options)
+        close(y, hybrid_attention(*exact.cut(0, 6), exact.mix, kernel="reference", **options)[:, :, 1:])
+        assert not y[:, 1, :nothing].any() and bool(y[:, 0].any())
 
 
 @pytest.mark.parametrize("moved", [False, True])

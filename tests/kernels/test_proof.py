@@ -125,8 +125,9 @@ def test_hybrid_attention_is_its_definition(call):
     dtype = call["dtype"]
     found = attended(x, options, "auto", dtype)
     # Of a row of one key mix has no gradient, nor have q and k: a head's difference of two products over the width, which of q
-    # and k multiplies the other.
+    # and k multiplies the other. Nor have features of one linear key whose branch is divided by their product.
     sizes = {"mix": 2e-3 * call["width"] * call["heads"] ** 0.5}
+    sizes |= dict.fromkeys(("phi_q", "phi_k"), 2e-3 * (call["width"] * call["heads"] * call["features"]) ** 0.5)
     sizes |= {a: 0.05 * float(exact[b].nan_to_num().norm()) for a, b in (("q", "k"), ("k", "q"))}
     cancels = {list(x).index(name) + 1: max(1e-2, size) for name, size in sizes.items()}
     compare(found, attended(exact, options, "reference", dtype), dtype, cancels)

@@ -122,6 +122,44 @@ def test_blocked_is_the_definition_where_pairs_are_clamped_and_the_teacher_is_wi
 
 
 @pytest.mark.parametrize("kernel", BLOCKED)
+@pytest.mark.parametrize("what", ["mix", "log_scale", "queries", "keys"])
+def test_rows_and_pairs_without_mass(what, kernel):
+    """0 / 0 of the formula gives the clamp and no gradient; a pair of 0 beside the window's weight (cover `all`) has one."""
+    x = inputs(2, 1, 40)
+    with torch.no_grad():
+        x["mix"][1] *= what != "mix"
+        x["log_scale"][1:] = -torch.inf if what == "log_scale" else 0.5
+        x["phi_q"][:, :, 3:20] *= what != "queries"
+        x["phi_k"][:, :, :20] *= what != "keys"
+    for join, cover, (window, sinks), signed in itertools.product(
+        JOINS, ("outside", "all"), ((5, 2), (60, 0), (0, 0)), (False, True)
+    ):
+        if join == "absolute" and signed:
+            continue  # refused
+        options = {"join": join, "cover": cover, "window": window, "sinks": sinks, "signed": signed}
+        for target in ("hybrid", "linear"):
+            expected, found = (loss_and_gradients(x, n, target=target, **options) for n in ("reference", kernel))
+            for one, other in zip(expected, found, strict=True):
+                assert torch.isfinite(one).all() and torch.isfinite(other).all()
+                least = 1e-3 if kernel == "chunked" else 1e-2
+                assert float((one - other).abs().max()) <= BLOCKED[kernel] * max(float(one.abs().max()), least), options
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_the_definition_has_the_gradient_of_a_pair_of_0_beside_the_windows_weight(join):
+    x = inputs(2, 1, 12)
+    with torch.no_grad():
+        x["phi_k"][:, :, 4] = 0
+    options = {"target": "hybrid", "join": join, "cover": "all", "window": 12}
+    loss, _, exact, *_ = loss_and_gradients(x, "reference", **options)
+    moved = {**x, "phi_k": x["phi_k"].detach().clone()}
+    moved["phi_k"][0, 1, 4, 3] += 1e-6
+    moved["phi_k"].requires_grad_()
+    slope = (float(loss_and_gradients(moved, "reference", **options)[0]) - float(loss)) / 1e-6
+    assert abs(slope) > 1e-3 and slope == pytest.approx(float(exact[0, 1, 4, 3]), rel=1e-4)
+
+
+@pytest.mark.parametrize("kernel", BLOCKED)
 @pytest.mark.parametrize("join", JOINS)
 def test_single_precision_stays_finite_and_close_at_large_scores(join, kernel):
     x = inputs(4, 2, 149)

@@ -11,6 +11,8 @@
  * clamped: what is left for the sums is rounding. The other keys (the diagonal, the window, the sinks, the edges of what is
  * cut) stand in `edge` columns, a row's scores and pairs of which are held until `kept` is known.
  */
+#include <float.h>
+
 #include "joins.h"
 #include "threads.h"
 
@@ -176,7 +178,8 @@ static void weigh(const Head *head, Query *query, float linear, float held) {
     total = linear;
     if (join == ABSOLUTE) {
       float unit = head->log_scale - lse, soft = query->present ? query->top / LOG2E : -INFINITY;
-      float other = linear > 0 ? unit + logf(fmaxf(linear, FEW)) : -INFINITY, largest = fmaxf(soft, other);
+      float other = linear > 0 ? unit + logf(fmaxf(linear, FEW)) : -INFINITY;
+      float largest = fmaxf(fmaxf(soft, other), -FLT_MAX); /* log_scale may be -infinite */
       query->weight = query->present ? expf(soft - largest) : 0.0f;
       query->scale = linear > 0 ? expf(unit - largest) : 0.0f;
       total *= query->scale;

@@ -272,8 +272,7 @@ def hybrid_attention_gpu(
     bf16: products of bf16, summed in fp32; features may be fp32 beside it, whose pairs are then taken in tf32. fp16: what
     multiplies values in tf32. fp32: three products of tf32 in the place of one, which keep 21 bits or more. States
     are summed in fp32, of parts that are kept as the states are: in bf16 for bf16, each rounded once more on its way.
-    Of a row's equally large scores the first has the maximum's gradient (the reference shares it among them). With a
-    log_scale of -inf a row without a softmax set is its linear side, in the place of 0.
+    Of a row's equally large scores the first has the maximum's gradient (the reference shares it among them).
     """
     given = q.dtype
     kind = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)

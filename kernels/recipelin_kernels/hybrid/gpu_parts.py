@@ -394,6 +394,6 @@ def factors(top, a_mass, b_mass, w_mass, mix, log_scale, o: tl.constexpr):
             level = tl.maximum(soft, linear)
             level = tl.where(level == HIDDEN, 0.0, level)
             a_factor = tl.exp(tl.minimum(tl.maximum(natural - level, LEAST / BASE2), 0.0))
-            b_factor = tl.exp(tl.minimum(tl.maximum(log_scale - level, LEAST / BASE2), MOST))
+            b_factor = tl.exp(tl.minimum(log_scale - level, MOST))
         den, live = floored(a_factor * a_mass + b_factor * b_mass, o)
         return over(a_factor, den), over(b_factor, den), den, live, one, one

@@ -126,7 +126,7 @@ def student(
         unit = log_scale - lse
         linear = torch.where(mass > 0, unit + mass.clamp(min=torch.finfo(x.dtype).tiny).log(), -torch.inf)
         top = soft.top / LOG2E
-        most = torch.maximum(torch.where(soft.present, top, -torch.inf), linear)
+        most = torch.maximum(torch.where(soft.present, top, -torch.inf), linear).clamp(min=torch.finfo(x.dtype).min)
         weight = torch.where(soft.present, (top - most).exp(), 0.0)
         scale = torch.where(mass > 0, (unit - most).exp(), 0.0)
         x.mul_(scale)

@@ -24,33 +24,22 @@ def log_weights(
     target linear: phi.phi / sum over all `seen` keys. hybrid: the joint row of the join (DESIGN §5). Sums that hold
     signed features are divided by as `divide` does.
     """
-    tiny = torch.finfo(scores.dtype).tiny
-    floor = torch.tensor(LEAST, dtype=scores.dtype, device=scores.device).log()
     if target == "linear":
         b = torch.where(seen, pairs, 0.0)
         return divide(b, b.sum(-1), options.signed).clamp(min=LEAST).log()
     soft = near | sinks
     linear = seen if options.cover == "all" else seen & ~soft
-    top = torch.where(soft, scores, -torch.inf).amax(-1, keepdim=True)
-    top = torch.where(torch.isinf(top), 0.0, top)
-    a = torch.where(soft, torch.exp(torch.where(soft, scores - top, 0.0)), 0.0)
     b = torch.where(linear, pairs, 0.0)
+    most = torch.where(soft, scores, -torch.inf).amax(-1, keepdim=True)
     if options.join == "absolute":
         assert log_scale is not None
-        log_a = torch.where(soft, scores, -torch.inf)
-        log_b = torch.where(linear & (pairs > 0), log_scale[:, None, None] + pairs.clamp(min=tiny).log(), -torch.inf)
-        total_a = top + a.sum(-1, keepdim=True).clamp(min=tiny).log()
-        mass_b = b.sum(-1, keepdim=True)
-        total_b = torch.where(mass_b > 0, log_scale[:, None, None] + mass_b.clamp(min=tiny).log(), -torch.inf)
-        total = torch.where(mass_b > 0, torch.logaddexp(total_a, torch.where(mass_b > 0, total_b, total_a)), total_a)
-        joint = torch.where(soft, log_a, log_b)
-        if options.cover == "all":
-            both = soft & linear & (pairs > 0)
-            joint = torch.where(
-                both, torch.logaddexp(torch.where(both, log_a, 0.0), torch.where(both, log_b, 0.0)), joint
-            )
-        known = ~torch.isinf(joint)
-        return torch.where(known, torch.where(known, joint, 0.0) - total, floor).clamp(min=floor)
+        # Both sides are taken over the row's largest part, which cancels; a row without linear mass has no gradient to it.
+        finfo, unit = torch.finfo(scores.dtype), log_scale[:, None, None]
+        mass = b.sum(-1, keepdim=True)
+        linear_most = torch.where(mass > 0, unit + mass.clamp(min=finfo.tiny).log(), -torch.inf)
+        most = torch.maximum(most, linear_most).clamp(min=finfo.min).detach()
+        b = torch.where(mass > 0, torch.where(mass > 0, unit - most, 0.0).exp(), 0.0) * b
+    a = torch.where(soft, torch.exp(torch.where(soft, scores - most, 0.0)), 0.0)
     if options.join in SEPARATE:
         a_mass, b_mass = a.sum(-1), b.sum(-1)
         a_weight, b_weight = branch_weights(options.join, a_mass, b_mass)
@@ -60,7 +49,7 @@ def log_weights(
     if options.join == "shared":
         assert mix is not None
         a = mix[:, None, None] * a
-    else:
+    elif options.join == "replace":
         mass = torch.where(soft, pairs, 0.0).sum(-1, keepdim=True)
         weight = a.sum(-1, keepdim=True)
         a = mass * a / torch.where(weight == 0, 1.0, weight)
