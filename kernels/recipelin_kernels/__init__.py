@@ -13,6 +13,7 @@ from .hybrid import (
     resolve_kernel,
 )
 from .outside_mass import outside_mass
+from .packing import segment_ids_of
 from .weight_transfer import log_scale_closed_form, teacher_attention, weight_transfer_loss
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "outside_mass",
     "resolve_gated_delta_kernel",
     "resolve_kernel",
+    "segment_ids_of",
     "teacher_attention",
     "weight_transfer_loss",
     "without_autocast",

@@ -50,10 +50,10 @@ def outside_mass(
         check_compat(compat, options, key_mask, segment_ids)
         options = whole_rows(options, length)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if key_mask is not None:  # padding may hold anything, NaN included
-        q, k = (torch.where(key_mask[:, None, :, None], x, 0) for x in (q, k))
     alike = key_mask is None and segment_ids is None  # then one row of masks serves all
     own = rows(1 if alike else batch, length, q.device, key_mask, segment_ids)
+    if key_mask is not None:  # padding may hold anything, NaN included
+        q, k = (torch.where(key_mask[:, None, :, None], x, 0) for x in (q, k))
     grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))
     keys = k.to(dtype)[:, :, None]
     found = torch.empty(batch, heads, length, dtype=dtype, device=q.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..autocast import ignores_autocast
 from ..cpu import why_not as why_no_c
 from ..cpu.calls import is_traced
+from ..packing import check_tokens
 from ..transforms import refuse_transforms, under_way
 from . import cpu_step, gpu_support
 from .chunked import hybrid_attention_chunked
@@ -163,9 +164,9 @@ def hybrid_attention(
 
     q [B,H,T,D]; k, v [B,Hkv,T,D], query head h reads key head h // (H / Hkv); phi_q [B,H,T,F]; phi_k [B,H or Hkv,T,F];
     mix, log_scale [H]; key_mask [B,T] bool, True for real tokens, which must be one run (padding left or right);
-    segment_ids [B,T]: window, sinks and linear set begin anew where it changes. Positions count from the first real
-    token. Any float dtype; `chunked` computes in fp32 (fp64 for fp64). Autocast is off in the call, in `phi_k_fn` too. window 0
-    is an empty window.
+    segment_ids [B,T]: window, sinks and linear set begin anew where it changes (of cu_seqlens: `segment_ids_of`). Positions
+    count from the first real token. Any float dtype; `chunked` computes in fp32 (fp64 for fp64). Autocast is off in the
+    call, in `phi_k_fn` too. window 0 is an empty window.
 
     ablate {branch: "mass" | "output"}: the branch leaves numerator and denominator, or the numerator alone (in `average`
     its weight stays). `window` means its keys that are no sinks, `sinks` those that are not in the window; keys that are
@@ -274,6 +275,7 @@ def hybrid_attention(
         assert state is not None and phi_k_fn is not None
         from .gpu_step import hybrid_attention_step_gpu
 
+        check_tokens(key_mask, None, batch, length)
         return hybrid_attention_step_gpu(q, k, v, phi_q, *own_numbers, phi_k_fn, held, key_mask, state, maps=maps)
     if state is not None:
         assert phi_k_fn is not None

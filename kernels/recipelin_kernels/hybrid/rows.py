@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..packing import check_tokens
+
 JOINS = ("shared", "absolute", "replace", "average", "sum")
 SEPARATE = ("average", "sum")  # joins of branches that are normalised each by itself
 SHAPES = ("sliding", "terraced")
@@ -163,9 +165,10 @@ class PlainRows(Rows):
 
 
 def rows(batch: int, length: int, device: torch.device, key_mask: Tensor | None, segment_ids: Tensor | None) -> Rows:
-    """Positions and segments. Real tokens of a row must be one run (padding left or right): ValueError otherwise."""
+    """Positions and segments. ValueError for masks that are not [B,T], and real tokens of a row that are not one run."""
     if segment_ids is None and key_mask is None:
         return PlainRows(batch, length, device)
+    check_tokens(key_mask, segment_ids, batch, length)
     index = torch.arange(length, device=device).expand(batch, length)
     if segment_ids is None:
         segment = torch.zeros(batch, length, dtype=torch.long, device=device)
