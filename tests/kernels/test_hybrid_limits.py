@@ -91,8 +91,36 @@ def test_errors_name_what_is_valid():
             attend(x, first_query=first)
     with pytest.raises(ValueError, match=r"k \(2, 2, 41, 8\): expected \(2, 2, 44, 8\) beside q \(2, 6, 41, 8\)"):
         attend(x, first_query=3)
-    with pytest.raises(ValueError, match="log_scale"):
-        attend(x, join="absolute", log_scale=None)
+    for join, name in (("shared", "mix"), ("absolute", "log_scale")):
+        for given in (None, 0.3, torch.tensor(0.3), torch.ones(1), torch.ones(3), torch.ones(6, 1)):
+            setattr(x, name, given)
+            with pytest.raises(ValueError, match=rf"join='{join}' needs {name} \[6\].*found"):
+                attend(x, join=join, log_scale=x.log_scale)
+        x = Inputs()
+    for keep in (torch.ones(2, 6), torch.ones(2, 3, dtype=torch.bool), torch.ones(6, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"window_keep of .*: expected bool \(2, 6\)"):
+            attend(x, window_keep=keep)
+    with pytest.raises(ValueError, match=r"ablate=\['window'\]: expected a map"):
+        attend(x, ablate=["window"])
+    for sinks in (-1, True, 1.5):
+        with pytest.raises(ValueError, match=r"sinks=.*expected integers"):
+            attend(x, sinks=sinks)
+    x.phi_q, x.phi_k = x.phi_q[..., :0], x.phi_k[..., :0]
+    for join in ("shared", "average"):
+        with pytest.raises(ValueError, match=r"phi_q \(2, 6, 41, 0\): without features there is no linear branch"):
+            attend(x, join=join)
+    with pytest.raises(ValueError, match="without features"):
+        attend(x, join="replace", ablate={"linear": "mass"})
+    assert attend(x, ablate={"linear": "mass"}).any()
+    for cut, words in (
+        (lambda t: t[0], r"q of torch.float64 \(6, 41, 8\)"),
+        (lambda t: t.long(), "q of torch.int64"),
+        (lambda t: t[:, :, :0], "expected at least one token"),
+        (lambda t: t[..., :0], "a width of 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            hybrid_attention(*(cut(t) for t in (x.q, x.k, x.v, x.phi_q, x.phi_k)), x.mix, window=5)
+    x = Inputs()
     with pytest.raises(ValueError, match="multiple of"):
         hybrid_attention(x.q[:, :5], x.k, x.v, x.phi_q[:, :5], x.phi_k, x.mix, window=5)
     with pytest.raises(RuntimeError, match="Triton"):

@@ -116,7 +116,6 @@ OTHERWISE = (
     {"ablate": {"linear": "mass"}},
     {"key_mask": torch.tensor([[True], [False]])},
     {"window_keep": torch.arange(12).view(2, 6) % 2 == 0},
-    {"log_scale": torch.tensor([0.3])},
     {"log_scale": torch.linspace(-1, 1, 6).double()},
     {"signed": True},
     {"scale": torch.tensor(0.7)},

@@ -398,7 +398,7 @@ def test_memory_is_linear(dtype):
         ({"shape": "terrace"}, "did you mean 'terraced'"),
         ({"kernel": "chunk"}, "did you mean 'chunked'"),
         ({"teacher_window": 0}, "teacher_window=0: expected an integer of at least 1"),
-        ({"mix": torch.ones(1)}, r"mix \(1,\): expected \(2,\)"),
+        ({"target": "hybrid", "mix": torch.ones(1)}, r"needs mix \[2\], .*found \(1,\)"),
         ({"target": "hybrid", "join": "absolute", "log_scale": None}, "needs log_scale"),
     ],
 )
@@ -411,6 +411,8 @@ def test_bad_options_are_named(change, words):
         weight_transfer_loss(x["q"], x["k"], x["phi_q"], x["phi_k"], lse[..., 1:])
     with pytest.raises(ValueError, match=r"phi_q \(2, 2, 8, 6\): expected \(2, 2, 9, 6\)"):
         weight_transfer_loss(x["q"], x["k"], x["phi_q"][:, :, 1:], x["phi_k"], lse)
+    with pytest.raises(ValueError, match=r"phi_q \(2, 2, 9, 0\): expected at least one feature"):
+        weight_transfer_loss(x["q"], x["k"], x["phi_q"][..., :0], x["phi_k"][..., :0], lse)
 
 
 # --- signed features --------------------------------------------------------------------------------------------------

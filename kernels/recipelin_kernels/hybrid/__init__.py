@@ -29,8 +29,10 @@ from .rows import (
     JOINS,
     SHAPES,
     Options,
+    check_numbers,
     check_shapes,
     learning,
+    of_each_head,
     one_of,
     rows,
 )
@@ -205,6 +207,8 @@ def hybrid_attention(
     one_of("join", join, JOINS)
     one_of("max_gradient", max_gradient, GRADIENTS)
     one_of("on_drop", on_drop, DROPS)
+    if not isinstance(ablate, Mapping | None):
+        raise ValueError(f"ablate={ablate!r}: expected a map of branches to 'mass' or 'output'")
     for branch, how in (ablate or {}).items():
         one_of("ablate", branch, BRANCHES)
         one_of(f"ablate[{branch!r}]", how, ABLATIONS)
@@ -214,10 +218,8 @@ def hybrid_attention(
     check_shapes(q, k, v, shaped, phi_k, window, sinks, first_query)
     if reach is not None and (isinstance(reach, bool) or not isinstance(reach, int) or reach < 1):
         raise ValueError(f"reach={reach!r}: expected an integer of at least 1, or None")
-    if join == "shared" and mix is None:
-        raise ValueError("join='shared' needs mix [H]")
-    if join == "absolute" and log_scale is None:
-        raise ValueError("join='absolute' needs log_scale [H]")
+    own_numbers = mix if join == "shared" else None, log_scale if join == "absolute" else None
+    check_numbers(join, *own_numbers, q.shape[1])
     options = _options(
         window=window,
         sinks=sinks,
@@ -231,9 +233,13 @@ def hybrid_attention(
         shape=shape,
         reach=reach,
     )
+    if not shaped.shape[-1] and (options.has("linear") or join == "replace"):
+        raise ValueError(
+            f"phi_q {tuple(shaped.shape)}: without features there is no linear branch, which ablate would say"
+        )
     batch, _, length, _ = k.shape
     if window_keep is not None:
-        window_keep = window_keep.expand(q.shape[:2])
+        window_keep = of_each_head(window_keep, q.shape[:2])
     held = options  # of the state
     if compat is not None:
         check_compat(compat, options, key_mask, segment_ids)
@@ -248,7 +254,6 @@ def hybrid_attention(
     token = state is not None and length == 1 and output_state and not components and segment_ids is None
     takes = resolve_kernel(kernel, q.device, **sizes) if token or isinstance(phi_q, SoftmaxMap) else None
     steps = token and takes == "gpu" and not gpu_support.why_no_step(held, window_keep)
-    own_numbers = mix if join == "shared" else None, log_scale if join == "absolute" else None
     maps = None  # by which the kernel makes features
     if isinstance(phi_q, SoftmaxMap):
         phi_q.check(q.shape[1], q.shape[3], shaped.shape[3])

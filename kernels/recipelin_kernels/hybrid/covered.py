@@ -51,7 +51,7 @@ def _window_counts(join: str, phi_q: Tensor | None, phi_k: Tensor, mix: Tensor |
     """
     may_ask = type(phi_k) is Tensor and phi_k.device.type == "cpu" and not is_traced()
     if join == "shared" and mix is not None:
-        return None if may_ask and 0 not in (mix if mix.dim() else mix[None]).tolist() else (mix != 0).reshape(-1, 1, 1)
+        return None if may_ask and 0 not in mix.tolist() else (mix != 0).reshape(-1, 1, 1)
     if join != "replace" or phi_q is None or (may_ask and _above_zero(phi_q) and _above_zero(phi_k)):
         return None
     total = phi_k.cumsum(2, dtype=torch.promote_types(phi_k.dtype, torch.float32))

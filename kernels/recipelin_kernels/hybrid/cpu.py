@@ -155,7 +155,7 @@ def hybrid_attention_cpu(
     if options.scale <= 0:  # the kernels take the largest product for the largest score
         q, options = q.float() * options.scale, replace(options, scale=1.0)
     tensors = [whole_vectors(x).contiguous() for x in (q, k, v, phi_q, phi_k)]
-    numbers = [None if x is None else dense(x.float().expand(q.shape[1])) for x in (mix, log_scale)]
+    numbers = [None if x is None else dense(x.float()) for x in (mix, log_scale)]
     keep = None if window_keep is None else window_keep.to(torch.uint8).contiguous()
     runs = F.pad(runs_of(rows, q.shape[0]), (0, 1))  # held states are counted where there are any
     whole = int((runs[:, 2] - runs[:, 1]).sum()) == q.shape[0] * k.shape[2]

@@ -151,9 +151,7 @@ def cpu_token(
     token.q, token.k, token.v, token.y, token.late = q.data_ptr(), k.data_ptr(), v.data_ptr(), y.data_ptr(), late
     strength = {"shared": mix, "absolute": log_scale}.get(call.options.join)
     if strength is not None:
-        if strength.dtype != torch.float32 or strength.shape != q.shape[1:2]:
-            strength = strength.to(q).expand(q.shape[1])
-        strength = dense(strength)
+        strength = dense(strength.to(q))
         token.strength = strength.data_ptr()
     if isinstance(phi_q, Tensor):
         phi_q = dense(phi_q.to(q))

@@ -47,6 +47,10 @@ def check_shapes(
     first_query: int = 0,
 ) -> None:
     """Raises ValueError for what does not fit beside q, and for a window, sinks or first query that are none."""
+    if q.dim() != 4 or k.dim() != 4 or not q.is_floating_point():
+        raise ValueError(
+            f"q of {q.dtype} {tuple(q.shape)}, k {tuple(k.shape)}: expected floating-point numbers [B,H,T,D] and [B,Hkv,T,D]"
+        )
     batch, heads, queries, width = q.shape
     key_heads = k.shape[1]
     if (
@@ -57,8 +61,13 @@ def check_shapes(
     ):
         raise ValueError(f"first_query={first_query!r}: expected the position of a query, {queries} of them in q")
     length = first_query + queries
-    if isinstance(window, bool) or not isinstance(window, int) or window < 0 or sinks < 0:
-        raise ValueError(f"window={window!r}, sinks={sinks!r}: expected integers of at least 0")
+    for size in (window, sinks):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise ValueError(f"window={window!r}, sinks={sinks!r}: expected integers of at least 0")
+    if not k.shape[2] or not width or not key_heads:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}: expected at least one token, one head and a width of 1"
+        )
     if heads % key_heads:
         raise ValueError(f"{heads} query heads are not a multiple of {key_heads} key heads")
     features, map_heads = phi_q.shape[-1], key_heads if phi_k is None else phi_k.shape[1]
@@ -72,6 +81,24 @@ def check_shapes(
             raise ValueError(f"{name} {tuple(x.shape)}: expected {expected} beside q {tuple(q.shape)}")
     if map_heads not in (heads, key_heads):
         raise ValueError(f"phi_k has {map_heads} heads: expected {heads} (query heads) or {key_heads} (key heads)")
+
+
+def check_numbers(join: str, mix: Tensor | None, log_scale: Tensor | None, heads: int) -> None:
+    """Raises ValueError where a join lacks its number of each query head."""
+    for its, name, x in (("shared", "mix", mix), ("absolute", "log_scale", log_scale)):
+        if join == its and (not isinstance(x, Tensor) or x.shape != (heads,)):
+            found = tuple(x.shape) if isinstance(x, Tensor) else x
+            raise ValueError(f"join={join!r} needs {name} [{heads}], a number for each query head, found {found}")
+
+
+def of_each_head(window_keep: Tensor, expected: torch.Size) -> Tensor:
+    """window_keep [B,H], which may be given once for all rows or heads. Raises ValueError for others."""
+    fits = len(window_keep.shape) == 2 and all(n in (1, m) for n, m in zip(window_keep.shape, expected, strict=True))
+    if window_keep.dtype != torch.bool or not fits:
+        raise ValueError(
+            f"window_keep of {window_keep.dtype} {tuple(window_keep.shape)}: expected bool {tuple(expected)}, by row and head"
+        )
+    return window_keep.expand(expected)
 
 
 def span_of(window: int, shape: str, reach: int | None, *, linear: bool) -> int:

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..hybrid import resolve_kernel
 from ..hybrid.chunk import dot
 from ..hybrid.compat import check_compat, whole_rows
-from ..hybrid.rows import COVERS, JOINS, SHAPES, Options, check_shapes, one_of, rows, visible
+from ..hybrid.rows import COVERS, JOINS, SHAPES, Options, check_numbers, check_shapes, one_of, rows, visible
 from ..transforms import refuse_transforms
 from .chunked import BLOCK, cut, sets, weight_transfer_chunked
 from .cpu import weight_transfer_cpu
@@ -150,15 +150,17 @@ def weight_transfer_loss(
     if compat is not None:
         check_compat(compat, options, key_mask, segment_ids)
         options = whole_rows(options, q.shape[2])
-    if target == "hybrid" and join == "shared" and mix is None:
-        raise ValueError("target='hybrid', join='shared' needs mix [H]")
-    if target == "hybrid" and join == "absolute" and log_scale is None:
-        raise ValueError("target='hybrid', join='absolute' needs log_scale [H]")
     if target == "hybrid" and join == "absolute":
         _refuse_signed(signed)
     check_shapes(q, k, k, phi_q, phi_k, window, sinks)
+    if not phi_q.shape[-1]:
+        raise ValueError(f"phi_q {tuple(phi_q.shape)}: expected at least one feature")
     batch, heads, length, _ = q.shape
-    _check_rows(lse, mix, log_scale, (batch, heads, length), teacher_window=teacher_window, reach=reach)
+    mix = mix if target == "hybrid" and join == "shared" else None
+    log_scale = log_scale if target == "hybrid" and join == "absolute" else None
+    if target == "hybrid":
+        check_numbers(join, mix, log_scale, heads)
+    _check_rows(lse, (batch, heads, length), teacher_window=teacher_window, reach=reach)
     alike = key_mask is None and segment_ids is None  # then one row of masks serves all
     own = rows(1 if alike else batch, length, q.device, key_mask, segment_ids)
     count = batch * length
@@ -168,8 +170,6 @@ def weight_transfer_loss(
             real = key_mask[:, None, :, None]
             q, k, phi_q, phi_k = (torch.where(real, x, 0) for x in (q, k, phi_q, phi_k))
             lse = torch.where(key_mask[:, None, :], lse, 0)
-    mix = mix if target == "hybrid" and join == "shared" else None
-    log_scale = log_scale if target == "hybrid" and join == "absolute" else None
     learned = (phi_q, phi_k, mix, log_scale)
     row = (target, options, own, teacher_window)
     learn = learning(*learned)
@@ -187,17 +187,12 @@ def weight_transfer_loss(
 
 def _check_rows(
     lse: Tensor,
-    mix: Tensor | None,
-    log_scale: Tensor | None,
     expected: tuple[int, int, int],
     **windows: int | None,
 ) -> None:
-    """Raises ValueError for numbers of rows or heads [B,H,T], and windows, that do not fit."""
+    """Raises ValueError for an lse that is not [B,H,T], and for windows that are none."""
     if tuple(lse.shape) != expected:
         raise ValueError(f"lse {tuple(lse.shape)}: expected {expected}")
-    for name, x in (("mix", mix), ("log_scale", log_scale)):
-        if x is not None and tuple(x.shape) != expected[1:2]:
-            raise ValueError(f"{name} {tuple(x.shape)}: expected {expected[1:2]}, a number for each query head")
     for name, size in windows.items():
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
             raise ValueError(f"{name}={size!r}: expected an integer of at least 1, or None")
