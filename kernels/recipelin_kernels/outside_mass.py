@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .hybrid.compat import check_compat, whole_rows
-from .hybrid.rows import SHAPES, Options, one_of, rows, softmax_set, visible
+from .hybrid.rows import SHAPES, Options, check_reach, check_shapes, one_of, rows, softmax_set, visible
 from .weight_transfer.chunked import BLOCK, cut
 
 WEIGHTS = 1 << 24  # weights that exist at once, at most, where a query has fewer keys than that
@@ -32,6 +32,9 @@ def outside_mass(
     difference from 1: a mass of 1e-7 is 1e-7. Padded queries give 0. Memory O(T).
     """
     one_of("shape", shape, SHAPES)
+    check_shapes(q, k, k, q, None, window, sinks)
+    check_reach("teacher_window", teacher_window)
+    check_reach("reach", reach)
     batch, heads, length, width = q.shape
     options = Options(
         window=window,

@@ -73,3 +73,15 @@ def test_the_published_window():
     assert torch.allclose(found, torch.tensor([0, 0, 0, 0, 2 / 5, 2 / 6]))
     found = outside_mass(q[:, :, :5], q[:, :, :5], window=2, **published)[0, 0]  # 0 | 1 2 | 3 4
     assert torch.allclose(found, torch.tensor([0, 0, 0, 1 / 4, 1 / 5]))
+
+
+def test_what_does_not_fit_is_named():
+    q = torch.zeros(1, 2, 6, 4)
+    for given, message in (
+        ({"k": q[:, :, 1:]}, r"k \(1, 2, 5, 4\): expected \(1, 2, 6, 4\)"),
+        ({"sinks": -1}, "sinks=-1: expected integers of at least 0"),
+        ({"teacher_window": 0}, "teacher_window=0: expected an integer of at least 1"),
+        ({"shape": "slide"}, "did you mean 'sliding'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            outside_mass(**{"q": q, "k": q, "window": 2} | given)

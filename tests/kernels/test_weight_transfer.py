@@ -413,6 +413,18 @@ def test_bad_options_are_named(change, words):
         weight_transfer_loss(x["q"], x["k"], x["phi_q"][:, :, 1:], x["phi_k"], lse)
     with pytest.raises(ValueError, match=r"phi_q \(2, 2, 9, 0\): expected at least one feature"):
         weight_transfer_loss(x["q"], x["k"], x["phi_q"][..., :0], x["phi_k"][..., :0], lse)
+    for given, message in (
+        ((x["q"], x["k"][:, :, 1:], x["v"]), r"k \(2, 1, 8, 8\): expected \(2, 1, 9, 8\)"),
+        ((x["q"], x["k"], x["v"][..., 1:]), r"v \(2, 1, 9, 7\): expected \(2, 1, 9, 8\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            teacher_attention(*given)
+    with pytest.raises(ValueError, match="window=0: expected an integer of at least 1, or None"):
+        teacher_attention(x["q"], x["k"], x["v"], window=0)
+    with pytest.raises(ValueError, match="reach=True: expected an integer of at least 1, or None"):
+        log_scale_closed_form(x["q"], x["k"], x["phi_q"], x["phi_k"], lse, window=2, reach=True)
+    with pytest.raises(ValueError, match=r"lse \(2, 2, 8\): expected \(2, 2, 9\)"):
+        log_scale_closed_form(x["q"], x["k"], x["phi_q"], x["phi_k"], lse[..., 1:], window=2)
 
 
 # --- signed features --------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from .rows import (
     SHAPES,
     Options,
     check_numbers,
+    check_reach,
     check_shapes,
     learning,
     of_each_head,
@@ -216,8 +217,7 @@ def hybrid_attention(
         raise ValueError("phi_k=None: needs phi_k_fn, the keys' feature map")
     shaped = phi_q.unmade(q) if isinstance(phi_q, SoftmaxMap) else phi_q
     check_shapes(q, k, v, shaped, phi_k, window, sinks, first_query)
-    if reach is not None and (isinstance(reach, bool) or not isinstance(reach, int) or reach < 1):
-        raise ValueError(f"reach={reach!r}: expected an integer of at least 1, or None")
+    check_reach("reach", reach)
     own_numbers = mix if join == "shared" else None, log_scale if join == "absolute" else None
     check_numbers(join, *own_numbers, q.shape[1])
     options = _options(

@@ -91,6 +91,12 @@ def check_numbers(join: str, mix: Tensor | None, log_scale: Tensor | None, heads
             raise ValueError(f"join={join!r} needs {name} [{heads}], a number for each query head, found {found}")
 
 
+def check_reach(name: str, reach: int | None) -> None:
+    """Raises ValueError for what is no number of keys that a query may look back, or None."""
+    if reach is not None and (isinstance(reach, bool) or not isinstance(reach, int) or reach < 1):
+        raise ValueError(f"{name}={reach!r}: expected an integer of at least 1, or None")
+
+
 def of_each_head(window_keep: Tensor, expected: torch.Size) -> Tensor:
     """window_keep [B,H], which may be given once for all rows or heads. Raises ValueError for others."""
     fits = len(window_keep.shape) == 2 and all(n in (1, m) for n, m in zip(window_keep.shape, expected, strict=True))

@@ -6,7 +6,18 @@ from torch import Tensor
 from ..hybrid import resolve_kernel
 from ..hybrid.chunk import dot
 from ..hybrid.compat import check_compat, whole_rows
-from ..hybrid.rows import COVERS, JOINS, SHAPES, Options, check_numbers, check_shapes, one_of, rows, visible
+from ..hybrid.rows import (
+    COVERS,
+    JOINS,
+    SHAPES,
+    Options,
+    check_numbers,
+    check_reach,
+    check_shapes,
+    one_of,
+    rows,
+    visible,
+)
 from ..transforms import refuse_transforms
 from .chunked import BLOCK, cut, sets, weight_transfer_chunked
 from .cpu import weight_transfer_cpu
@@ -70,6 +81,8 @@ def teacher_attention(
     returns the log-sum-exp; padding, segments, a window of the teacher's own, and other devices go block by block.
     Padded queries give y = 0 and lse = 0.
     """
+    check_shapes(q, k, v, q, None, 0, 0)
+    check_reach("window", window)
     batch, heads, length, width = q.shape
     scale = width**-0.5 if scale is None else scale
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -152,15 +165,12 @@ def weight_transfer_loss(
         options = whole_rows(options, q.shape[2])
     if target == "hybrid" and join == "absolute":
         _refuse_signed(signed)
-    check_shapes(q, k, k, phi_q, phi_k, window, sinks)
-    if not phi_q.shape[-1]:
-        raise ValueError(f"phi_q {tuple(phi_q.shape)}: expected at least one feature")
+    _check(q, k, phi_q, phi_k, lse, window, sinks, teacher_window=teacher_window, reach=reach)
     batch, heads, length, _ = q.shape
     mix = mix if target == "hybrid" and join == "shared" else None
     log_scale = log_scale if target == "hybrid" and join == "absolute" else None
     if target == "hybrid":
         check_numbers(join, mix, log_scale, heads)
-    _check_rows(lse, (batch, heads, length), teacher_window=teacher_window, reach=reach)
     alike = key_mask is None and segment_ids is None  # then one row of masks serves all
     own = rows(1 if alike else batch, length, q.device, key_mask, segment_ids)
     count = batch * length
@@ -185,17 +195,26 @@ def weight_transfer_loss(
     return sums / count if per_head else sums.sum() / (count * heads)
 
 
-def _check_rows(
+def _check(
+    q: Tensor,
+    k: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
     lse: Tensor,
-    expected: tuple[int, int, int],
-    **windows: int | None,
+    window: int,
+    sinks: int,
+    *,
+    teacher_window: int | None,
+    reach: int | None,
 ) -> None:
-    """Raises ValueError for an lse that is not [B,H,T], and for windows that are none."""
-    if tuple(lse.shape) != expected:
-        raise ValueError(f"lse {tuple(lse.shape)}: expected {expected}")
-    for name, size in windows.items():
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"{name}={size!r}: expected an integer of at least 1, or None")
+    """Raises ValueError for tensors that do not fit, and windows that are none."""
+    check_shapes(q, k, k, phi_q, phi_k, window, sinks)
+    if not phi_q.shape[-1]:
+        raise ValueError(f"phi_q {tuple(phi_q.shape)}: expected at least one feature")
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse {tuple(lse.shape)}: expected {tuple(q.shape[:3])}")
+    check_reach("teacher_window", teacher_window)
+    check_reach("reach", reach)
 
 
 @torch.no_grad()
@@ -227,9 +246,8 @@ def log_scale_closed_form(
     may be negative.
     """
     options = _options(window, shape, sinks, cover, "absolute", scale, reach, q.shape[-1], signed=signed)
+    _check(q, k, phi_q, phi_k, lse, window, sinks, teacher_window=teacher_window, reach=reach)
     batch, heads, length, _ = q.shape
-    if lse.shape != (batch, heads, length):
-        raise ValueError(f"lse {tuple(lse.shape)}: expected {(batch, heads, length)}")
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     own = rows(batch, length, q.device, key_mask, segment_ids)
     if key_mask is not None:
