@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .chat import turns_of
+from .chat import Turn, turns_of
 from .hub import open_dataset, reading
 from .mistakes import nearest
 from .sources import Hub, LocalFile, Part, SourceError, Stdlib, local_path, part_of, stdlib_modules
@@ -18,22 +18,24 @@ ROWS = 1_000  # of a table, read at once
 
 @dataclass(frozen=True)
 class Document:
-    """One document of a part: `prompt`, then `text`, or `turns`, (role, content), of a conversation.
+    """One document of a part: `prompt`, then `text`, or the `turns` of a conversation.
 
-    `masked`: prompt and BOS carry no loss, of a conversation all but what the assistant says.
+    `name` decides its part, `place` says where it lies. `masked`: prompt and BOS carry no loss, of a conversation all but
+    what the assistant says.
     """
 
     name: str
+    place: str
     part: Part
     prompt: str
     text: str
     masked: bool = False
-    turns: tuple[tuple[str, str], ...] = ()
+    turns: tuple[Turn, ...] = ()
 
     @property
     def characters(self) -> int:
         """Its size in characters."""
-        return len(self.prompt) + len(self.text) + sum(len(content) for _, content in self.turns)
+        return len(self.prompt) + len(self.text) + sum(len(turn.content) for turn in self.turns)
 
 
 class Reader:
@@ -54,11 +56,11 @@ class Reader:
         source = self.source
         held_out = None if isinstance(source, Stdlib) else source.parts
         masked = not isinstance(source, Stdlib) and source.loss == "response"
-        for name, row in self._from_here():
+        for name, place, row in self._from_here():
             number, self.rows = self.rows, self.rows + 1
             part = held_out.of(number) if held_out else part_of(name)
             if part in parts:
-                yield Document(name, part, *self._texts(name, row), masked, self._turns(name, row))
+                yield Document(name, place, part, *self._texts(place, row), masked, self._turns(place, row))
         if held_out and self.rows < held_out.end:
             raise SourceError(f"{source.label}: parts name rows up to {held_out.end - 1}, found {self.rows} rows")
 
@@ -82,22 +84,19 @@ class Reader:
         """The datasets library restores a stream in order, but refills the buffer of a shuffled one: that is read again."""
         return isinstance(self.source, Hub) and self.source.streaming and self.source.shuffle is None
 
-    def _from_here(self) -> Iterator[tuple[str, Any]]:
-        """(name, row) after the `rows` that are read already."""
+    def _from_here(self) -> Iterator[tuple[str, str, Any]]:
+        """(name, place, row) after the `rows` that are read already."""
         source, first = self.source, self.rows
         if isinstance(source, Stdlib):
-            yield from islice(stdlib_modules().items(), first, None)
-            return
-        found: Iterator[Any]
-        if isinstance(source, LocalFile):
+            yield from ((name, name, path) for name, path in islice(stdlib_modules().items(), first, None))
+        elif isinstance(source, LocalFile):
             assert self._path is not None
-            stem, found = self._path.name, islice(_rows(source, self._path), first, None)
-        elif source.streaming:
-            stem, found = source.dataset, self._streamed(source)
+            found = islice(_rows(source, self._path), first, None)
+            yield from ((f"{self._path.name}:{number}", *row) for number, row in enumerate(found, first))
         else:
-            stem, found = source.dataset, _table(source, self._dataset, first)
-        for number, row in enumerate(found, first):
-            yield f"{stem}:{number}", row
+            rows = self._streamed(source) if source.streaming else _table(source, self._dataset, first)
+            for number, row in enumerate(rows, first):
+                yield f"{source.dataset}:{number}", _row_of(source.label, number), row
 
     def _streamed(self, source: Hub) -> Iterator[Mapping[str, Any]]:
         if self._stream_state is not None:
@@ -107,7 +106,7 @@ class Reader:
                 _check_columns(source.label, source.columns, list(row))
                 yield row
 
-    def _texts(self, name: str, row: Any) -> tuple[str, str]:
+    def _texts(self, place: str, row: Any) -> tuple[str, str]:
         """(prompt, text) of a row; a source without a template has no prompt."""
         if isinstance(row, Path):
             return "", row.read_text(encoding="utf-8", errors="replace")
@@ -120,16 +119,16 @@ class Reader:
             template = self.source.template
             return template.render(row) if template else ("", plain(row[self.source.field], self.source.field))
         except ValueError as error:
-            raise SourceError(f"{name}: {error}") from error
+            raise SourceError(f"{place}: {error}") from error
 
-    def _turns(self, name: str, row: Any) -> tuple[tuple[str, str], ...]:
+    def _turns(self, place: str, row: Any) -> tuple[Turn, ...]:
         """The turns of a row of conversations; others have none."""
         if isinstance(self.source, Stdlib) or self.source.chat is None:
             return ()
         try:
             return turns_of(row[self.source.chat.column], self.source.chat)
         except ValueError as error:
-            raise SourceError(f"{name}: {error}") from error
+            raise SourceError(f"{place}: {error}") from error
 
 
 def documents(source: Stdlib | LocalFile | Hub, part: Part, folder: Path) -> Iterator[tuple[str, str]]:
@@ -153,10 +152,15 @@ def _table(source: Hub, table: Any, first: int) -> Iterator[Mapping[str, Any]]:
             yield dict(zip(source.columns, values, strict=True))
 
 
-def _rows(source: LocalFile, path: Path) -> Iterator[Any]:
-    """Rows of a local file: maps with the columns, or texts."""
+def _row_of(table: str, number: int) -> str:
+    """The place of a row, counted as `parts` counts."""
+    return f"{table}, row {number} (counted from 0)"
+
+
+def _rows(source: LocalFile, path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of a local file: maps with the columns, or texts."""
     if source.source == "parquet":
-        yield from _parquet(source, path)
+        yield from ((_row_of(str(path), number), row) for number, row in enumerate(_parquet(source, path)))
     elif source.source == "jsonl":
         for number, line in _lines(path):
             if not line.strip():
@@ -166,9 +170,9 @@ def _rows(source: LocalFile, path: Path) -> Iterator[Any]:
             except json.JSONDecodeError as error:
                 raise SourceError(f"{path}:{number}:{error.colno}: not JSON: {error.msg}") from error
             _check_columns(f"{path}:{number}", source.columns, list(record) if isinstance(record, dict) else [])
-            yield record
+            yield f"{path}:{number}", record
     else:
-        yield from _paragraphs(path)
+        yield from ((str(path), text) for text in _paragraphs(path))
 
 
 def _parquet_file(path: Path) -> Any:

@@ -27,7 +27,7 @@ from .documents import Document, Reader
 from .files import locked, write_atomically
 from .sources import PARTS, Hub, LocalFile, Part, SourceError, Stdlib, fingerprint
 
-FORMAT = 4  # of the folder, and of how documents become tokens: part of the key
+FORMAT = 5  # of the folder, and of how documents become tokens: part of the key
 BATCH_DOCUMENTS = 1_000  # tokenised and written at once, or
 BATCH_CHARACTERS = 4_000_000  # whichever comes first
 _FILES: Mapping[str, type[np.signedinteger[Any]]] = {"tokens": np.int32, "starts": np.int64, "masked": np.int64}
@@ -132,7 +132,7 @@ def ready(source: Stdlib | LocalFile | Hub, folder: Path, cache: Path) -> None:
 def _key(source: Stdlib | LocalFile | Hub, tokenizer: Any, parts: Sequence[Part], folder: Path) -> str:
     facts = [tokenizer_digest(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id, list(parts)]
     if not isinstance(source, Stdlib) and source.chat:
-        facts.append(tokenizer.chat_template)
+        facts += [tokenizer.chat_template, chat.probe(tokenizer)]  # a template may write the date
     return f"{_source_key(source, folder)}-{_short(facts)}"
 
 
@@ -228,8 +228,8 @@ def _encode(batch: Sequence[Document], tokenizer: Any) -> tuple[list[list[int]],
     Raises SourceError with the row whose conversation the tokenizer's chat template does not take.
     """
     if batch[0].turns:
-        special = chat.special_ids(tokenizer)
-        found = [_encode_chat(d, tokenizer, special) for d in batch]
+        ends = chat.ends_of_turns(tokenizer)
+        found = [_encode_chat(d, tokenizer, ends) for d in batch]
         return [ids for ids, _ in found], [masked for _, masked in found]
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -241,16 +241,17 @@ def _encode(batch: Sequence[Document], tokenizer: Any) -> tuple[list[list[int]],
     return ids, [[(0, n)] if n else [] for n in masked]
 
 
-def _encode_chat(document: Document, tokenizer: Any, special: frozenset[int]) -> tuple[list[int], Ranges]:
+def _encode_chat(document: Document, tokenizer: Any, ends: frozenset[int]) -> tuple[list[int], Ranges]:
     try:
-        text, answers = chat.written(document.turns, tokenizer)
+        text = chat.written(document.turns, tokenizer)
+        with uncut(tokenizer) as backend:
+            encoding = backend.encode(text, add_special_tokens=False)
+        if not document.masked:
+            return encoding.ids, []
+        said = chat.said(encoding, text, chat.answers(text, document.turns, tokenizer), ends)
     except ValueError as error:
-        raise SourceError(f"{document.name}: {error}") from error
-    with uncut(tokenizer) as backend:
-        encoding = backend.encode(text, add_special_tokens=False)
-    if not document.masked:
-        return encoding.ids, []
-    edges = [0, *(edge for said in chat.said(encoding, text, answers, special) for edge in said), len(encoding.ids)]
+        raise SourceError(f"{document.place}: {error}") from error
+    edges = [0, *(edge for span in said for edge in span), len(encoding.ids)]
     return encoding.ids, [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
 

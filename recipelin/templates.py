@@ -46,6 +46,8 @@ def plain(value: Any, column: str) -> str:
 class Template(Config):
     """Texts with `{column}` where a row's column goes; `{{` and `}}` are braces.
 
+    Prompt and response are tokenised apart: SentencePiece begins the response, too, with its space. Each document gets BOS and
+    EOS where the tokenizer has them, also of a tokenizer that adds none by itself.
     Of several prompts the first is taken whose own columns (those that another prompt lacks) are all filled in the row,
     else the last: so a column may be optional. A null counts as empty.
     Sample YAML: `{prompt: "Question: {question}\\nAnswer:", response: " {answer}"}`, or a name: `alpaca`.
@@ -88,6 +90,8 @@ class Chat(Config):
     """Rows that hold a conversation: a column with a list of turns, which the tokenizer's own chat template writes.
 
     With `loss: response` the assistant's answers carry loss, each with the token that ends its turn, and nothing else does.
+    A turn's other keys go to the template; a thought (`reasoning_content`, `thinking`) that it writes before an answer is said
+    with it, what the template adds of its own is not. Templates that write a date get 26 Jul 2024, Llama 3.2's own.
     (sft.py of arXiv 2606.16429 scores the whole turn: the header with the role and the line's end behind it, too.)
     Sample YAML: `{column: messages}`, `{column: conversations, role: from, content: value, user: human, assistant: gpt}`
     """

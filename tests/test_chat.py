@@ -2,14 +2,15 @@
 
 import json
 import math
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from recipelin import chat, data, hf
-from recipelin.documents import documents
+from recipelin import chat, data, hf, spool
+from recipelin.documents import Document, documents
 from recipelin.load import load
 from recipelin.mistakes import PlanError
 from recipelin.plan import plan
@@ -19,6 +20,7 @@ from recipelin.sources import Data, LocalFile, SourceError
 from recipelin.spool import stream
 from recipelin.steps import Tune
 from recipelin.strict_yaml import RecipeError
+from recipelin.templates import Chat
 
 # The shapes of published templates, written anew: Qwen2.5's ChatML, Llama 3's (which trims), and Qwen3's, which puts an empty
 # thought before the last answer only.
@@ -34,13 +36,17 @@ THINKS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
 )
-PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+SPACED = (  # Mistral's and Llama 2's: the space before an answer is the template's, and the tokenizer's too
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}"
+    "{% else %}{{ '[' + m.content + ']' }}{% endif %}{% endfor %}"
+)
 TURNS = (
     ("user", "What is 2 and 3?"),
     ("assistant", " It is 5, it is said "),
     ("user", "It is 5, it is said"),
     ("assistant", "Be kind."),
 )
+TURNS_OF = tuple(chat.Turn(*turn) for turn in TURNS)
 
 
 def tokenizer(template):
@@ -124,32 +130,151 @@ def test_conversations_in_batches(tmp_path):
         ids, labels = batch.input_ids[number % 2], batch.labels[number % 2]
         assert torch.equal(ids, torch.from_numpy(found.tokens[cut].astype("int64")))
         assert torch.equal(labels != data.IGNORED, torch.from_numpy(carries[cut]))
-    only = tokenizer(PLAIN)  # without a token that ends a turn, the answer alone
-    text, spans = chat.written(TURNS[:2], only)
-    encoding = only.backend_tokenizer.encode(text, add_special_tokens=False)
-    ((first, last),) = chat.said(encoding, text, spans, chat.special_ids(only))
-    assert only.decode(encoding.ids[first:last]).strip() == TURNS[1][1].strip()
+
+
+def scored(words, *turns):
+    """What carries loss of a conversation, a string for each run of tokens."""
+    document = Document("name", "here:1", "training", "", "", True, tuple(chat.Turn(*turn) for turn in turns))
+    (ids,), (masked,) = spool._encode([document], words)
+    silent = {i for first, end in masked for i in range(first, end)}
+    return [
+        words.decode([ids[i] for i in run])
+        for carries, found in groupby(range(len(ids)), lambda i: i not in silent)
+        if carries and (run := list(found))
+    ]
+
+
+def test_a_first_word_that_begins_at_the_templates_space_is_said():
+    words = tokenizer(SPACED)
+    assert "\u0120It" in words.get_vocab(), "a token that begins at the space"
+    turns = [("user", "What?"), ("assistant", "It is 5"), ("user", "Be?"), ("assistant", "It")]
+    assert scored(words, *turns) == [" It is 5</s>", " It</s>"]
+    words.chat_template = SPACED.replace("m.content | trim", "m.content")
+    assert scored(words, turns[0], ("assistant", "  It is")) == ["  It is</s>"]
+    words.chat_template = SPACED.replace("' ' +", "'\n' +")  # no space: a token of the template's own
+    assert scored(words, *turns) == ["It is 5</s>", "It</s>"]
+
+
+def test_what_may_end_a_turn():
+    """EOS, or any added token but white space; where nothing does, a model would never learn to stop: refused."""
+    turns = (("user", "What?"), ("assistant", "It is 5"), ("user", "Be?"), ("assistant", "It"))
+    words = tokenizer(CHATML.replace("im_", "my_"))
+    reason = r"here:1: no token ends the answer 'It is 5' \(behind it is '<\|my_end\|>.*never learn to stop"
+    with pytest.raises(SourceError, match=reason):
+        scored(words, *turns)
+    words.add_tokens(["<|my_start|>", "<|my_end|>"])
+    assert not words.added_tokens_decoder[words.convert_tokens_to_ids("<|my_end|>")].special
+    assert scored(words, *turns) == ["It is 5<|my_end|>", "It<|my_end|>"]
+    words.add_tokens(["   "])
+    words.chat_template = CHATML.replace("<|im_end|>", "   <|im_end|>")
+    assert scored(words, *turns) == ["It is 5   <|im_end|>", "It   <|im_end|>"]
+    words.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+    with pytest.raises(SourceError, match=r"the answer 'It' \(behind it is nothing\)"):
+        scored(words, *turns[2:])
+
+
+@pytest.mark.parametrize("ends", [(), ("\n",)])
+@pytest.mark.parametrize("way", ["strip", "lstrip", "rstrip"])
+def test_white_space_at_the_ends_of_an_answer(way, ends):
+    words = tokenizer(TRIMS.replace("m.content | trim", f"m.content.{way}{ends}".replace(",)", ")")))
+    for content in ("\n It ", " \nIt \n\n", "It", "\n\nIt\n", " \n"):
+        expected = getattr(content, way)(*ends)
+        assert scored(words, ("user", "x"), ("assistant", content)) == [f"{expected}<|im_end|>"]
+
+
+REASONS = """\
+{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- if loop.last and m.role == 'assistant' %}{{ '<think>\n' + (m.reasoning_content or '').strip('\n') + '\n</think>\n\n' }}
+{%- endif %}{{ m.content.lstrip('\n') }}{% for call in m.tool_calls or () %}{{ '<call>' + call.name }}{% endfor %}
+{{- '<|im_end|>' + '\n' }}{% endfor %}"""
+
+
+def test_other_keys_of_a_turn_are_the_templates():
+    """A thought is said, with what closes it, where the template writes it: of the last answer."""
+    words = tokenizer(REASONS)
+    turns = [("user", "What?"), ("assistant", "It is 5", {"reasoning_content": "2 and\n", "id": "x", "n": [1]})]
+    assert scored(words, *turns) == ["2 and\n</think>\n\nIt is 5<|im_end|>"]
+    assert scored(words, *turns, ("user", "Be"), ("assistant", "It")) == ["It is 5<|im_end|>", "It<|im_end|>"]
+    assert scored(words, ("user", "What?"), ("assistant", "\nIt ")) == ["It <|im_end|>"], "an empty thought is not"
+    words.add_tokens(["<call>"])
+    with pytest.raises(SourceError, match=r"writes more of an answer than text \(tool_calls\): loss is on text alone"):
+        scored(words, ("user", "What?"), ("assistant", "It", {"tool_calls": [{"name": "f"}]}))
+    given = [{"role": "user", "content": "x", "name": None, "weight": 0}]
+    assert chat.turns_of(given, Chat()) == (("user", "x", {"weight": 0}),), "null is not given"
+
+
+def test_turns_that_are_left_out():
+    drops = (
+        "{% for m in messages %}{% if m.role != 'system' %}{{ '<|im_start|>' + m.content | replace('a', 'b') + '<|im_end|>' }}"
+        "{% endif %}{% endfor %}"
+    )
+    words = tokenizer(drops)
+    assert scored(words, ("system", " "), ("user", "a?"), ("assistant", "It")) == ["It<|im_end|>"], (
+        "written in another way"
+    )
+    with pytest.raises(SourceError, match="here:1: the tokenizer's chat template leaves out turn 0, of role 'system'"):
+        scored(words, ("system", "Be kind"), ("user", "a?"), ("assistant", "It"))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            {},
+            "unknown roles 'human', 'gpt', expected system, user, assistant, tool: .* as in user: human, assistant: gpt",
+        ),
+        ({"assistant": "gpt"}, r"c.jsonl:2: column 'turns': unknown roles 'human', .* as in user: human$"),
+        ({"user": "human"}, r"unknown roles 'gpt', .* as in assistant: gpt$"),
+    ],
+)
+def test_roles_that_no_template_knows(names, words, tmp_path):
+    turns = [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]
+    known = [{"from": "user", "value": "x"}, {"from": "assistant", "value": "y"}]
+    keys = {"column": "turns", "role": "from", "content": "value", **names}
+    made = source(tmp_path, [{"turns": known}, {"turns": turns}], chat=keys)
+    with pytest.raises(SourceError, match=words):
+        stream(made, tokenizer(CHATML), part="training", folder=tmp_path, cache=None)
+
+
+def test_the_day_is_known_to_the_cache(tmp_path, monkeypatch):
+    """Llama 3.2's template writes its own date, as on no day; another's day is part of the key."""
+    dated = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
+    words = tokenizer(dated + CHATML)
+    assert chat.written(TURNS_OF[:2], words).startswith("26 Jul 2024<|im_start|>system")
+    words.chat_template = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    keys = [spool._key(source(tmp_path), words, ("training",), tmp_path) for _ in range(2)]
+    render = words.apply_chat_template
+    monkeypatch.setattr(
+        words, "apply_chat_template", lambda *a, **b: render(*a, **b).replace("20", "21"), raising=False
+    )
+    assert keys[0] == keys[1] != spool._key(source(tmp_path), words, ("training",), tmp_path)
+    words.chat_template = "{{ raise_exception('no') }}"
+    assert "refuses the turns: no" in chat.probe(words)
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ([], "c.jsonl:0: column 'messages' holds no turn; expected turns"),
-        ("text", "c.jsonl:0: column 'messages' holds a str; expected turns"),
-        ([{"rol": "user", "content": "x"}], "turn 0: no 'role'; did you mean 'rol'"),
+        ([], "c.jsonl:1: column 'messages' holds no turn; expected turns"),
+        ("text", "c.jsonl:1: column 'messages' holds a str; expected turns"),
+        (["text"], "turn 0: a str; expected a map with 'role' and 'content'"),
+        ([{"rol": "user", "content": "x"}], "turn 0: no 'role', found 'rol', 'content'; did you mean 'rol'"),
         ([{"role": "user", "content": None}], "turn 0: 'content' holds a NoneType; expected text"),
         (
-            [{"role": "critic", "content": "x"}],
-            "c.jsonl:0: the tokenizer's chat template refuses the turns: who is critic",
+            [{"role": "user", "content": "critic"}],
+            "c.jsonl:1: the tokenizer's chat template refuses the turns: who is critic",
         ),
         ([{"role": "assistant", "content": "loud"}], "chat template changes turn 0, so that its tokens cannot be told"),
-        ([{"role": "assistant", "content": "x"}, {"role": "tool", "content": "x"}], "leaves answers out or moves them"),
+        (
+            [{"role": "assistant", "content": "x"}, {"role": "system", "content": ""}],
+            "leaves answers out or moves them",
+        ),
     ],
 )
 def test_rows_that_are_no_conversation(row, words, tmp_path):
     template = (
-        "{% for m in messages %}{% if m.role == 'critic' %}{{ raise_exception('who is ' + m.role) }}{% endif %}"
-        "{% if messages[-1].role != 'tool' %}{{ m.role + m.content.replace('loud', 'LOUD') }}{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.content == 'critic' %}{{ raise_exception('who is ' + m.content) }}{% endif %}"
+        "{% if messages[-1].role != 'system' %}{{ m.role + m.content.replace('loud', 'LOUD') }}{% endif %}{% endfor %}"
     )
     with pytest.raises(SourceError, match=words):
         stream(source(tmp_path, [{"messages": row}]), tokenizer(template), part="training", folder=tmp_path, cache=None)

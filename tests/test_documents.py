@@ -67,7 +67,7 @@ def test_paragraphs_are_those_of_a_split(tmp_path, text):
         (b'{"txt": "x"}\n', "a.jsonl:1: no column 'text', found 'txt'; did you mean 'txt'"),
         (b'{"text": "x"}\n\n["x"]\n', "a.jsonl:3: no column 'text', found no columns"),
         (b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl:2: not UTF-8 at byte 24"),
-        (b'{"text": ["x"]}\n', "a.jsonl:0: column 'text' holds a list; expected text"),
+        (b'{"text": "x"}\n\n{"text": ["x"]}\n', "a.jsonl:3: column 'text' holds a list; expected text"),
     ],
 )
 def test_files_that_are_not_as_named(tmp_path, content, words):
