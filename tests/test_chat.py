@@ -14,6 +14,7 @@ from recipelin.documents import Document, documents
 from recipelin.load import load
 from recipelin.mistakes import PlanError
 from recipelin.plan import plan
+from recipelin.preflight import preflight
 from recipelin.records import read_record
 from recipelin.run import run
 from recipelin.sources import Data, LocalFile, SourceError
@@ -334,6 +335,33 @@ def test_the_stage_trains_on_answers(tiny, tmp_path, home):
     record = read_record(run(loaded, device="cpu"))
     assert [s.step for s in record.steps] == ["select", "swap", "switch", "sft", "evaluate"]
     assert all(math.isfinite(r.value) for r in record.rows) and record.status == "finished"
+
+
+@pytest.mark.usefixtures("little_library")
+@pytest.mark.parametrize("held_out", [False, True])
+def test_every_row_that_a_stage_reads_is_read_before_the_first_one(held_out, tiny, tmp_path, home):
+    """The eighth row, or the second held-out one, where a stage is validated on them."""
+    words = tokenizer(CHATML)
+    hf.export(tiny(4, 2, vocab_size=len(words), max_position_embeddings=64), words, tmp_path / "teacher", hybrid=None)
+    turns = [{"role": r, "content": c} for r, c in TURNS]
+    bad = [{"role": "user", "content": "x"}, {"role": "gpt", "content": "y"}]
+    rows = [turns] * 9 + [turns, bad] if held_out else [turns] * 7 + [bad, turns]
+    source(tmp_path, [{"messages": row} for row in rows])
+    stage = CHAT.replace("[9, 10], test: [10, 11]", "[9, 11], test: [11, 12]")
+    loaded = recipe(tmp_path, stage + (", validation: {every: 1}" if held_out else ""))
+    with pytest.raises(SourceError, match=f"c.jsonl:{11 if held_out else 8}: column 'messages': unknown roles 'gpt'"):
+        preflight(plan(loaded), tokenizer=words, recipe=loaded.path)
+    with pytest.raises(SourceError, match="unknown roles 'gpt'"):
+        run(loaded, device="cpu")
+    assert not (home / "steps").exists()
+    loaded = recipe(tmp_path, stage)
+    (tmp_path / "small.yaml").write_text(
+        "name: small\nevals: [{eval: perplexity, rows: 2, length: 32, text: {source: jsonl, path: t.jsonl}}]\n"
+    )
+    (tmp_path / "t.jsonl").write_text('{"text": "x"}\n' * 40 + '{"txt": "x"}\n')
+    source(tmp_path, [{"messages": turns}] * 12)
+    with pytest.raises(SourceError, match=r"t.jsonl:41: no column 'text', found 'txt'"):
+        preflight(plan(load(loaded.path)), tokenizer=words, recipe=loaded.path)
 
 
 @pytest.mark.parametrize(
