@@ -165,7 +165,8 @@ def _mark(number: int) -> str:
 
 def _texts(turn: Turn) -> list[tuple[str, str]]:
     """(key, text) of what an assistant says: its thoughts, and by no key its answer."""
-    return [*((k, turn.more[k]) for k in THOUGHTS if isinstance(turn.more.get(k), str)), ("", turn.content)]
+    thoughts = [(k, v) for k in THOUGHTS if isinstance(v := turn.more.get(k), str) and v.strip()]
+    return [*thoughts, ("", turn.content)]
 
 
 def _stripped(text: str) -> list[str]:

@@ -103,6 +103,15 @@ class Chat(Config):
     user: str = Field("user", description="what the rows call it")
     assistant: str = Field("assistant", description="what the rows call it")
 
+    @model_validator(mode="after")
+    def _told_apart(self) -> "Chat":
+        for names in (("role", "content"), ("system", "user", "assistant")):
+            found = [getattr(self, name) for name in names]
+            if len(set(found)) < len(found):
+                given = ", ".join(f"{name}: {value}" for name, value in zip(names, found, strict=True))
+                raise ValueError(f"found {given}; expected a name of its own for each")
+        return self
+
 
 # Stanford Alpaca's two prompts, with and without an input, as LoLCATs trains on them (facts/peers.md §A.5).
 TEMPLATES: Mapping[str, Template] = {

@@ -197,6 +197,7 @@ def test_other_keys_of_a_turn_are_the_templates():
     assert scored(words, *turns) == ["2 and\n</think>\n\nIt is 5<|im_end|>"]
     assert scored(words, *turns, ("user", "Be"), ("assistant", "It")) == ["It is 5<|im_end|>", "It<|im_end|>"]
     assert scored(words, ("user", "What?"), ("assistant", "\nIt ")) == ["It <|im_end|>"], "an empty thought is not"
+    assert scored(words, ("user", "What?"), ("assistant", "It", {"reasoning_content": "\n"})) == ["It<|im_end|>"]
     words.add_tokens(["<call>"])
     with pytest.raises(SourceError, match=r"writes more of an answer than text \(tool_calls\): loss is on text alone"):
         scored(words, ("user", "What?"), ("assistant", "It", {"tool_calls": [{"name": "f"}]}))
@@ -287,6 +288,11 @@ def test_what_does_not_go_with_a_chat(tmp_path):
         ({"field": "t"}, "one of field, template and chat"),
         ({"template": "alpaca"}, "one of field, template and chat"),
         ({"source": "text"}, "text has no columns for a chat"),
+        (
+            {"chat": {"user": "gpt", "assistant": "gpt"}},
+            "found system: system, user: gpt, assistant: gpt; expected a name",
+        ),
+        ({"chat": {"content": "role"}}, "found role: role, content: role; expected a name of its own for each"),
     ):
         with pytest.raises(ValueError, match=words):
             LocalFile(**{**made.model_dump(exclude={"template", "field"}), **change})
