@@ -76,6 +76,18 @@ def test_files_that_are_not_as_named(tmp_path, content, words):
         everything(LocalFile(source="jsonl", path="a.jsonl"), tmp_path)
 
 
+def test_a_row_of_a_table_is_named_as_parts_counts_it(tmp_path):
+    datasets.Dataset.from_list([{"text": "x"}, {"text": "y"}]).to_parquet(str(tmp_path / "set" / "a.parquet"))
+    for source, table in (
+        (LocalFile(source="parquet", path="set/a.parquet", chat={"column": "text"}), "set/a.parquet"),
+        (Hub(source="hub", dataset="./set", chat={"column": "text"}), "./set"),
+        (Hub(source="hub", dataset="./set", chat={"column": "text"}, streaming=True, tokens=9), "./set"),
+    ):
+        second = Reader(source, tmp_path, {"rows": 1, "stream": None})
+        with pytest.raises(SourceError, match=rf"{table}, row 1 \(counted from 0\): column 'text' holds a str"):
+            list(second.documents(PARTS))
+
+
 def test_columns_that_are_missing_are_named_with_the_nearest(tmp_path):
     found = [{"instructions": "a", "input": "", "output": "b"}]
     datasets.Dataset.from_list(found).to_parquet(str(tmp_path / "set" / "a.parquet"))
