@@ -366,9 +366,10 @@ def _source(source: Source) -> str:
 
 
 def count(value: float | None, unit: str = "") -> str:
-    """1234567 -> '1.23 M'."""
+    """1234567 -> '1.23 M', 748.716 -> '749', 999900 -> '1 M': at most three significant digits."""
     if value is None:
         return "not known"
+    value = float(f"{value:.3g}")
     for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g} {letter}{unit}"

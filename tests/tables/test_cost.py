@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from recipelin.cost import count
 from recipelin.measures import measures
 from recipelin.records import Record, Row, StepTime
 from recipelin.render import DASH, Table, render
@@ -62,6 +63,11 @@ def test_stages_and_decoding(make: Any) -> None:
     assert any("CUDA events" in n for n in gpu.notes) and any("process time of one thread" in n for n in table.notes)
     lines = [x.split(",") for x in render(table, "csv").splitlines() if "tokens_per_second" in x]
     assert [x[-6] for x in lines if "teacher" in x] == ["1000.0", "62.5"]
+
+
+def test_a_number_of_any_size_has_three_digits() -> None:
+    found = [count(x) for x in (748.716, 7840.2, 999.6, 999_900, 12, 0.5, 0)]
+    assert found == ["749", "7.84 k", "1 k", "1 M", "12", "0.5", "0"]
 
 
 def test_cost_is_in_no_score_and_no_verdict(make: Any) -> None:
