@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .shipped import SHIPPED
+from .sources import is_folder
 from .strict_yaml import Mistake, RecipeError
 
 RECIPES = "recipes"
@@ -78,4 +79,8 @@ def rebased(value: Any, old: Path, new: Path, key: str = "") -> Any:
     is_there = _PATHS.get(key.rpartition(".")[2])
     if is_there is None or not isinstance(value, str) or value in ("", *SHIPPED) or not is_there(old / value):
         return value
-    return value if old.resolve() == new.resolve() else os.path.relpath((old / value).resolve(), new.resolve())
+    dataset = key.rpartition(".")[2] == "dataset"
+    if old.resolve() == new.resolve() or (dataset and not is_folder(value)):
+        return value
+    path = os.path.relpath((old / value).resolve(), new.resolve())
+    return f"./{path}" if dataset and not is_folder(path) else path  # without a dot it would be a hub id

@@ -113,7 +113,8 @@ class Rows(Config):
 class LocalFile(Rows):
     """A local file: one document a line (jsonl), a row (parquet), or a paragraph between empty lines (text).
 
-    A relative path starts at the recipe's folder. Sample YAML: `{source: jsonl, path: corpus.jsonl, field: text}`,
+    A relative path starts at the recipe's folder; in a suite at the suite's, where it leads to something there.
+    Sample YAML: `{source: jsonl, path: corpus.jsonl, field: text}`,
     `{source: parquet, path: alpaca.parquet, template: alpaca, loss: response}`
     """
 
@@ -193,7 +194,7 @@ class Hub(Rows):
     @field_validator("dataset")
     @classmethod
     def _owner_and_name(cls, value: str) -> str:
-        if not _is_folder(value) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
+        if not is_folder(value) and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
             raise ValueError(f"found {value!r}; expected owner/name on the hub, or a folder that begins with ./ or /")
         return value
 
@@ -201,7 +202,7 @@ class Hub(Rows):
     @classmethod
     def _one_commit(cls, value: str | None, info: ValidationInfo) -> str | None:
         dataset = info.data.get("dataset", "")
-        if _is_folder(dataset):
+        if is_folder(dataset):
             if value is not None:
                 raise ValueError("a folder has none, its files are fingerprinted; leave revision out")
         elif value is None or not re.fullmatch(r"[0-9a-f]{40}", value):
@@ -238,7 +239,7 @@ class Hub(Rows):
     @property
     def local(self) -> bool:
         """Whether `dataset` is a folder."""
-        return _is_folder(self.dataset)
+        return is_folder(self.dataset)
 
     @property
     def label(self) -> str:
@@ -246,7 +247,8 @@ class Hub(Rows):
         return f"{self.dataset}@{self.revision[:8]}" if self.revision else self.dataset
 
 
-def _is_folder(dataset: str) -> bool:
+def is_folder(dataset: str) -> bool:
+    """Whether a `dataset` names a folder; else it is a hub id."""
     return dataset in (".", "..") or dataset.startswith(("./", "../", "/"))
 
 

@@ -8,28 +8,34 @@ from pydantic import ValidationError
 
 from . import lookup
 from .base import Config
-from .finding import find_recipe, shown
+from .finding import find_recipe, rebased, shown
 from .mistakes import located, placed
 from .recipe import Suite, twins
 from .strict_yaml import Mistake, RecipeError, Where, parsed, read_text
 
 
 def load_suite(name: str, recipe: Path) -> Suite:
-    """A suite by its name under recipes/suites, or by a path beside the recipe. Raises RecipeError."""
-    path, _ = find_recipe(f"suites/{name}") if not name.endswith(".yaml") else find_recipe(name, beside=recipe.parent)
-    return read_suite(path)
+    """A suite by its name under recipes/suites, or by a path beside the recipe. Raises RecipeError.
+
+    Of a suite in another folder, a relative path to what is there still leads to it; else it starts at the recipe's folder.
+    """
+    if not name.endswith(".yaml"):
+        return read_suite(find_recipe(f"suites/{name}")[0])
+    return read_suite(find_recipe(name, beside=recipe.parent)[0], recipe.parent)
 
 
-def read_suite(path: Path) -> Suite:
-    """A suite from its file. Raises RecipeError with every mistake of the file."""
+def read_suite(path: Path, folder: Path | None = None) -> Suite:
+    """A suite from its file, as it reads from the recipe's `folder`. Raises RecipeError with every mistake of the file."""
     file = shown(path)
-    return _suite(file, read_text(path, file))
+    own = path.parent.resolve()
+    return _suite(file, read_text(path, file), own, folder.resolve() if folder else own)
 
 
 @lru_cache(maxsize=256)
-def _suite(file: str, text: str) -> Suite:
+def _suite(file: str, text: str, own: Path, folder: Path) -> Suite:
     """The suite that a text holds, which nothing changes: the points of grids read the same ones, hundreds of times."""
     raw, places = parsed(text, file, kind="a suite (name, evals)")
+    raw = rebased(raw, own, folder)
     if "method" in raw or "extends" in raw:
         raise RecipeError([Mistake(file, 0, 0, "is a recipe; expected a suite, a file with `evals:`")])
     mistakes: list[Mistake] = []

@@ -79,6 +79,13 @@ def test_a_suite_by_path_starts_at_the_current_folder(made, monkeypatch):
     assert found["name"] == "diagnose/run" and "of run does" in found["about"]["claim"]
 
 
+def test_texts_of_a_suite_start_at_its_folder(made, home):
+    """The recipe that is written lies elsewhere."""
+    (made / "near.yaml").write_text(SUITE.replace("CORPUS", "corpus.txt"), encoding="utf-8")
+    assert command(made / "run" / "model", suite=[str(made / "near.yaml")], out=str(made / "found")) == 0
+    assert {r.state for r in read_record(made / "found").rows} >= {"teacher", "hybrid"}
+
+
 def test_without_its_teacher_it_is_diagnosed_all_the_same(made, capsys):
     shutil.move(made / "teacher", made / "gone")
     assert command(made / "run" / "model", suite=[str(made / "suite.yaml")], out=str(made / "found")) == 0

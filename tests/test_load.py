@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from recipelin import lookup
 from recipelin.cli import main
 from recipelin.commands import checked
-from recipelin.finding import RECIPES
+from recipelin.finding import RECIPES, rebased
 from recipelin.load import expand, load
 from recipelin.plan import plan
 from recipelin.recipe import Suite
 from recipelin.sources import Hub
 from recipelin.strict_yaml import RecipeError
-from recipelin.suites import read_suite
+from recipelin.suites import _suite, read_suite
 from recipelin.templates import TEMPLATES
 
 ROOT = Path(__file__).parent.parent
@@ -249,6 +249,26 @@ def test_two_suites_of_one_name_are_refused(tmp_path):
     perplexity = lookup.lookup("evals", "perplexity").Config
     with pytest.raises(ValueError, match="task 'perplexity' with metric 'log_loss' already"):
         Suite(name="inline", evals=(perplexity(), perplexity(length=64)))
+
+
+def test_paths_of_a_suite_start_at_its_own_folder_where_they_lead_to_something(tmp_path):
+    text = "{source: jsonl, path: text.jsonl}"
+    data = "{source: hub, dataset: ./rows, revision: null, streaming: true, tokens: 9}"
+    (tmp_path / "apart" / "rows").mkdir(parents=True)
+    write(tmp_path / "apart", f"name: s\nevals: [{{eval: perplexity, text: {text}}}]\n", "s.yaml")
+    write(tmp_path / "apart", f"name: h\nevals: [{{eval: perplexity, text: {data}}}]\n", "h.yaml")
+    recipe = write(tmp_path, GOOD.replace("[pocket]", "[apart/s.yaml, apart/h.yaml]"))
+
+    def named() -> list[str]:
+        texts = [suite.evals[0].text for suite in load(recipe).recipe.eval.suites]
+        return [texts[0].path, texts[1].dataset]
+
+    assert named() == ["text.jsonl", "./apart/rows"], "what is not there is looked for beside the recipe"
+    (tmp_path / "apart" / "text.jsonl").touch()
+    _suite.cache_clear()  # files do not come and go within a process
+    assert named() == ["apart/text.jsonl", "./apart/rows"]
+    (tmp_path / "apart" / "org" / "name").mkdir(parents=True)
+    assert rebased("org/name", tmp_path / "apart", tmp_path, "dataset") == "org/name", "a hub id, whatever lies here"
 
 
 def test_a_grid_is_many_recipes(tmp_path):
