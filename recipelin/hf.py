@@ -1,6 +1,8 @@
 """Students as Hugging Face models: classes, export and loading. Importing this registers the Auto classes."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, initialization
 
@@ -196,11 +199,6 @@ def _layout(folder: Path, found: list[Any], hybrid: State, origin: dict[str, Any
     (folder / f"{file}.py").write_text(text, encoding="utf-8")
 
 
-def load_student(folder: Path, *, dtype: str, device: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of an exported folder, in eval mode. Raises ValueError if its weights do not fit it."""
-    return _load(folder, dtype=dtype, device=device)
-
-
 def tiny_teacher(architecture: Architecture, folder: Path, tokenizer: str | Path) -> Path:
     """A random model of these numbers in `folder`, with the tokenizer of another; made once. For `shrink`."""
     if not (folder / "config.json").is_file():
@@ -210,7 +208,19 @@ def tiny_teacher(architecture: Architecture, folder: Path, tokenizer: str | Path
 
 
 class TeacherError(ValueError):
-    """A teacher that cannot be had or converted; the message says what to do."""
+    """A teacher, or a student's folder, that cannot be had or converted; the message says what to do."""
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """All that transformers makes of files which it cannot read, as a TeacherError in one line."""
+    try:
+        yield
+    except TeacherError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TeacherError(f"{what} cannot be loaded: {reason}") from error
 
 
 def teacher_architecture(source: str | Path, *, revision: str | None = None) -> Architecture:
@@ -247,25 +257,50 @@ def _cannot_have(source: str, revision: str | None, error: BaseException) -> str
 
 
 def load_teacher(source: str | Path, *, revision: str | None = None, dtype: str, device: str) -> tuple[Any, Any]:
-    """(model, tokenizer) of a local folder or a hub id, in eval mode. Raises TeacherError, ValueError."""
+    """(model, tokenizer) of a local folder or a hub id, in eval mode. Raises TeacherError."""
     teacher_architecture(source, revision=revision)
-    return _load(source, revision=revision, dtype=dtype, device=device)
+    with _reading(f"model.teacher {str(source)!r}"):
+        return _load(source, revision=revision, dtype=dtype, device=device)
+
+
+def load_student(folder: Path, *, dtype: str, device: str) -> tuple[Any, Any]:
+    """(model, tokenizer) of an exported folder, in eval mode. Raises TeacherError."""
+    with _reading(f"the student {str(folder)!r}"):
+        return _load(folder, dtype=dtype, device=device)
 
 
 def _load(source: str | Path, *, dtype: str, device: str, revision: str | None = None) -> tuple[Any, Any]:
+    tokenizer = load_tokenizer(source, revision=revision)  # first: weights of many gigabytes take their time
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         source, revision=revision, dtype=DTYPES[dtype], output_loading_info=True
     )
     model, report = loaded
     wrong = sorted([*report["missing_keys"], *report["unexpected_keys"]])
     if wrong:
-        raise ValueError(f"{source}: the weights do not fit the model, first {wrong[0]!r} ({len(wrong)} in all)")
-    return model.to(device).eval(), load_tokenizer(source, revision=revision)
+        raise ValueError(f"the weights do not fit the model, first {wrong[0]!r} ({len(wrong)} in all)")
+    return model.to(device).eval(), tokenizer
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None) -> Any:
-    """The tokenizer of a folder or a hub id."""
-    return AutoTokenizer.from_pretrained(source, revision=revision)
+    """The tokenizer of a folder or a hub id. Raises TeacherError."""
+    lacks = ""
+    if (folder := Path(source)).is_dir() and not (folder / "tokenizer.json").is_file():
+        there = sorted(p.name for p in folder.iterdir() if p.is_file() and p.suffix != ".safetensors")
+        lacks = f" (no tokenizer.json there; found {', '.join(there)})"
+    with _reading(f"the tokenizer of {str(source)!r}{lacks}"):
+        return AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def refuse_tokens_without_row(tokenizer: Any, rows: int) -> None:
+    """TeacherError for a token beyond the rows of a model's embedding; a tokenizer smaller than it is usual."""
+    beyond = [(number, token) for token, number in tokenizer.get_vocab().items() if number >= rows]
+    if beyond:
+        number, token = min(beyond)
+        raise TeacherError(
+            f"the tokenizer has {len(tokenizer):,} tokens, the model's embedding {rows:,} rows; first without a row: "
+            f"{token!r}, number {number:,} counted from 0. Take the model's own tokenizer, or give the model more rows "
+            "(resize_token_embeddings)"
+        )
 
 
 def new_model(architecture: Architecture, tokenizer: Any, *, embedding_std: float, seed: int) -> Any:
@@ -277,8 +312,7 @@ def new_model(architecture: Architecture, tokenizer: Any, *, embedding_std: floa
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    if len(tokenizer) > architecture.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {architecture.vocab_size}")
+    refuse_tokens_without_row(tokenizer, architecture.vocab_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, f"{row.stem}ForCausalLM")(config).eval()
@@ -293,6 +327,7 @@ __all__ = [
     "load_student",
     "load_teacher",
     "new_model",
+    "refuse_tokens_without_row",
     "teacher_architecture",
     "tiny_teacher",
 ]

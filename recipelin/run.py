@@ -61,8 +61,8 @@ def run(
 
     The folder holds record.json, items.jsonl.gz, table.md, model/, tasks/ and logs/; of form `native` also stock/; with the
     evaluation `usage` also usage.json.gz and its heat maps, usage.png. Finished steps of earlier runs are reused; an
-    interrupted step goes on from its last checkpoint. Raises RunError, stages.StageError, PlanError, SourceError,
-    lolcats_checkpoint.PublishedError.
+    interrupted step goes on from its last checkpoint. Raises RunError, hf.TeacherError, stages.StageError, PlanError,
+    SourceError, lolcats_checkpoint.PublishedError.
     """
     planned = plan(loaded, allow_code=allow_code)
     place = choose_device(device)
@@ -155,9 +155,11 @@ class _Walk:
         status: Literal["finished", "failed", "interrupted"] = "failed"
         try:
             self.model, self.tokenizer = self._begin()
-            chat.refuse_without_template(
-                reads.texts((p.step for p in self.plan.steps), self.loaded.path), self.tokenizer
-            )
+            hf.refuse_tokens_without_row(self.tokenizer, self.plan.architecture.vocab_size)
+            texts = reads.texts((p.step for p in self.plan.steps), self.loaded.path)
+            chat.refuse_without_template(texts, self.tokenizer)
+            if self.tokenizer.eos_token_id is None and any(not getattr(text, "chat", None) for text in texts):
+                _say("the tokenizer names no EOS token: documents follow one another without one")
             preflight(self.plan, tokenizer=self.tokenizer, recipe=self.loaded.path)
             for index, planned in enumerate(self.plan.steps):
                 self._step(index, planned)
@@ -185,13 +187,9 @@ class _Walk:
         model = self.loaded.recipe.model
         source = teacher_folder(self.loaded) or model.teacher
         assert source is not None, "a recipe has a teacher or makes a model from nothing"
-        try:
-            # The commit of this run, also where `main` moves meanwhile.
-            revision = hub_commit(self.loaded) or model.revision
-            return hf.load_teacher(source, revision=revision, dtype=model.dtype, device=self.device)
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RunError(f"model.teacher {model.teacher!r} ({source}) cannot be loaded: {reason}") from error
+        # The commit of this run, also where `main` moves meanwhile.
+        revision = hub_commit(self.loaded) or model.revision
+        return hf.load_teacher(source, revision=revision, dtype=model.dtype, device=self.device)
 
     def _tokenizer(self) -> Any:
         scratch = self.loaded.recipe.model.scratch

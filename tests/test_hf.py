@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -132,6 +133,27 @@ def test_what_does_not_fit_is_refused(student, tmp_path):
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match="'gpt2' is not supported; supported: llama, mistral"):
         hf.load_teacher(folder, dtype="float32", device="cpu")
+
+
+def test_a_teacher_that_cannot_be_read_is_said_in_one_line(tiny, tokenizer, tmp_path, monkeypatch):
+    folder = tmp_path / "teacher"
+    hf.export(tiny(vocab_size=264), tokenizer, folder, hybrid=None)
+
+    def refused(words: str) -> None:
+        with pytest.raises(hf.TeacherError, match=words) as found:
+            hf.load_teacher(folder, dtype="float32", device="cpu")
+        assert "\n" not in str(found.value)
+
+    (folder / "tokenizer.json").rename(folder / "tekken.json")
+    lacks = r"no tokenizer.json there; found config.json, .*tekken.json.*cannot be loaded: .*"
+    with monkeypatch.context() as patch:
+        patch.setattr(hf.AutoTokenizer, "from_pretrained", Mock(side_effect=ImportError("\nit needs\nmistral-common")))
+        refused(f"{lacks}it needs mistral-common")
+    (folder / "tekken.json").unlink()
+    refused("no tokenizer.json there; found config.json")
+    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    refused(r"model.teacher .*teacher' cannot be loaded: ")
 
 
 def test_half_precision_keeps_what_is_learned_in_fp32(student):

@@ -197,6 +197,36 @@ def test_what_is_asked_for_and_not_there(folder, home, tmp_path, capsys):
     assert not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
 
 
+def test_a_token_without_a_row_is_refused_before_any_step(folder, home, tmp_path, capsys):
+    (folder / "larger").mkdir()
+    for path in (folder / "teacher").iterdir():
+        (folder / "larger" / path.name).write_bytes(path.read_bytes())
+    tokenizer = hf.load_tokenizer(folder / "teacher")
+    tokenizer.add_tokens(["<more>", "<most>"])
+    tokenizer.save_pretrained(folder / "larger")
+    path = folder / "larger.yaml"
+    path.write_text(RECIPE.replace("teacher: teacher", "teacher: larger"), encoding="utf-8")
+    assert main(["run", str(path), "--out", str(tmp_path / "run"), "--device", "cpu"]) == 1
+    text = capsys.readouterr().err
+    assert "has 302 tokens, the model's embedding 300 rows; first without a row: '<more>', number 300" in text
+    assert "Traceback" not in text and not (home / "steps").exists()
+
+
+def test_documents_without_an_end_are_said(folder, home, tmp_path, capfd, monkeypatch):
+    untrained(folder, tmp_path / "one", "hybrid", only="usage")
+    assert "EOS" not in capfd.readouterr().err
+    original = hf.load_tokenizer
+
+    def endless(*args, **more):
+        tokenizer = original(*args, **more)
+        tokenizer.eos_token = None
+        return tokenizer
+
+    monkeypatch.setattr(hf, "load_tokenizer", endless)
+    untrained(folder, tmp_path / "two", "hybrid", only="usage")
+    assert "the tokenizer names no EOS token: documents follow one another without one" in capfd.readouterr().err
+
+
 def test_a_diverging_stage_stops_with_its_step(folder, home, tmp_path, capsys):
     text = RECIPE.replace("optimizer: {lr: 1e-2}", "optimizer: {lr: 1e25}")
     (folder / "diverges.yaml").write_text(text, encoding="utf-8")
