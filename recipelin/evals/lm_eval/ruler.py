@@ -76,8 +76,8 @@ def _write_leaf(leaf: dict[str, Any], length: int, tokenizer: Any, *, folder: Pa
         "metadata": {"version": (leaf.get("metadata") or {}).get("version", 1.0)},
     }
     # A function of lm-eval's is named by its module: the path of a file may hold dots, which lm-eval cannot read.
-    scores = Path(leaf["process_results"])
-    root = Path(lm_eval.__file__).parents[1]
+    scores = Path(leaf["process_results"]).resolve()  # as the root: an environment may be behind a symlink
+    root = Path(lm_eval.__file__).resolve().parents[1]
     named = ".".join(scores.relative_to(root).parts) if scores.is_relative_to(root) else str(scores)
     text = yaml.safe_dump(settings, sort_keys=False) + f"process_results: !function {named}\n"
     write_atomically(folder / f"{name}.yaml", text.encode())
