@@ -179,7 +179,8 @@ def offline(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
 
-ASKED = {"tokenizer": None, "seeds": (0,), "base": Path()}
+WORDS = SimpleNamespace(bos_token_id=None, eos_token_id=0)
+ASKED = {"tokenizer": WORDS, "seeds": (0,), "base": Path()}
 
 
 def test_a_dataset_that_cannot_be_had_is_said_in_one_sentence(offline, tmp_path, monkeypatch, capfd):
@@ -205,6 +206,32 @@ def test_names_and_metrics_are_checked_before_any_dataset(monkeypatch):
         preflight(config({"task": "hellaswag"}, {"task": "piqua"}), **ASKED)
     with pytest.raises(EvalError, match="task 'winogrande' has no metric 'acc_norm'; it has acc"):
         preflight(config({"task": "winogrande", "metric": "acc_norm"}), **ASKED)
+
+
+@pytest.mark.parametrize(
+    ("bos", "task", "words"),
+    [
+        (
+            None,
+            "piqa",
+            "neither a BOS nor an EOS token, and lm-eval needs one of them: name one in its tokenizer_config",
+        ),
+        (None, "ruler_vt", "no EOS token, which ends what task 'ruler_vt' generates"),
+        (0, "ruler_vt", "no EOS token, which ends what task 'ruler_vt' generates"),
+        (0, "piqa", None),
+    ],
+)
+def test_a_tokenizer_without_the_token_that_lm_eval_needs_is_refused(monkeypatch, bos, task, words):
+    fetched = []
+    monkeypatch.setattr(stock, "fetch", fetched.append)
+    asked = {**ASKED, "tokenizer": SimpleNamespace(bos_token_id=bos, eos_token_id=None)}
+    made = {"metric": "string_match", "max_seq_length": 4096} if task == "ruler_vt" else {}
+    if words:
+        with pytest.raises(EvalError, match=words):
+            preflight(config({"task": task, **made}), **asked)
+    else:
+        preflight(config({"task": task}), **asked)
+    assert len(fetched) == (not words)
 
 
 def test_every_subtasks_dataset_is_asked_for(monkeypatch):

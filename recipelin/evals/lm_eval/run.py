@@ -1,5 +1,6 @@
 """Tasks of EleutherAI's lm-evaluation-harness, stock ones by name and local ones from a folder beside the run."""
 
+import copy
 import json
 import logging
 import math
@@ -49,7 +50,7 @@ def run(config: Config, subject: Subject) -> tuple[Result, ...]:
         manager = _manager(config, [subject.folder] if any(_is_local(t) for t in config.tasks) else [])
         wrapped = HFLM(
             pretrained=subject.model,
-            tokenizer=subject.tokenizer,
+            tokenizer=copy.deepcopy(subject.tokenizer),  # lm-eval gives it a padding token
             batch_size=config.batch,
             device=subject.device,
             max_length=_beyond(config, subject.model),
@@ -80,8 +81,9 @@ def run(config: Config, subject: Subject) -> tuple[Result, ...]:
 
 
 def preflight(config: Config, *, tokenizer: Any, seeds: Sequence[int], base: Path) -> None:
-    """Raises EvalError, before any work, for a stock task that lm-eval lacks, whose metric it does not declare, or whose
-    dataset is not here and cannot be fetched; SourceError for texts that do not give a local task's items.
+    """Raises EvalError, before any work, for a tokenizer without the token that lm-eval needs, for a stock task that it lacks,
+    whose metric it does not declare, or whose dataset is not here and cannot be fetched; SourceError for texts that do not give
+    a local task's items.
 
     RULER's items are made, where they are not there yet.
     """
@@ -96,6 +98,7 @@ def preflight(config: Config, *, tokenizer: Any, seeds: Sequence[int], base: Pat
     asked = [t for t in config.tasks if t.next_line is None]
     every = [(task, leaf) for task in asked for leaf in stock.leaves(manager, task.task)]
     _refuse(every)
+    _refuse_without_end(tokenizer, [leaf for _, leaf in every])
     for task, leaf in every:
         if task.max_seq_length is None:
             with _quiet(show=False):
@@ -107,6 +110,24 @@ def preflight(config: Config, *, tokenizer: Any, seeds: Sequence[int], base: Pat
     for leaf, length, seed in bar:
         bar.set_postfix_str(f"{leaf['task']}@{length}")
         ruler.items(leaf, length, tokenizer, seed=seed)
+
+
+def _refuse_without_end(tokenizer: Any, leaves: Sequence[dict[str, Any]]) -> None:
+    """Raises EvalError for a tokenizer with neither BOS nor EOS: lm-eval begins a text without context with one of them; and
+    for one without EOS where a task generates: what is generated ends with it."""
+    if tokenizer.eos_token_id is not None:
+        return
+    generated = next((leaf["task"] for leaf in leaves if leaf["output_type"] == "generate_until"), None)
+    if generated is None and tokenizer.bos_token_id is not None:
+        return
+    lacks = (
+        f"no EOS token, which ends what task {generated!r} generates"
+        if generated
+        else "neither a BOS nor an EOS token, and lm-eval needs one of them"
+    )
+    raise EvalError(
+        f"the tokenizer has {lacks}: name one in its tokenizer_config.json (eos_token), or leave these tasks out"
+    )
 
 
 def _refuse(every: Sequence[tuple[Task, dict[str, Any]]]) -> None:
