@@ -220,6 +220,7 @@ def _reading(what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        reason = f"KeyError: {reason}" if isinstance(error, KeyError) else reason  # whose text is the key alone
         raise TeacherError(f"{what} cannot be loaded: {reason}") from error
 
 
@@ -272,12 +273,18 @@ def load_student(folder: Path, *, dtype: str, device: str) -> tuple[Any, Any]:
 def _load(source: str | Path, *, dtype: str, device: str, revision: str | None = None) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(source, revision=revision)  # first: weights of many gigabytes take their time
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, revision=revision, dtype=DTYPES[dtype], output_loading_info=True
+        source, revision=revision, dtype=DTYPES[dtype], output_loading_info=True, ignore_mismatched_sizes=True
     )
     model, report = loaded
-    wrong = sorted([*report["missing_keys"], *report["unexpected_keys"]])
+    wrong = {name: "is missing" for name in report["missing_keys"]}
+    wrong |= {name: "is not the model's" for name in report["unexpected_keys"]}
+    wrong |= {
+        name: f"is {list(found)} in the file, not {list(expected)}"
+        for name, found, expected in report["mismatched_keys"]
+    }
     if wrong:
-        raise ValueError(f"the weights do not fit the model, first {wrong[0]!r} ({len(wrong)} in all)")
+        first = min(wrong)
+        raise ValueError(f"the weights do not fit the model, first {first!r} {wrong[first]} ({len(wrong)} in all)")
     return model.to(device).eval(), tokenizer
 
 

@@ -20,7 +20,7 @@ from .load import Loaded
 from .mistakes import PlanError, among, listed, placed
 from .recipe import StateOf, Suite
 from .shipped import SHIPPED
-from .sources import Hub, SourceError
+from .sources import Hub, SourceError, is_path, lacking
 from .states import NAMES, NamedState, State, resolve, subsets
 from .steps import Calibrate, Evaluate, FromSelect, Select, Step, StepsError, Swap, Switch, Transfer, Tune, first
 from .strict_yaml import Where
@@ -103,14 +103,28 @@ def teacher_folder(loaded: Loaded) -> Path | None:
 
 
 def hub_teacher(loaded: Loaded) -> str | None:
-    """The hub id of a teacher that is no folder here; None for a folder, the pocket, or a model from scratch."""
-    return loaded.recipe.model.teacher if teacher_folder(loaded) is None else None
+    """The hub id of a teacher that is no folder here; None for a folder, a path to none, the pocket, or a model from scratch."""
+    name = loaded.recipe.model.teacher
+    return name if name and teacher_folder(loaded) is None and not is_path(name) else None
+
+
+def no_teacher(loaded: Loaded) -> str:
+    """What is to be said of a teacher that is not here."""
+    name, folder = str(loaded.recipe.model.teacher), loaded.path.parent
+    if is_path(name):
+        return f"model.teacher: {lacking((folder / name).resolve(), 'folder')}"
+    near = difflib.get_close_matches(name, [*SHIPPED, *(p.name for p in folder.iterdir() if p.is_dir())], 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return (
+        f"model.teacher {name!r} is not a folder here{hint}, and not in the Hugging Face cache. To plan without it, give its "
+        "numbers: model.architecture (a map, or the path of its config.json); `recipelin run` asks the hub"
+    )
 
 
 def cached_config(loaded: Loaded) -> Path | None:
     """The config.json of a hub teacher in the Hugging Face cache, at its revision; None where it is not there."""
     model, name = loaded.recipe.model, hub_teacher(loaded)
-    if name is None or name.count("/") != 1:
+    if name is None or "/" not in name:
         return None
     try:
         from huggingface_hub import try_to_load_from_cache
@@ -157,16 +171,7 @@ def architecture_of(loaded: Loaded) -> Architecture:
             return families.architecture(json.loads(cached.read_text(encoding="utf-8")))
         except (ValueError, OSError) as error:
             raise refusal(loaded, ("model", "teacher"), f"{cached}: {error}") from error
-    near = difflib.get_close_matches(
-        str(model.teacher), [*SHIPPED, *(p.name for p in loaded.path.parent.iterdir() if p.is_dir())], 1
-    )
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise refusal(
-        loaded,
-        ("model", "teacher"),
-        f"model.teacher {model.teacher!r} is not a folder here{hint}, and not in the Hugging Face cache. To plan without "
-        "it, give its numbers: model.architecture (a map, or the path of its config.json); `recipelin run` asks the hub",
-    )
+    raise refusal(loaded, ("model", "teacher"), no_teacher(loaded))
 
 
 def plan(loaded: Loaded, *, allow_code: Sequence[str] = ()) -> Plan:

@@ -35,7 +35,7 @@ from .evaluate import Evaluator
 from .load import Loaded
 from .loop import Around
 from .naming import default_folder
-from .plan import Plan, Planned, digest, hub_commit, plan, teacher_folder
+from .plan import Plan, Planned, digest, hub_commit, hub_teacher, no_teacher, plan, teacher_folder
 from .preflight import preflight
 from .records import CurveRow, Record, Result, Row, StepTime
 from .reuse import Store
@@ -106,8 +106,9 @@ def _refuse_other_teacher(loaded: Loaded, planned: Plan) -> None:
     """A teacher that is not here, or whose numbers are not those that were planned with, before any work."""
     if loaded.recipe.model.teacher is None:
         return
-    source = teacher_folder(loaded) or loaded.recipe.model.teacher
-    assert source is not None
+    source = teacher_folder(loaded) or hub_teacher(loaded)
+    if source is None:
+        raise RunError(no_teacher(loaded))
     found = hf.teacher_architecture(source, revision=loaded.recipe.model.revision)
     expected = planned.architecture
     wrong = [

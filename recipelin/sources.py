@@ -252,6 +252,11 @@ def is_folder(dataset: str) -> bool:
     return dataset in (".", "..") or dataset.startswith(("./", "../", "/"))
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be a path: no hub id begins so, or has two slashes."""
+    return is_folder(name) or name.startswith("~") or name.count("/") > 1
+
+
 def _of_a_stream(value: _T | None, info: ValidationInfo) -> _T | None:
     if value is not None and info.data.get("streaming") is False:
         raise ValueError("belongs to streaming: true; a dataset that is read whole is drawn in a seeded order")
@@ -433,8 +438,7 @@ def local_path(source: LocalFile, folder: Path) -> Path:
     path = (folder / source.path).resolve()
     if path.is_file():
         return path
-    names = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-    raise SourceError(f"data: {source.source} file {path} is not there{nearest(path.name, names)}")
+    raise SourceError(f"data: {source.source} file {lacking(path, 'file')}")
 
 
 def dataset_folder(source: Hub, folder: Path) -> Path:
@@ -442,8 +446,15 @@ def dataset_folder(source: Hub, folder: Path) -> Path:
     path = (folder / source.dataset).resolve()
     if path.is_dir():
         return path
-    names = [p.name for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
-    raise SourceError(f"data: the dataset's folder {path} is not there{nearest(path.name, names)}")
+    raise SourceError(f"data: the dataset's folder {lacking(path, 'folder')}")
+
+
+def lacking(path: Path, kind: Literal["file", "folder"]) -> str:
+    """Of a path to no such file or folder: what is there in its place, or what is near it."""
+    if path.exists():
+        return f"{path} is a {'folder' if path.is_dir() else 'file'}; expected a {kind}"
+    names = [p.name for p in path.parent.glob("*") if kind == "file" or p.is_dir()] if path.parent.is_dir() else []
+    return f"{path} is not there{nearest(path.name, names)}"
 
 
 def fingerprint(source: Stdlib | LocalFile | Hub | Generated, folder: Path) -> str:

@@ -152,6 +152,12 @@ def test_a_teacher_that_cannot_be_read_is_said_in_one_line(tiny, tokenizer, tmp_
     (folder / "tekken.json").unlink()
     refused("no tokenizer.json there; found config.json")
     tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    refused(
+        r"the weights do not fit the model, first 'model.layers.0.mlp.down_proj.weight' is \[48, 48\] .* not \[48, 40\]"
+    )
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes(b"no weights")
     refused(r"model.teacher .*teacher' cannot be loaded: ")
 

@@ -243,6 +243,9 @@ def test_a_missing_corpus_is_said_before_any_work(folder, home, tmp_path, capsys
     assert main(["run", str(folder / "lost.yaml"), "--out", str(tmp_path / "x"), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert "corpsu.txt is not there; did you mean 'corpus.txt'?" in error
+    (folder / "lost.yaml").write_text(RECIPE.replace("path: corpus.txt, doc", "path: teacher, doc"), encoding="utf-8")
+    assert main(["run", str(folder / "lost.yaml"), "--out", str(tmp_path / "x"), "--device", "cpu"]) == 2
+    assert "teacher is a folder; expected a file" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
@@ -490,6 +493,9 @@ def test_a_teacher_that_is_not_here_or_not_as_planned_is_refused_before_any_work
             _refuse_other_teacher(loaded, planned)
     finally:
         (folder / "elsewhere").unlink()
+    recipe.write_text(text.replace("some/model, revision: abc", "./elsewhere"), encoding="utf-8")
+    with pytest.raises(RunError, match="elsewhere is not there"):
+        _refuse_other_teacher(load(recipe), planned)
 
 
 WITHOUT_TRAINING = """\

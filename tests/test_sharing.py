@@ -138,6 +138,9 @@ INPUTS = {
 CONTENT = {
     ("pocket}", "pockett}"): "2:18: model.teacher 'pockett' is not a folder here (did you mean 'pocket'?)",
     ("pocket}", "bare}"): "2:18: the teacher's folder ",
+    ("pocket}", "./bar}"): "bar is not there; did you mean 'bare'?",
+    ("pocket}", "./good.yaml}"): "good.yaml is a file; expected a folder",
+    ("pocket}", "~/my/model}"): "~/my/model is not there",
     ("pocket}", "3}"): "2:18: model.teacher: found 3; expected text: put it in quotes",
     ("pocket}", "x/y, architecture: no.json}"): "2:37: model.architecture: no such file no.json",
     ("pocket}", "x/y, architecture: list.json}"): "2:37: model.architecture: list.json is not JSON",
