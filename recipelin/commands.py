@@ -22,7 +22,7 @@ from .points import points
 from .shipped import POCKET
 from .show import show
 from .shrink import ShrinkError, shrink, tiny_folder, tiny_of
-from .sources import Hub, LocalFile, SourceError, dataset_folder, local_path
+from .sources import LocalFile, SourceError, refuse_absent
 from .steps import Calibrate, Transfer, Tune
 from .strict_yaml import RecipeError, Where, read_yaml
 from .suites import read_suite
@@ -180,13 +180,10 @@ def _sources_are_there(point: Loaded, planned: Plan) -> None:
     """Raises PlanError at the line that names a local file or dataset which is not there."""
     for source in reads.texts((p.step for p in planned.steps), point.path):
         try:
-            if isinstance(source, LocalFile):
-                field, given = "path", source.path
-                local_path(source, point.path.parent)
-            elif isinstance(source, Hub) and source.local:
-                field, given = "dataset", source.dataset
-                dataset_folder(source, point.path.parent)
+            refuse_absent(source, point.path.parent)
         except SourceError as error:
+            field = "path" if isinstance(source, LocalFile) else "dataset"
+            given = getattr(source, field)
             named = (p for p in point.places if p[-1:] == (field,) and _at(point.raw, p) == given)
             raise refusal(point, next(named, ("eval", "suites")), str(error)) from error
 

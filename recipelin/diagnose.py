@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from . import reads
 from .attention.form import Form
 from .files import write_atomically
 from .load import read_student
@@ -20,6 +21,7 @@ from .mistakes import nearest
 from .records import SHRUNK
 from .reuse import digest_folder, home
 from .shipped import POCKET, SHIPPED
+from .sources import SourceError, refuse_absent, text_of
 from .states import resolve
 from .suites import load_suite
 
@@ -90,7 +92,11 @@ def _diagnosis(
     # The recipe lies elsewhere: suites by path are named from the root. A wrong one is refused before anything is written.
     suites = [str(Path(s).resolve()) if s.endswith(".yaml") else s for s in suites]
     for suite in suites:
-        load_suite(suite, Path("recipe.yaml"))
+        for source in map(text_of, reads.of_suite(load_suite(suite, Path(suite)))):
+            try:
+                refuse_absent(source, Path(suite).parent)
+            except SourceError as error:
+                raise DiagnoseError(f"suite {suite}: {error}") from error
     if path.is_dir() and (path / "config.json").is_file():
         if finetune:
             raise DiagnoseError("--finetune belongs to LoLCATs' .pt files; an exported student holds all its weights")

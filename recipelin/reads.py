@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from .base import Config
 from .sources import Generated, Hub, LocalFile, Source, SourceError, Stdlib, text_of
 from .steps import Calibrate, Evaluate, Select, Step, Transfer, Tune
 from .suites import load_suite
@@ -40,8 +41,13 @@ def sources(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hu
             if isinstance(step, Evaluate)
             else [load_suite(name, recipe) for name in (*watched(step), *measured(step))]
         )
-        found += [_SOURCE.validate_python(x) for s in suites for x in _named(s.model_dump())]
+        found += [source for suite in suites for source in of_suite(suite)]
     return found
+
+
+def of_suite(suite: Config) -> list[Stdlib | LocalFile | Hub | Generated]:
+    """Every source that the evaluations of a suite read."""
+    return [_SOURCE.validate_python(x) for x in _named(suite.model_dump())]
 
 
 def texts(steps: Iterable[Step], recipe: Path) -> list[Stdlib | LocalFile | Hub]:

@@ -449,6 +449,14 @@ def dataset_folder(source: Hub, folder: Path) -> Path:
     raise SourceError(f"data: the dataset's folder {lacking(path, 'folder')}")
 
 
+def refuse_absent(source: Stdlib | LocalFile | Hub, folder: Path) -> None:
+    """Raises SourceError for a local file or dataset that is not there."""
+    if isinstance(source, LocalFile):
+        local_path(source, folder)
+    elif isinstance(source, Hub) and source.local:
+        dataset_folder(source, folder)
+
+
 def lacking(path: Path, kind: Literal["file", "folder"]) -> str:
     """Of a path to no such file or folder: what is there in its place, or what is near it."""
     if path.exists():

@@ -84,6 +84,12 @@ def test_texts_of_a_suite_start_at_its_folder(made, home):
     (made / "near.yaml").write_text(SUITE.replace("CORPUS", "corpus.txt"), encoding="utf-8")
     assert command(made / "run" / "model", suite=[str(made / "near.yaml")], out=str(made / "found")) == 0
     assert {r.state for r in read_record(made / "found").rows} >= {"teacher", "hybrid"}
+    (made / "corpus.txt").rename(made / "corpse.txt")
+    with pytest.raises(
+        DiagnoseError, match=f"near.yaml: .*file {made}/corpus.txt is not there; did you mean 'corpse.txt'"
+    ):
+        ask = {"teacher": None, "finetune": None, "dtype": None}
+        diagnosis(made / "run" / "model", suites=[str(made / "near.yaml")], **ask)
 
 
 def test_without_its_teacher_it_is_diagnosed_all_the_same(made, capsys):
