@@ -45,7 +45,7 @@ def tiny_architecture(arch: Architecture) -> Architecture:
             "num_attention_heads": HEADS,
             "num_key_value_heads": HEADS // group,
             "head_dim": HEAD_DIM,
-            "vocab_size": VOCABULARY,
+            "vocab_size": VOCABULARY + 1,  # transformers gives a tokenizer of Qwen2's a token of its own
             "max_position_embeddings": 4 * LENGTH,
             "rope_scaling": scaling,
             "initializer_range": 0.1,

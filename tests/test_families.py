@@ -374,7 +374,7 @@ def test_a_whole_lolcats_run(corpus, tiny, tmp_path, home, case, dtype):
 
     folder, tokenizer = corpus
     family, extra = CASES[case]
-    hf.export(tiny(family=family, **{**extra, "vocab_size": 300}), tokenizer, tmp_path / "teacher", hybrid=None)
+    hf.export(tiny(family=family, **{**extra, "vocab_size": 301}), tokenizer, tmp_path / "teacher", hybrid=None)
     for name in ("corpus.txt", "suite.yaml"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(dtype=dtype), encoding="utf-8")
