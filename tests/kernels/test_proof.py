@@ -152,7 +152,9 @@ def test_the_transfer_loss_is_its_definition(call, target, kernel):
     options = {n: call[n] for n in ("window", "shape", "sinks", "cover", "join")} | {"target": target}
     exact = {n: t.double() for n, t in x.items()}
     found = transferred(x, options, masks, kernel)
-    compare(found, transferred(exact, options, masks, "reference"), call["dtype"])
+    # Of a row of one key features have no gradient: a difference of two products, over the product of the features.
+    cancels = dict.fromkeys((1, 2), max(1e-2, 4e-3 * call["features"] ** 0.5))
+    compare(found, transferred(exact, options, masks, "reference"), call["dtype"], cancels)
     assert all(
         torch.equal(a, b) for a, b in zip(found, transferred(x, options, masks, kernel), strict=True)
     )  # repeats to the bit
