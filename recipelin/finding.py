@@ -76,10 +76,10 @@ def rebased(value: Any, old: Path, new: Path, key: str = "") -> Any:
         return {k: rebased(v, old, new, k) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
         return tuple(rebased(v, old, new, key) for v in value)
-    is_there = _PATHS.get(key.rpartition(".")[2])
+    name = key.rpartition(".")[2]
+    is_there, dataset = _PATHS.get(name), name == "dataset"
     if is_there is None or not isinstance(value, str) or value in ("", *SHIPPED) or not is_there(old / value):
         return value
-    dataset = key.rpartition(".")[2] == "dataset"
     if old.resolve() == new.resolve() or (dataset and not is_folder(value)):
         return value
     path = os.path.relpath((old / value).resolve(), new.resolve())

@@ -24,10 +24,7 @@ def ignores_autocast(function: F) -> F:
     @wraps(function)
     def called(*given: Any, **named: Any) -> Any:
         q = given[0] if given else named.get("q")
-        off = without_autocast(q.device) if isinstance(q, torch.Tensor) else NOTHING
-        if off is NOTHING:
-            return function(*given, **named)
-        with off:
+        with without_autocast(q.device) if isinstance(q, torch.Tensor) else NOTHING:
             return function(*given, **named)
 
     return called  # type: ignore[return-value]

@@ -29,10 +29,10 @@ from .rows import (
     JOINS,
     SHAPES,
     Options,
-    check_numbers,
     check_reach,
     check_shapes,
     learning,
+    numbers_of,
     of_each_head,
     one_of,
     rows,
@@ -218,8 +218,7 @@ def hybrid_attention(
     shaped = phi_q.unmade(q) if isinstance(phi_q, SoftmaxMap) else phi_q
     check_shapes(q, k, v, shaped, phi_k, window, sinks, first_query)
     check_reach("reach", reach)
-    own_numbers = mix if join == "shared" else None, log_scale if join == "absolute" else None
-    check_numbers(join, *own_numbers, q.shape[1])
+    own_numbers = numbers_of(join, mix, log_scale, q.shape[1])
     options = _options(
         window=window,
         sinks=sinks,

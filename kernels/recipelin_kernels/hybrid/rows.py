@@ -83,12 +83,15 @@ def check_shapes(
         raise ValueError(f"phi_k has {map_heads} heads: expected {heads} (query heads) or {key_heads} (key heads)")
 
 
-def check_numbers(join: str, mix: Tensor | None, log_scale: Tensor | None, heads: int) -> None:
-    """Raises ValueError where a join lacks its number of each query head."""
+def numbers_of(
+    join: str, mix: Tensor | None, log_scale: Tensor | None, heads: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(mix of `shared`, log_scale of `absolute`), None for other joins. ValueError where a join lacks its number of each head."""
     for its, name, x in (("shared", "mix", mix), ("absolute", "log_scale", log_scale)):
         if join == its and (not isinstance(x, Tensor) or x.shape != (heads,)):
             found = tuple(x.shape) if isinstance(x, Tensor) else x
             raise ValueError(f"join={join!r} needs {name} [{heads}], a number for each query head, found {found}")
+    return mix if join == "shared" else None, log_scale if join == "absolute" else None
 
 
 def check_reach(name: str, reach: int | None) -> None:

@@ -11,9 +11,9 @@ from ..hybrid.rows import (
     JOINS,
     SHAPES,
     Options,
-    check_numbers,
     check_reach,
     check_shapes,
+    numbers_of,
     one_of,
     rows,
     visible,
@@ -167,10 +167,7 @@ def weight_transfer_loss(
         _refuse_signed(signed)
     _check(q, k, phi_q, phi_k, lse, window, sinks, teacher_window=teacher_window, reach=reach)
     batch, heads, length, _ = q.shape
-    mix = mix if target == "hybrid" and join == "shared" else None
-    log_scale = log_scale if target == "hybrid" and join == "absolute" else None
-    if target == "hybrid":
-        check_numbers(join, mix, log_scale, heads)
+    mix, log_scale = numbers_of(join, mix, log_scale, heads) if target == "hybrid" else (None, None)
     alike = key_mask is None and segment_ids is None  # then one row of masks serves all
     own = rows(1 if alike else batch, length, q.device, key_mask, segment_ids)
     count = batch * length
