@@ -90,7 +90,7 @@ def pretend() -> None:
     for name in ("stream", "graph"):
         setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
     torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_: None  # type: ignore[assignment]
-    torch.cuda.is_available = lambda: True
+    torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda *_, **__: True
     OnCpu().__enter__()
 
 

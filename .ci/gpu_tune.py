@@ -109,8 +109,8 @@ FORWARD, BOTH, TRANSFER = (
 )
 OWNERS = ("transfer",)
 SWEEPS = (
-    Sweep(FORWARD, ("output",), ((64, 64, 256), (64, 32, 256)), FOUR),
-    Sweep(FORWARD, ("sum_keys", "scan"), ((64, 64, 256),), (Launch(4, 1), *EIGHT)),
+    Sweep(FORWARD, ("output",), ((64, 64, 256), (64, 32, 256), (64, 64, 128), (64, 64, 512)), FOUR),
+    Sweep(FORWARD, ("sum_keys", "scan"), ((64, 64, 256), (64, 64, 128), (64, 64, 512)), (*FOUR[::2], *EIGHT)),
     Sweep(BOTH, ("output", "query", "key"), ((64, 64, 256), (64, 32, 256)), FOUR),
     Sweep(BOTH, ("sum_queries",), ((64, 64, 256),), (Launch(4, 1), Launch(4, 2), *EIGHT)),
     Sweep(TRANSFER, OWNERS, ((128, 64, 128), (128, 32, 128)), EIGHT),
