@@ -73,7 +73,7 @@ def watch(patch: Callable[[Any, str, Any], None]) -> None:
         return found
 
     def check(pointers: Any, mask: Any) -> None:
-        memory.check(pointers.data, mask.data, pointers.get_element_ty().primitive_bitwidth // 8)
+        memory.check(pointers.data, mask.data.astype(bool), pointers.get_element_ty().primitive_bitwidth // 8)
 
     def loaded(pointers: Any, mask: Any, *rest: Any) -> Any:
         check(pointers, mask)

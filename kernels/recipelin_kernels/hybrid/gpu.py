@@ -48,7 +48,8 @@ def _states(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
     masses = x.q.new_empty(batch, maps, states, features, dtype=torch.float32)
     if call.sums is not None:
         parts[:, :, 0], masses[:, :, 0] = call.sums[..., :-1], call.sums[..., -1]
-    call.launch(
+    sums = replace(call, form=o._replace(columns=o.rows))  # no pairs are held beside them
+    sums.launch(
         gpu_forward.sum_keys,
         (states - 1, batch * maps, cdiv(features, o.tile)),
         x.fk, x.v, call.keep, call.q_rows[1], *call.k_rows, parts, masses,

@@ -40,8 +40,9 @@ def fitting(dtype: torch.dtype, features: torch.dtype, width: int) -> Blocks:
         return INTERPRETED
     if dtype != torch.bfloat16 or width > 128:
         return SMALL
-    # With features in fp32 a pipeline costs more than it gains.
-    return Blocks(stages=3 if features == torch.bfloat16 else 1)
+    if features != torch.bfloat16:
+        return Blocks(stages=1)  # with features in fp32 a pipeline costs more than it gains
+    return Blocks(columns=32, warps=8)
 
 
 def makes_queries(map_q: SoftmaxMap, dtype: torch.dtype, width: int) -> bool:
@@ -57,7 +58,7 @@ class Launch:
 
     num_warps: int
     num_stages: int
-    maxnreg: int | None = None  # registers of a thread at most
+    maxnreg: int | None = None  # registers of a thread at most, where as many stages fit
 
     @property
     def options(self) -> dict[str, int]:
@@ -65,19 +66,20 @@ class Launch:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-# Measured on an H200 (kernels/bench/tuning-h200.md): a block of 64 rows is one of 4 warps, 8 take half as long again or twice.
+# Measured on an H200 (kernels/bench/tuning-h200.md): a block of 64 rows is one of 4 warps, 8 take half as long again or twice;
+# with at most 168 registers a multiprocessor has three of them, and pairs in blocks of 32 columns fit into these.
 # With 4 warps Triton 3.6 made a pipeline (stages above 1) for `sum_keys` whose sums were off by a tenth, and differed from call
 # to call: its products read what was copied without a fence (`gpu_parts.copied`; `make gpu-compile` refuses those).
 LAUNCHES = {
-    "sum_keys": Launch(4, 1),
+    "sum_keys": Launch(8, 3),
     "scan": Launch(4, 1),
-    "output": Launch(4, 1),
+    "output": Launch(4, 3, 168),
     "row_terms": Launch(4, 1),
     "sum_queries": Launch(4, 2),
-    "query_gradient": Launch(4, 2),
-    "query_features_gradient": Launch(4, 2),
-    "key_gradient": Launch(4, 1),
-    "key_features_gradient": Launch(4, 1),
+    "query_gradient": Launch(4, 1),
+    "query_features_gradient": Launch(4, 3, 168),
+    "key_gradient": Launch(4, 2),
+    "key_features_gradient": Launch(4, 3, 168),
     "sink_gradient": Launch(4, 1),
     "step": Launch(8, 1),
     "softmax_features": Launch(8, 1),
@@ -124,8 +126,9 @@ def check_size(tensors: list[Tensor]) -> None:
 @functools.cache
 def _how(kernel: str, stages: int, warps: int, more: tuple[tuple[str, int], ...]) -> Mapping[str, int]:
     launch = LAUNCHES[kernel]
-    fitted = replace(launch, num_warps=min(launch.num_warps, warps), num_stages=min(launch.num_stages, stages))
-    return fitted.options | dict(more)
+    if stages < launch.num_stages:
+        launch = Launch(launch.num_warps, stages)
+    return replace(launch, num_warps=min(launch.num_warps, warps)).options | dict(more)
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ class Call(Compiled):
         """
         batch, maps, states, features = masses.shape
         size = 0 if parts is None else features * parts.shape[4]
-        block = min(128 if self.form.plain else 1024, power(max(size, features)))
+        block = min(1024, power(max(size, features)))
         self.launch(
             gpu_forward.scan,
             (batch * maps, cdiv(size, block) + cdiv(features, block)),

@@ -26,7 +26,7 @@ from .gpu_parts import (
     window_kept,
 )
 
-TOGETHER = tl.constexpr(16)  # states
+TOGETHER = tl.constexpr(8)  # states
 
 
 @triton.jit
@@ -117,22 +117,29 @@ def scan(
 
 
 @triton.jit
+def _state_at(step, row, column, states, size, backward: tl.constexpr, o: tl.constexpr):
+    """Where columns of the state that is `step`-th in the sum stand, whether they do, and whether it is of the sum."""
+    number = step
+    if backward:
+        number = states - 1 - step
+    there = (column < size) & (step < states)
+    return (row + number) * size + column, there, there if backward or o.initial else there & (number > 0)
+
+
+@triton.jit
 def _running(x, segments, row, column, states, size, backward: tl.constexpr, block: tl.constexpr, o: tl.constexpr):
     total = tl.full([block], 0.0, tl.float32)
     if o.plain:
-        # Several at once: a load for each state alone would be a wait for each.
+        # Several are read at once, as a load for each alone would be a wait for each; a thread sums what it has read.
         for first in range(0, states, TOGETHER):
-            number = first + tl.arange(0, TOGETHER)
-            if backward:
-                number = states - 1 - number
-            at = (row + number)[:, None] * size + column[None, :]
-            inside = ((number >= 0) & (number < states))[:, None] & (column < size)[None, :]
-            there = inside
-            if backward or not o.initial:
-                there = inside & (number > 0)[:, None]
-            part = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
-            tl.store(x + at, (total[None, :] + tl.cumsum(part, 0)).to(x.dtype.element_ty), mask=inside)
-            total += tl.sum(part, 0)
+            read = ()
+            for step in tl.static_range(TOGETHER):
+                at, there, counts = _state_at(first + step, row, column, states, size, backward, o)
+                read += (tl.load(x + at, mask=there & counts, other=0.0),)
+            for step in tl.static_range(TOGETHER):
+                at, there, counts = _state_at(first + step, row, column, states, size, backward, o)
+                total += read[step].to(tl.float32)
+                tl.store(x + at, total.to(x.dtype.element_ty), mask=there)
     else:
         before = -1
         for step in range(0, states):
