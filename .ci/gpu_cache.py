@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE, TARGET = ROOT / ".gpu/cache", ROOT / ".gpu/cache.tar.xz"
 TESTS = sorted(str(p) for pattern in ("test_*_gpu*.py", "on_gpu_*.py") for p in (ROOT / "tests/kernels").glob(pattern))
 KEPT = (".cubin", ".json")  # all that is read of a compiled kernel
+TO_THE_END = contextlib.ExitStack()  # of the process
 
 
 class OnCpu(TorchFunctionMode):
@@ -61,9 +62,10 @@ def stand_in() -> None:
     from gpu_compile import NoGpu
     from triton.runtime.driver import driver
 
-    from recipelin_kernels.hybrid import gpu_launch
+    from recipelin_kernels.hybrid import gpu_assembler, gpu_launch
 
     driver.set_active(NoGpu())
+    TO_THE_END.enter_context(gpu_assembler.assembling())
     gpu_launch.launch = compiles
     pretend()
 

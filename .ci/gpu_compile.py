@@ -13,22 +13,20 @@ import sys
 import tempfile
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
-import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from recipelin_kernels import SoftmaxMap, empty_state, hybrid_attention, hybrid_attention_step, weight_transfer_loss
-from recipelin_kernels.hybrid import gpu_call, gpu_support
+from recipelin_kernels.hybrid import gpu_assembler, gpu_call, gpu_support
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 
 SHARED = 227 * 1024  # bytes that a program may have on an H100
-PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 CASES: dict[str, dict[str, Any]] = {
     "F 128": {},
     "F 256": {"features": 256},
@@ -140,7 +138,9 @@ def compiled(self: gpu_call.Compiled, kernel: Any, grid: tuple[int, ...], *argum
         return
     how = self.how(kernel.__name__)
     begun = time.monotonic()
-    made = kernel.warmup(*arguments, o=self.form, grid=grid, **more, **how)
+    with gpu_assembler.assembling():
+        made = kernel.warmup(*arguments, o=self.form, grid=grid, **more, **how)
+        ptxas = knobs.nvidia.ptxas.path
     seconds = time.monotonic() - begun
     if made.hash in known:
         return
@@ -148,7 +148,7 @@ def compiled(self: gpu_call.Compiled, kernel: Any, grid: tuple[int, ...], *argum
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(made.asm["ptx"])
         file.flush()
-        command = [PTXAS, "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
+        command = [ptxas, "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spilled = (
         int(re.findall(pattern, said)[-1]) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill st")

@@ -37,9 +37,10 @@ printf 'extends: ../recipes/pocket/lolcats.yaml\nname: lolcats-gpu\nmethod: {for
 part run 100 python3 -m recipelin run .gpu/lolcats-gpu.yaml --device cuda --out .gpu/run
 part tune 600 python3 .ci/gpu_tune.py --jobs "$(nproc)"
 
-# The machine has no repository to ask for its commit.
+# The machine's repository, if it has one, is of the commit that the session began with.
 for file in kernels/bench/record-cuda.{md,json}; do
-  [ -f "$file" ] && sed -e "s/commit unknown/commit $commit/" -e "s/\"commit\": null/\"commit\": \"$commit\"/" "$file" > "$out/${file##*/}"
+  [ -f "$file" ] && sed -E -e "s/commit (unknown|[0-9a-f]{40}( with changes)?)/commit $commit/" \
+    -e "s/\"commit\": [^,]*/\"commit\": \"$commit\"/" -e 's/"dirty": true/"dirty": false/' "$file" > "$out/${file##*/}"
 done
 tar czf "$out/files.tar.gz" .gpu/run kernels/bench/tuning-* 2> /dev/null
 ls -la "$out"

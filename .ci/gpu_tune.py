@@ -28,7 +28,7 @@ from recipelin.bars.gpu import DecodeOnGpu
 from recipelin.bench.cuda import captured, timed
 from recipelin.records import provenance
 from recipelin_kernels import SoftmaxMap, hybrid_attention, weight_transfer_loss
-from recipelin_kernels.hybrid import gpu, gpu_call, gpu_launch, gpu_step
+from recipelin_kernels.hybrid import gpu, gpu_assembler, gpu_call, gpu_launch, gpu_step
 from recipelin_kernels.hybrid.gpu_call import Blocks, Launch
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 from recipelin_kernels.hybrid.gpu_step import StepBlocks
@@ -350,4 +350,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with gpu_assembler.assembling():
+        sys.exit(main())

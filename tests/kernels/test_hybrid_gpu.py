@@ -80,7 +80,7 @@ def test_equals_the_definition(name):
 @pytest.mark.parametrize("name", ["shared, sinks, phi_k of key heads", "replace, sinks, segments"])
 def test_what_owns_keys_may_meet_fewer_queries_and_a_call_without_components_keep_one_sum(name, monkeypatch):
     """Sinks are where the two sides must agree: what is before the span of some queries is left to another kernel."""
-    blocks = gpu.fitting(torch.float32, torch.float32, 64)
+    blocks = gpu.fitting(torch.float32, torch.float32, 64, 64)
     monkeypatch.setattr(gpu, "fitting", lambda *_: replace(blocks, columns=blocks.columns // 2))
     compare(*of_case(name), components=(True, False) if GPU else (False,))
 
@@ -126,7 +126,7 @@ def test_goes_on_from_a_state(join, batch):
 
 def test_a_states_sink_may_be_the_largest_score_of_a_row(monkeypatch):
     """It stands before index 0: the gradient of that maximum is no key's of the call."""
-    blocks = gpu.fitting(torch.float32, torch.float32, 64)
+    blocks = gpu.fitting(torch.float32, torch.float32, 64, 64)
     monkeypatch.setattr(gpu, "fitting", lambda *_: replace(blocks, columns=blocks.columns // 2))
     x = Inputs((1, 1), 64, 1)
     x.q *= 2

@@ -282,7 +282,7 @@ def hybrid_attention_gpu(
     phi_q, phi_k = q if map_q is not None else phi_q.to(features), phi_k.to(features)
     call = make_call(
         options, q, k, phi_k, map_q, window_keep, q_rows, k_rows, past, plain, segmented,
-        blocks or fitting(kind, features, q.shape[-1]),
+        blocks or fitting(kind, features, q.shape[-1], phi_k.shape[-1], map_q is not None),
     )  # fmt: skip
     if call.form.ahead:
         assert past is not None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gpu_forward, gpu_launch
+from . import gpu_assembler, gpu_forward, gpu_launch
 from .block import Past
 from .gpu_parts import Form
 from .gpu_support import interpreted
@@ -34,22 +34,24 @@ SMALL = Blocks(32, 32, 256, 64, 1)  # what is in fp32 or fp16, or wider than 128
 INTERPRETED = Blocks(16, 16, 32, 32)
 
 
-def fitting(dtype: torch.dtype, features: torch.dtype, width: int) -> Blocks:
-    """Sizes for inputs of a dtype, the features' dtype and head_dim."""
+def fitting(dtype: torch.dtype, kind: torch.dtype, width: int, features: int, made: bool = False) -> Blocks:
+    """Sizes for inputs of a dtype, their features' dtype, head_dim and features; made: phi_q is made by the kernel."""
     if interpreted():
         return INTERPRETED
     if dtype != torch.bfloat16 or width > 128:
         return SMALL
-    if features != torch.bfloat16:
+    if kind != torch.bfloat16:
         return Blocks(stages=1)  # with features in fp32 a pipeline costs more than it gains
+    if features > 128 or made:
+        return Blocks(stages=1, warps=8)  # with more than a tile of features, or W, beside it a pipeline spills
     return Blocks(columns=32, warps=8)
 
 
 def makes_queries(map_q: SoftmaxMap, dtype: torch.dtype, width: int) -> bool:
     """Whether the forward kernel makes phi_q itself: features that it can hold at once, of a dtype that holds small ones."""
     columns = map_q.columns
-    fits = columns >= 16 and columns == power(columns) and map_q.features <= fitting(dtype, dtype, width).tile
-    return fits and dtype != torch.float16
+    tile = fitting(dtype, dtype, width, map_q.features, made=True).tile
+    return columns >= 16 and columns == power(columns) and map_q.features <= tile and dtype != torch.float16
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,9 @@ class Launch:
     maxnreg: int | None = None  # registers of a thread at most, where as many stages fit
 
     @property
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, int | str]:
         """As Triton has them."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None} | dict(gpu_assembler.options())
 
 
 # Measured on an H200 (kernels/bench/tuning-h200.md): a block of 64 rows is one of 4 warps, 8 take half as long again or twice;
@@ -124,7 +126,7 @@ def check_size(tensors: list[Tensor]) -> None:
 
 
 @functools.cache
-def _how(kernel: str, stages: int, warps: int, more: tuple[tuple[str, int], ...]) -> Mapping[str, int]:
+def _how(kernel: str, stages: int, warps: int, more: tuple[tuple[str, int], ...]) -> Mapping[str, int | str]:
     launch = LAUNCHES[kernel]
     if stages < launch.num_stages:
         launch = Launch(launch.num_warps, stages)
@@ -144,7 +146,7 @@ class Compiled:
         if 0 not in grid:
             gpu_launch.launch(kernel, grid, arguments, {"o": self.form, **more}, self.how(kernel.__name__))
 
-    def how(self, kernel: str) -> Mapping[str, int]:
+    def how(self, kernel: str) -> Mapping[str, int | str]:
         return _how(kernel, self.stages, self.warps, self.more)
 
 

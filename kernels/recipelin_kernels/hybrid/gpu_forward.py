@@ -135,7 +135,7 @@ def _running(x, segments, row, column, states, size, backward: tl.constexpr, blo
             read = ()
             for step in tl.static_range(TOGETHER):
                 at, there, counts = _state_at(first + step, row, column, states, size, backward, o)
-                read += (tl.load(x + at, mask=there & counts, other=0.0),)
+                read += (tl.load(x + at, mask=there & counts, other=0.0),)  # type: ignore[assignment]
             for step in tl.static_range(TOGETHER):
                 at, there, counts = _state_at(first + step, row, column, states, size, backward, o)
                 total += read[step].to(tl.float32)

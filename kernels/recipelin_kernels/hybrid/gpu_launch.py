@@ -17,6 +17,8 @@ from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver, jit
 from triton.runtime.jit import JITFunction
 
+from . import gpu_assembler
+
 # Series of Triton whose `JITFunction.run` was read: what it compiles for and what it gives the launcher. Another one may do
 # more before a launch, which would be left out here silently, or lack what is called here: it launches by itself.
 READ = ("3.6", "3.7", "3.8", "3.9")
@@ -42,11 +44,10 @@ def _backend() -> Any:
 
 
 def ordinary(kernel: Any) -> bool:
-    """Whether Triton is to launch: a traced call, its interpreter, a series that was not read, and where a launch has hooks."""
+    """Whether Triton is to launch: its interpreter, a series that was not read, and where a launch has hooks."""
     runtime = knobs.runtime
     return (
-        torch.compiler.is_compiling()
-        or type(kernel) is not JITFunction
+        type(kernel) is not JITFunction
         or SERIES not in READ
         or bool(kernel.pre_run_hooks)
         or runtime.add_stages_inspection_hook is not None
@@ -57,11 +58,21 @@ def ordinary(kernel: Any) -> bool:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: Mapping[str, Any], how: Mapping[str, int]
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    how: Mapping[str, int | str],
 ) -> None:
     """`kernel[grid](*arguments, **constants, **how)`: arguments of the run by position, constants by name."""
-    if ordinary(kernel):
+    if torch.compiler.is_compiling():
+        if gpu_assembler.options():
+            raise RuntimeError(f"torch.compile assembles the kernels by itself: {gpu_assembler.ADVICE}")
         kernel[grid](*arguments, **constants, **how)
+        return
+    if ordinary(kernel):
+        with gpu_assembler.assembling():
+            kernel[grid](*arguments, **constants, **how)
         return
     device = driver.active.get_current_device()
     backend, specialise = _backend(), jit.native_specialize_impl
@@ -74,7 +85,8 @@ def launch(
     found = known.get(key)
     # As Triton compares them; if one is another object, Triton says whether it is another value.
     if found is None or any([names.get(name) is not value for names, name, value in found.used]):
-        compiled = kernel[grid](*arguments, **constants, **how)
+        with gpu_assembler.assembling():
+            compiled = kernel[grid](*arguments, **constants, **how)
         if isinstance(compiled, CompiledKernel):
             known[key] = _known(kernel, compiled, len(arguments), constants)
         return

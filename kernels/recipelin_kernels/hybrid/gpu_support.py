@@ -1,4 +1,4 @@
-"""Whether the Triton kernels of hybrid attention can run: asked without importing triton."""
+"""Whether the Triton kernels of hybrid attention can run: asked without importing triton where there is no GPU."""
 
 import functools
 import importlib.metadata
@@ -37,6 +37,13 @@ def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@functools.cache
+def _assembles(major: int) -> str:
+    from . import gpu_assembler  # with triton, which is there
+
+    return gpu_assembler.why_not(major)
+
+
 def proven(device: torch.device | str) -> bool:
     """Whether `auto` may take the kernels there."""
     device = torch.device(device)
@@ -69,6 +76,8 @@ def why_not(
     elif _capability(device.index) < LEAST_CAPABILITY:
         found = ".".join(map(str, _capability(device.index)))
         return f"the Triton kernels need compute capability 8.0 (Ampere) or newer, found {found}"
+    elif reason := _assembles(_capability(device.index)[0]):
+        return reason
     if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the Triton kernels take float32, bfloat16 and float16, found {dtype}"
     if width is not None and width > WIDEST:
