@@ -202,8 +202,8 @@ _FLOOR = (
 _UNFUSED = (
     "features are read, not made: with F 128 they are 8 KB of phi_q and twice 8 KB of phi_k a token beside 20 KB of q, k, v and "
     "y, and states in bf16 a further 16 KB: 60 KB, 20 ns at 3 TB/s, 14 at the 4.3 of an H200, where the bar is 18. `output` "
-    "waits rather than reads or computes: registers leave it 12 warps a multiprocessor, and each block of 32 keys is two products "
-    "and an exponential that depend on each other. Fused maps would take 24 KB of it."
+    "waits rather than reads or computes: registers leave it 12 warps a multiprocessor, and each block of 32 keys is two "
+    "products and an exponential that depend on each other. Fused maps would take 24 KB of it."
 )
 _UNFUSED_256 = (
     "as with F 128; features then are 48 KB a token and states 32 KB: 100 KB, 33 ns at 3 TB/s, so that the bar needs fused maps "
