@@ -110,7 +110,7 @@ FEW = StepBlocks(16384, 65536, 4096, 8192, programs=96, rows=1, warps=4)
 # Four programs of a multiprocessor, so that some read while others work; two tiles of the sums are under way at once.
 MANY = StepBlocks(4096, 16384, 4096, 8192, programs=96, rows=2, warps=4, registers=128)
 ENOUGH = 512  # rows and heads for MANY
-APART = 64  # rows of the batch from which on features are made by launches of their own
+APART = 128  # rows of the batch from which on features are made by launches of their own
 # So that short rows have several of each.
 INTERPRETED = StepBlocks(256, 256, 256, 256, programs=8, rows=2, warps=8, fold=2)
 
