@@ -42,6 +42,7 @@ def test_this_tritons_kernels_are_assembled_rightly():
     before = knobs.nvidia.ptxas.path, os.environ.get("TRITON_PTXAS_PATH")
     with gpu_assembler.assembling():
         assert version(knobs.nvidia.ptxas) >= gpu_assembler.LEAST
+        assert os.environ.get("TRITON_PTXAS_PATH") == before[1]  # what is started within chooses for itself
     assert (knobs.nvidia.ptxas.path, os.environ.get("TRITON_PTXAS_PATH")) == before
     assert not gpu_assembler.why_not(9)
 

@@ -60,5 +60,10 @@ def assembling() -> Iterator[None]:
         yield
         return
     with knobs.nvidia.scope():
-        knobs.nvidia.ptxas = other
+        # Not through the environment, which a process that starts within would take for the user's choice.
+        passed_on, knobs.propagate_env = knobs.propagate_env, False
+        try:
+            knobs.nvidia.ptxas = other
+        finally:
+            knobs.propagate_env = passed_on
         yield
