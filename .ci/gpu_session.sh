@@ -21,7 +21,8 @@ part() { # NAME, SECONDS at most, command
   shift 2
   ((stop - SECONDS < most)) && most=$((stop - SECONDS))
   ((most < 10)) && { echo "== $name: no time left"; return; }
-  timeout -k 5 "$most" "$@" > "$out/$name.txt" 2>&1
+  # Interrupted, tests name what failed, and a bench says what it has measured.
+  timeout -s INT -k 10 "$most" "$@" > "$out/$name.txt" 2>&1
   echo "== $name: exit $? after $((SECONDS - begun)) of $most s"
   tail -n "${LINES_SHOWN:-6}" "$out/$name.txt" | cut -c1-300
 }

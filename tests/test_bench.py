@@ -96,6 +96,23 @@ def test_a_group_has_a_record_of_its_own_until_the_whole_is_measured(tmp_path, m
     assert sorted(p.name for p in folder.iterdir()) == ["record.json", "record.md"]
 
 
+def test_interrupted_it_shows_what_was_measured_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    one, two = (Fact(f"some/{n}", n, lambda quick: {"s": 2.0}) for n in ("done", "begun"))
+
+    def measured(bar, *, quick):
+        if bar is two:
+            raise KeyboardInterrupt
+        return measure(bar, quick=quick)
+
+    monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
+    monkeypatch.setattr("recipelin.bench.measure.find_bars", lambda only="": [one, two])
+    monkeypatch.setattr("recipelin.bench.measure.measure", measured)
+    assert main(["bench", "--write"]) == 130
+    found = capsys.readouterr()
+    assert "some/done" in found.out and "some/begun" not in found.out
+    assert "interrupted after 1 of 2 bars; no record is written" in found.err and not list(tmp_path.iterdir())
+
+
 def test_memory_is_that_of_one_call():
     """The quadratic definition holds several T x T matrices at once, and not a hundred."""
     from recipelin.bars.hybrid import Attention

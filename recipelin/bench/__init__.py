@@ -13,7 +13,8 @@ RECORDS = {"cpu": Path("kernels/bench/record.md"), "cuda": Path("kernels/bench/r
 
 
 def bench_command(arguments: argparse.Namespace) -> int:
-    """Measure the bars, print them, and with `write` keep them as a record. Exit 2 before any work if that cannot be."""
+    """Measure the bars, print them, and with `write` keep them as a record. Exit 2 before any work if that cannot be; 130 when
+    interrupted: what was measured is printed, and no record written."""
     asked = RECORDS[arguments.device]
     target = CHECKOUT.parent / asked if CHECKOUT.is_dir() else None
     if arguments.write and target is None:
@@ -42,9 +43,15 @@ def bench_command(arguments: argparse.Namespace) -> int:
             )
     begun = Record.begin(quick=arguments.quick, gpu=cuda.name() if arguments.device == "cuda" else "")
     found = []
-    for number, bar in enumerate(bars):
-        print(f"\r\x1b[K[{number + 1}/{len(bars)}] {bar.name}", end="", file=sys.stderr, flush=True)
-        found.append(measure(bar, quick=arguments.quick))
+    try:
+        for number, bar in enumerate(bars):
+            print(f"\r\x1b[K[{number + 1}/{len(bars)}] {bar.name}", end="", file=sys.stderr, flush=True)
+            found.append(measure(bar, quick=arguments.quick))
+    except KeyboardInterrupt:
+        print("\r\x1b[K", end="", file=sys.stderr)
+        print(table(begun.end(found)))
+        print(f"recipelin: interrupted after {len(found)} of {len(bars)} bars; no record is written", file=sys.stderr)
+        return 130
     print("\r\x1b[K", end="", file=sys.stderr)
     record = begun.end(found)
     print(table(record))
