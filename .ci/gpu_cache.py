@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from recipelin_kernels.hybrid.gpu_launch import hashed
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE, TARGET = ROOT / ".gpu/cache", ROOT / ".gpu/cache.tar.xz"
 TESTS = sorted(str(p) for pattern in ("test_*_gpu*.py", "on_gpu_*.py") for p in (ROOT / "tests/kernels").glob(pattern))
@@ -52,6 +54,7 @@ class Nothing:
 
 
 def compiles(kernel: Any, grid: Any, arguments: Any, constants: Any, how: Any) -> None:
+    hashed(kernel)
     kernel.warmup(*arguments, grid=grid, **constants, **how)
 
 

@@ -39,7 +39,7 @@ part run 100 python3 -m recipelin run .gpu/lolcats-gpu.yaml --device cuda --out 
 part tune 600 python3 .ci/gpu_tune.py --jobs "$(nproc)"
 
 # The machine's repository, if it has one, is of the commit that the session began with.
-for file in kernels/bench/record-cuda.{md,json}; do
+for file in kernels/bench/{record-cuda.{md,json},tuning-*.md}; do
   [ -f "$file" ] && sed -E -e "s/commit (unknown|[0-9a-f]{40}( with changes)?)/commit $commit/" \
     -e "s/\"commit\": [^,]*/\"commit\": \"$commit\"/" -e 's/"dirty": true/"dirty": false/' "$file" > "$out/${file##*/}"
 done

@@ -19,3 +19,27 @@ def test_launches_are_those_of_triton(tmp_path):
     done = subprocess.run([sys.executable, str(ALONE)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == re.findall(r"^def (test_\w+)", ALONE.read_text(), re.M)
+
+
+HASHED = """
+import sys
+from recipelin_kernels.hybrid import gpu_parts
+from recipelin_kernels.hybrid.gpu_launch import hashed
+from recipelin_kernels.weight_transfer.gpu_rows import row_masses
+for name in sys.argv[1:]:
+    getattr(gpu_parts, name).cache_key
+hashed(row_masses)
+print(row_masses.cache_key)
+"""
+
+
+def test_a_kernel_has_one_hash_whatever_was_hashed_before():
+    """Else a process would not find in Triton's cache what another has compiled."""
+    environment = dict(os.environ, PYTHONPATH=str(ROOT / "kernels"), TRITON_INTERPRET="0")
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", HASHED, *first], capture_output=True, text=True, env=environment, check=True
+        )
+        for first in ([], ["exp2", "sets", "pairs"])
+    ]
+    assert found[0].stdout == found[1].stdout and len(found[0].stdout) > 60

@@ -38,6 +38,22 @@ class Known(NamedTuple):
 known: dict[tuple[Any, ...], Known] = {}
 
 
+_hashed: set[Any] = set()  # functions of kernels: to hash a kernel hashes it
+
+
+def hashed(kernel: Any) -> None:
+    """Has Triton hash a kernel after all that it calls, so that any process finds in Triton's cache what another has compiled.
+
+    Triton's own hash takes from what a kernel calls the globals that were noted when *that* was hashed: none, if it was not yet.
+    """
+    if not isinstance(kernel, JITFunction) or kernel.fn in _hashed:
+        return
+    _hashed.add(kernel.fn)
+    for name in kernel.fn.__code__.co_names:
+        hashed(kernel.fn.__globals__.get(name))
+    kernel.cache_key  # noqa: B018
+
+
 @functools.cache
 def _backend() -> Any:
     return make_backend(driver.active.get_current_target())
@@ -71,6 +87,7 @@ def launch(
         kernel[grid](*arguments, **constants, **how)
         return
     if ordinary(kernel):
+        hashed(kernel)
         with gpu_assembler.assembling():
             kernel[grid](*arguments, **constants, **how)
         return
@@ -85,6 +102,7 @@ def launch(
     found = known.get(key)
     # As Triton compares them; if one is another object, Triton says whether it is another value.
     if found is None or any([names.get(name) is not value for names, name, value in found.used]):
+        hashed(kernel)
         with gpu_assembler.assembling():
             compiled = kernel[grid](*arguments, **constants, **how)
         if isinstance(compiled, CompiledKernel):
