@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .gpu_parts import (
     HIDDEN,
+    ON_CHIP,
     exp2,
     factors,
     features_of,
@@ -26,7 +27,7 @@ from .gpu_parts import (
     window_kept,
 )
 
-TOGETHER = tl.constexpr(8)  # states
+TOGETHER = tl.constexpr(8 if ON_CHIP.value else 2)  # states
 
 
 @triton.jit
