@@ -124,7 +124,7 @@ def _state_at(step, row, column, states, size, backward: tl.constexpr, o: tl.con
     if backward:
         number = states - 1 - step
     there = (column < size) & (step < states)
-    return (row + number) * size + column, there, there if backward or o.initial else there & (number > 0)
+    return (row + number) * size + column, there, there & (number > 0) if backward or not o.initial else there
 
 
 @triton.jit
