@@ -87,9 +87,7 @@ def launch(
         kernel[grid](*arguments, **constants, **how)
         return
     if ordinary(kernel):
-        hashed(kernel)
-        with gpu_assembler.assembling():
-            kernel[grid](*arguments, **constants, **how)
+        _by_triton(kernel, grid, arguments, constants, how)
         return
     device = driver.active.get_current_device()
     backend, specialise = _backend(), jit.native_specialize_impl
@@ -102,9 +100,7 @@ def launch(
     found = known.get(key)
     # As Triton compares them; if one is another object, Triton says whether it is another value.
     if found is None or any([names.get(name) is not value for names, name, value in found.used]):
-        hashed(kernel)
-        with gpu_assembler.assembling():
-            compiled = kernel[grid](*arguments, **constants, **how)
+        compiled = _by_triton(kernel, grid, arguments, constants, how)
         if isinstance(compiled, CompiledKernel):
             known[key] = _known(kernel, compiled, len(arguments), constants)
         return
@@ -114,6 +110,19 @@ def launch(
         *grid, *(1,) * (3 - len(grid)), stream, compiled.function, compiled.packed_metadata, None, None, None,
         *arguments, *found.constants,
     )  # fmt: skip
+
+
+def _by_triton(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    how: Mapping[str, int | str],
+) -> Any:
+    """The launch by Triton, which compiles what is not compiled yet."""
+    hashed(kernel)
+    with gpu_assembler.assembling():
+        return kernel[grid](*arguments, **constants, **how)
 
 
 def _known(kernel: JITFunction[Any], compiled: CompiledKernel, count: int, constants: Mapping[str, Any]) -> Known:
