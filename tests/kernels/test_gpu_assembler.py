@@ -69,8 +69,13 @@ def test_without_a_right_one_hopper_says_why_not(monkeypatch, other):
     assert not gpu_assembler.why_not(8)  # has no wgmma
 
 
-def test_torch_compile_is_refused_as_it_assembles_by_itself(monkeypatch):
+def test_torch_compile_is_refused_on_hopper_as_it_assembles_by_itself(monkeypatch):
     tools(monkeypatch, "12.8", "12.9")
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     with pytest.raises(RuntimeError, match="TRITON_PTXAS_PATH"):
         gpu_launch.launch(None, (1,), (), {}, {})
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    launched = []
+    gpu_launch.launch({(1,): lambda *given, **named: launched.append((given, named))}, (1,), (2,), {"o": 3}, {})
+    assert launched == [((2,), {"o": 3})]

@@ -82,7 +82,7 @@ def launch(
 ) -> None:
     """`kernel[grid](*arguments, **constants, **how)`: arguments of the run by position, constants by name."""
     if torch.compiler.is_compiling():
-        if gpu_assembler.options():
+        if gpu_assembler.options() and torch.cuda.get_device_capability()[0] == gpu_assembler.HOPPER:
             raise RuntimeError(f"torch.compile assembles the kernels by itself: {gpu_assembler.ADVICE}")
         kernel[grid](*arguments, **constants, **how)
         return
