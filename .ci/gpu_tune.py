@@ -227,16 +227,17 @@ def time_sweep(sweep: Sweep, note: Callable[[Variant | str], None]) -> None:
 def step_cases() -> Iterator[tuple[DecodeOnGpu, str, StepBlocks]]:
     """A token under a graph with other sizes of its kernel, for few rows and for many."""
     few, many = gpu_step.FEW, gpu_step.MANY
-    of_few = {"": few, "8 warps": replace(few, warps=8), "overlap": replace(few, overlap=True)}
+    of_few = {"": few, "8 warps": replace(few, warps=8), "features apart": replace(few, few=False)}
     of_many = {
         "": many,
-        "1 row": replace(many, rows=1),
-        "4 rows": replace(many, rows=4),
-        "1 row, 168 registers": replace(many, rows=1, registers=168),
-        "sums 8192": replace(many, sums=8192),
-        "8 warps, 64 keys": replace(many, warps=8, sums=8192, keys=32768),
-        "1 row, 8 warps, all sums": replace(many, rows=1, warps=8, sums=16384, keys=32768),
-        "overlap": replace(many, overlap=True),
+        "no overlap": replace(many, overlap=False),
+        "sums 2048": replace(many, sums=2048),
+        "sums 2048, pairs 1024": replace(many, sums=2048, pairs=1024),
+        "sums 2048, 168 registers": replace(many, sums=2048, registers=168),
+        "keys 16384": replace(many, keys=16384),
+        "half the columns": replace(many, programs=2048, registers=128),
+        "2 warps": replace(many, warps=2, keys=16384, registers=128),
+        "4 warps": replace(many, warps=4, keys=16384, registers=128),
     }
     for batch, layers, sizes in ((1, 32, of_few), (32, 2, of_many), (256, 1, of_many)):
         for name, blocks in sizes.items():
@@ -244,7 +245,7 @@ def step_cases() -> Iterator[tuple[DecodeOnGpu, str, StepBlocks]]:
 
 
 def step_call(case: DecodeOnGpu, blocks: StepBlocks) -> Callable[[], object]:
-    gpu_step.blocks_for = lambda _: blocks
+    gpu_step.blocks_for = lambda *_: blocks
     return case.make()
 
 

@@ -15,7 +15,7 @@ from recipelin_kernels.hybrid.step_state import FOLD, standing
 from tests.kernels.gpu_device import COARSE, DEVICE, on_device
 from tests.kernels.hybrid_inputs import Inputs, assert_same, attend, empty_is_nan, padding, with_gradients
 from tests.kernels.test_hybrid_gpu import compare
-from tests.kernels.test_hybrid_gpu_step import close, decode, same
+from tests.kernels.test_hybrid_gpu_step import close, decode, same, sizes_by_turns  # noqa: F401
 
 # Each set of options is compiled anew, which takes longer than to run it: few sets, many lengths (`pytest -n` helps).
 SETS = {
@@ -186,6 +186,7 @@ STEPS = {
     [(64, 64, (4, 2), False), (128, 128, (8, 1), True), (80, 96, (2, 1), False), (256, 256, (4, 4), True)],
 )
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.usefixtures("sizes_by_turns")
 def test_decoding_equals_the_definition(name, dim, features, heads, per_key_head, dtype):
     x = Inputs(heads, 200, 2, per_key_head, dim=dim, features=features).like(dtype, DEVICE)
     exact, options = exactly(x), on_device({**STEPS[name], "log_scale": x.log_scale})

@@ -1,5 +1,6 @@
 """The Triton decode kernel is the definition, one token after the other; its state is HybridState's, moved on in place."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -11,12 +12,20 @@ from recipelin.states import State
 from recipelin.steps import Swap
 from recipelin.swap import forms, swap, switch
 from recipelin_kernels import HybridState, hybrid_attention, hybrid_attention_step
+from recipelin_kernels.hybrid import gpu_step
 from recipelin_kernels.hybrid.state import settled
 from recipelin_kernels.hybrid.step_state import StepState, standing
 from tests.kernels.gpu_device import DEVICE, FP32, on_device
 from tests.kernels.hybrid_inputs import Inputs, empty_is_nan
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
+
+
+@pytest.fixture
+def sizes_by_turns(monkeypatch):
+    """Tokens are decoded as of few rows and as of many, in one and the same state."""
+    turns, blocks_for = itertools.cycle((1, gpu_step.ENOUGH, gpu_step.ENOUGH)), gpu_step.blocks_for
+    monkeypatch.setattr(gpu_step, "blocks_for", lambda _, width: blocks_for(next(turns), width))
 
 
 def close(found, expected, tolerance=FP32):
@@ -78,6 +87,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("sizes_by_turns")
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_definition_and_its_state_the_chunked_ones(name):
     case = dict(CASES[name])
@@ -106,6 +116,7 @@ def test_equals_the_definition_and_its_state_the_chunked_ones(name):
     same(standing(moved, x.like(torch.float32, DEVICE).features), exact, stop, **options)
 
 
+@pytest.mark.usefixtures("sizes_by_turns")
 def test_a_token_without_mass_is_zero():
     """A head whose mix is 0 has nothing until a key has left the window; one whose log_scale is -inf never without a window."""
     x = Inputs((2, 1), 6, 1).like(torch.float32, DEVICE)
@@ -141,6 +152,7 @@ def same(state: HybridState, exact: Inputs, stop: int, **options):
             assert float((one - other).abs().max() / other.abs().max().clamp(min=1.0)) < 1e-5, name
 
 
+@pytest.mark.usefixtures("sizes_by_turns")
 @pytest.mark.parametrize(("per_key_head", "columns"), [(True, 0), (True, 3), (False, 9)])
 def test_rows_that_begin_later_and_rest_and_what_goes_on_in_between(per_key_head, columns):
     """One row is padded on its left until after decoding has begun; the other rests for a token. Then a beam, three tokens at
@@ -176,7 +188,10 @@ def test_rows_that_begin_later_and_rest_and_what_goes_on_in_between(per_key_head
         close(torch.cat((y, last), 2)[row], expected[:, -5:])
 
 
-def test_the_state_stays_where_it_is_and_steps_repeat_bit_by_bit():
+@pytest.mark.parametrize("heads", [1, gpu_step.ENOUGH])
+def test_the_state_stays_where_it_is_and_steps_repeat_bit_by_bit(heads, monkeypatch):
+    blocks = gpu_step.blocks_for(heads, 24)
+    monkeypatch.setattr(gpu_step, "blocks_for", lambda *_: blocks)
     x = Inputs((2, 1), 8, 1, dim=24).like(torch.float16, DEVICE)  # two programs share a head
     strided = x.like(torch.float16, DEVICE)
     for name in ("q", "k", "v", "phi_q"):
@@ -279,22 +294,22 @@ def test_a_layer_decodes_by_it(tiny):
 
 
 def test_features_of_many_rows_are_made_by_launches_of_their_own(monkeypatch):
-    """Then queries' features come from their map's own function; y is what one launch gives."""
-    from recipelin_kernels.hybrid import gpu_step
+    """Both maps in one launch, before that of the token; y is what one launch gives."""
+    from recipelin_kernels.hybrid import gpu_features
 
     x = Inputs((2, 1), 15, 3).like(torch.float32, DEVICE).by_maps(8)
     options = dict(window=6, log_scale=x.log_scale)
     _, begun = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, kernel="chunked", **options)
-    found, calls = [], []
-    noted = replace(x.maps[0], make=lambda q: calls.append(q) or x.maps[0].make(q))
-    for least, made in ((4, 0), (3, 5)):
-        monkeypatch.setattr(gpu_step, "APART", least)
-        calls.clear()
+    found, launched = [], []
+    alone = gpu_features.features_of_token
+    monkeypatch.setattr(gpu_step, "features_of_token", lambda *a, **b: launched.append(a) or alone(*a, **b))
+    blocks_for = gpu_step.blocks_for
+    for heads, made in ((1, 0), (gpu_step.ENOUGH, 5)):
+        monkeypatch.setattr(gpu_step, "blocks_for", lambda _, width, heads=heads: blocks_for(heads, width))
+        launched.clear()
         state = begun
         for t in range(10, 15):
-            y, state = hybrid_attention_step(
-                *x.cut(t, t + 1)[:3], noted, x.maps[1], x.mix, state, kernel="gpu", **options
-            )
+            y, state = hybrid_attention_step(*x.cut(t, t + 1)[:3], *x.maps, x.mix, state, kernel="gpu", **options)
             found.append(y)
-        assert len(calls) == made
+        assert len(launched) == made
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[:5], found[5:], strict=True))

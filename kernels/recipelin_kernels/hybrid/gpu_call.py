@@ -85,6 +85,7 @@ LAUNCHES = {
     "sink_gradient": Launch(4, 1),
     "step": Launch(8, 1),
     "softmax_features": Launch(8, 1),
+    "token_features": Launch(8, 1),
     "softmax_features_gradient": Launch(4, 1),
     "row_masses": Launch(8, 2),
     "transfer_rows": Launch(8, 3),

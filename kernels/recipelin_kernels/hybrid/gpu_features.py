@@ -6,11 +6,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from ..autocast import without_autocast
 from ..transforms import plain_backward
 from .gpu_call import Compiled, cdiv, power
 from .gpu_parts import head, mapped, softmax_of
+from .softmax_map import SoftmaxMap
 
 ROWS = 16  # tokens of a program, of any rows of the batch; the least that a product takes
 MANY = 64  # of the many tokens of whole rows, if maps are narrow: W is read once for all of them
@@ -30,12 +32,36 @@ class Shape(NamedTuple):
 @triton.jit
 def softmax_features(x, weight, out, x_b, x_h, x_t, tokens, length, heads, clamp, rows: tl.constexpr, o: tl.constexpr):
     """Grid: (ceil(B T / rows), H). out [B,H,T,2 columns]."""
+    _features_of_rows(x, weight, out, x_b, x_h, x_t, tokens, length, heads, tl.program_id(1), clamp, rows, o.group, o)
+
+
+@triton.jit
+def token_features(
+    q, k, map_q, map_k, out_q, out_k, q_b, q_h, k_b, k_h, tokens, heads, maps, clamp_q, clamp_k,
+    EARLY: tl.constexpr, rows: tl.constexpr, o: tl.constexpr,
+):  # fmt: skip
+    """`softmax_features` of queries [B,H,1,D] and of keys [B,h,1,D] in one launch, by maps of H and of `maps` heads.
+
+    Grid: (ceil(B / rows), H + maps). EARLY: what is launched next may begin; it waits before it reads the features.
+    """
+    if EARLY:
+        gdc_launch_dependents()
     h = tl.program_id(1)
+    if h < heads:
+        _features_of_rows(q, map_q, out_q, q_b, q_h, 0, tokens, 1, heads, h, clamp_q, rows, 1, o)
+    else:
+        _features_of_rows(k, map_k, out_k, k_b, k_h, 0, tokens, 1, maps, h - heads, clamp_k, rows, o.group, o)
+
+
+@triton.jit
+def _features_of_rows(
+    x, weight, out, x_b, x_h, x_t, tokens, length, heads, h, clamp, rows: tl.constexpr, group: tl.constexpr, o: tl.constexpr
+):  # fmt: skip
     n = tl.program_id(0) * rows + tl.arange(0, rows)
     real = (n < tokens)[:, None]
     b = n // length
     t = n % length
-    base = head(x, b, h // o.group, x_b, x_h) + t.to(tl.int64) * x_t
+    base = head(x, b, h // group, x_b, x_h) + t.to(tl.int64) * x_t
     c = tl.arange(0, o.block)
     inside = (c < o.columns)[None, :]
     COARSE: tl.constexpr = out.dtype.element_ty == tl.bfloat16
@@ -122,6 +148,23 @@ def features(x: Tensor, weight: Tensor, clamp: float, dtype: torch.dtype = torch
         x, weight.float().contiguous(), out, *x.stride()[:3], batch * length, length, heads, clamp, rows=rows,
     )  # fmt: skip
     return out
+
+
+def features_of_token(
+    q: Tensor, k: Tensor, map_q: SoftmaxMap, map_k: SoftmaxMap, *, early: bool
+) -> tuple[Tensor, Tensor]:
+    """phi_q [B,H,1,F] of q [B,H,1,D] and phi_k [B,h,1,F] of k [B,Hkv,1,D] in fp32, one launch. early: the launch that follows may
+    begin meanwhile, and waits itself (`gdc_wait`)."""
+    batch, heads = q.shape[:2]
+    maps, _, columns = map_k.weight.shape
+    out_q, out_k = (torch.empty(batch, n, 1, 2 * columns, dtype=torch.float32, device=q.device) for n in (heads, maps))
+    weights = [m.weight.float().contiguous() for m in (map_q, map_k)]
+    Compiled(_shape(k, map_k.weight), 1, 4 if columns <= NARROW else 8).launch(
+        token_features, (cdiv(batch, ROWS), heads + maps),
+        q, k, *weights, out_q, out_k, *q.stride()[:2], *k.stride()[:2], batch, heads, maps, map_q.clamp, map_k.clamp,
+        EARLY=early, rows=ROWS,
+    )  # fmt: skip
+    return out_q, out_k
 
 
 def softmax_features_gpu(x: Tensor, weight: Tensor, clamp: float) -> Tensor:

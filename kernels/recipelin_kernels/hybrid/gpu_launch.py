@@ -18,6 +18,7 @@ from triton.runtime import driver, jit
 from triton.runtime.jit import JITFunction
 
 from . import gpu_assembler
+from .gpu_support import interpreted
 
 # Series of Triton whose `JITFunction.run` was read: what it compiles for and what it gives the launcher. Another one may do
 # more before a launch, which would be left out here silently, or lack what is called here: it launches by itself.
@@ -57,6 +58,12 @@ def hashed(kernel: Any) -> None:
 @functools.cache
 def _backend() -> Any:
     return make_backend(driver.active.get_current_target())
+
+
+@functools.cache
+def overlaps() -> bool:
+    """Whether a launch may begin before the one ahead of it ends, and wait where it needs that (sm_90 and later)."""
+    return not interpreted() and driver.active.get_current_target().arch >= 90
 
 
 def ordinary(kernel: Any) -> bool:

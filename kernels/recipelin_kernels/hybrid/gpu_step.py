@@ -6,7 +6,11 @@ to merge, and scores anew what its neighbours score too (a window's keys are 16 
 
 Few rows wait rather than read: a trip to memory is 0.6 to 0.8 us. So all loads of a program come first, in one trip, and none
 waits for another: a ring is read place by place, and which position a place holds is known when `counts` have come. That reads
-the `FOLD` places of late keys too (80 keys for 64). Many rows are read faster than a row is worked on: programs take turns.
+the `FOLD` places of late keys too (80 keys for 64).
+
+Many rows are read faster than a row is worked on: programs take turns, and what counts is how many instructions a row takes. A
+program is one warp then: sums over features and head_dim stay in it, and where four warps met 71 times and took 11,500
+instructions for a head and row (counted in the machine code and, by ncu, on an H200), one takes 5,900.
 
 Bytes, Llama-3.1-8B's layer (32:8 heads, d = F = 128, window 64, bf16, sums in fp32), a row of the batch: the sums are
 2.10 MB. To add each leaving key at once reads and writes them: 4.19 MB. Kept back until there are n, keys cost a read of
@@ -18,30 +22,31 @@ The ratio is the same for every batch, and the write is the keys': 1 row at 3 TB
 Given both maps (softmax_map.py) the launch makes the features too, of the queries and of the leaving key, each program those
 that it reads, in registers. So a token is one launch and not three. W of a head's two maps is 64 KB, as much as its sums, and
 comes from L2 for every program: with ring and features 178 KB a head and row, 33 us at batch 32 if L2 gives 5.5 TB/s, where the
-sums take 26 us. Hence a program has two rows of a large batch: 146 KB, 27 us. From `APART` rows on features are made by launches
-of their own, which read W for 16 rows at once: on an H200 a layer takes 58 us in one launch and 60 in three at batch 32, and 409
-and 359 us at batch 256.
+sums take 26 us. Hence for many rows a launch of its own makes both (`token_features`), reading W for 16 rows at once; this one
+begins meanwhile with the window, which asks for no features, and waits before it reads them.
 """
 
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_wait
 
+from . import gpu_launch
 from .gpu_call import Blocks, Compiled, cdiv, make_form, power
+from .gpu_features import features_of_token
 from .gpu_parts import BASE2, FAR, HIDDEN, Form, exp2, factors, head, sets, shown, softmax_weights
 from .gpu_step_parts import (
     feature_places,
     given_features,
     inner,
     late_keys,
+    late_places,
     late_values,
     make_all,
     of_head,
@@ -51,7 +56,6 @@ from .gpu_step_parts import (
     position_at,
     products,
     read_ahead,
-    ring_rows,
     ring_tile,
     row_of,
     sums_tile,
@@ -74,11 +78,9 @@ class Tiles(NamedTuple):
     pairs: int  # features of such keys
     block: int  # features of a row
     near_tiles: int  # of the ring
-    unroll: int  # tiles of the sums that are read one after the other without waiting
-    rows: int  # of the batch, one after the other
-    queries: int  # of these rows, or more
-    joint: bool  # both maps are read before either is used
-    overlap: bool  # as in StepBlocks
+    ahead: bool  # all loads come first, before a barrier; the ring is one tile
+    queries: int  # query heads of a program, or more
+    overlap: bool  # it begins while the launch that makes its features ends (programmatic dependent launch)
     map_columns: int  # of W, by which features are made; 0: they are given
     map_block: int  # the same, filled up
     map_depth: int  # rows of W
@@ -93,33 +95,36 @@ class StepBlocks:
     pairs: int  # features of keys
     maps: int  # elements of W
     programs: int  # at least so many, if columns of D can be shared by that
-    rows: int  # of the batch at most, for which W is read once
     warps: int
-    registers: int = 0  # a thread's at most; 0: what it takes; a single row then reads both maps before it uses either
+    few: bool = (
+        True  # reads all before it waits, and makes features if it is given maps; else a launch before it makes them
+    )
+    registers: int = 0  # a thread's at most; 0: what it takes
     fold: int = FOLD
-    overlap: bool = False  # begins while the launch before it ends (programmatic dependent launch: sm_90 and later)
+    overlap: bool = True  # begins while that launch ends, on a GPU that can
 
-    @property
-    def options(self) -> tuple[tuple[str, int], ...]:
+    def options(self, overlap: bool) -> tuple[tuple[str, int], ...]:
         """As Triton has them."""
-        return (("maxnreg", self.registers),) * bool(self.registers) + (("launch_pdl", True),) * self.overlap
+        return (("maxnreg", self.registers),) * bool(self.registers) + (("launch_pdl", True),) * overlap
 
 
 # All of a row at once: a program of each of an H100's 132 multiprocessors. (An H200 takes 8.4 us a layer, with 8 warps 9.0.)
-FEW = StepBlocks(16384, 65536, 4096, 8192, programs=96, rows=1, warps=4)
-# Four programs of a multiprocessor, so that some read while others work; two tiles of the sums are under way at once.
-MANY = StepBlocks(4096, 16384, 4096, 8192, programs=96, rows=2, warps=4, registers=128)
+FEW = StepBlocks(16384, 65536, 4096, 8192, programs=96, warps=4)
+# A warp alone waits for no other: with 4, a head took four times the instructions of shared memory and 71 barriers.
+MANY = StepBlocks(4096, 8192, 2048, 8192, programs=96, warps=1, few=False)
+WIDE = replace(MANY, sums=8192, keys=16384, pairs=4096, warps=2)  # of head_dim above 128: as many registers
 ENOUGH = 512  # rows and heads for MANY
-APART = 128  # rows of the batch from which on features are made by launches of their own
 # So that short rows have several of each.
-INTERPRETED = StepBlocks(256, 256, 256, 256, programs=8, rows=2, warps=8, fold=2)
+INTERPRETED = [StepBlocks(256, 256, 256, 256, programs=8, warps=8, fold=2, few=few) for few in (True, False)]
 
 
-def blocks_for(heads: int) -> StepBlocks:
-    """heads: of phi_k in the batch."""
+def blocks_for(heads: int, width: int) -> StepBlocks:
+    """heads: of phi_k in the batch; width: head_dim."""
     if interpreted():
-        return INTERPRETED
-    return FEW if heads < ENOUGH else MANY
+        return INTERPRETED[heads >= ENOUGH]
+    if heads < ENOUGH:
+        return FEW
+    return MANY if width <= 128 else WIDE
 
 
 def columns_of(blocks: StepBlocks, heads: int, width: int) -> int:
@@ -132,7 +137,7 @@ def columns_of(blocks: StepBlocks, heads: int, width: int) -> int:
 
 @functools.lru_cache(1024)  # as `make_form`
 def tiles_of(
-    blocks: StepBlocks, columns: int, form: Form, held: Held, batch: int, size: int, map_columns: int
+    blocks: StepBlocks, columns: int, form: Form, held: Held, size: int, map_columns: int, overlap: bool
 ) -> Tiles:
     """size: bytes of an element of the ring."""
     wide, near, late = power(form.width), 16, power(held.fold)
@@ -142,12 +147,10 @@ def tiles_of(
     read, written = (min(block, max(16, n // columns)) for n in (blocks.sums, blocks.sums // 2))
     pairs = min(block, max(16, blocks.pairs // (near if held.paired else late)))
     depth = min(wide, max(16, blocks.maps // power(map_columns)))
-    rows = math.gcd(batch, blocks.rows) if map_columns else 1
-    queries = power(rows * form.map_group, 1)
-    tiles, joint = cdiv(held.places, near), queries == 1 and not blocks.registers
+    tiles = cdiv(held.places, near)
     return Tiles(
-        columns, read, written, near, late, pairs, block, tiles, min(block // read, 2), rows, queries, joint, blocks.overlap,
-        map_columns, power(map_columns), depth,
+        columns, read, written, near, late, pairs, block, tiles, blocks.few and tiles == 1, power(form.map_group, 1),
+        overlap, map_columns, power(map_columns), depth,
     )  # fmt: skip
 
 
@@ -168,173 +171,177 @@ def step(
     """
     part = tl.program_id(1)
     p = tl.program_id(0) % maps
-    begun = tl.program_id(0) // maps * t.rows
-    if t.overlap:  # with what was launched before, whose writes are read from here on
-        gdc_wait()
-        gdc_launch_dependents()
+    b = tl.program_id(0) // maps
     kv = p * o.map_group // o.group
     heads = maps * o.map_group
     key_heads = heads // o.group
     first = part * t.columns
     column = first + tl.arange(0, t.columns)
     inside = column < o.width
+    # Whether features are needed before the window's softmax is done.
+    EARLY: tl.constexpr = s.paired or t.ahead
 
-    keys, values, phi_late, held, alone, seen, here, new_k, new_v, query, own_level, own_shift = read_ahead(
+    keys, values, phi_late, held, alone, at, folded, here, new_k, new_v, key, query, own_level, own_shift = read_ahead(
         q, k, v, mix, log_scale, real, ring_k, ring_v, ring_phi, value, mass, counts, q_b, q_h, k_b, k_h, v_b, v_h,
-        begun, p, kv, maps, key_heads, MASKED, t, s, o,
+        b, p, kv, maps, key_heads, MASKED, t, s, o,
     )  # fmt: skip
-    # Where a row is, is read once more behind a barrier: ptxas would wait for it before the loads above.
-    if t.map_columns == 0:
-        tl.debug_barrier()
-    else:
-        made_q, made_k = make_all(
-            q, k, ring_k, counts, map_q, map_k, clamp_q, clamp_k, q_b, q_h, k_b, k_h, maps, p, kv, key_heads, begun, t, s, o
+    keys_of, values_of, phi_of, value_of, mass_of, counts_of = of_row(
+        ring_k, ring_v, ring_phi, value, mass, counts, b, p, kv, maps, key_heads, s, o
+    )
+    if t.map_columns > 0:
+        made_q, phi_k = make_all(
+            q, k, ring_k, counts, map_q, map_k, clamp_q, clamp_k, q_b, q_h, k_b, k_h, maps, b, p, kv, key_heads, t, s, o
         )  # fmt: skip
-    rows: tl.constexpr = t.rows
-    for r in tl.static_range(rows):  # in a loop, what is the same for all rows would take registers
-        b = begun + r
-        keys_of, values_of, phi_of, value_of, mass_of, counts_of = of_row(
-            ring_k, ring_v, ring_phi, value, mass, counts, b, p, kv, maps, key_heads, s, o
-        )
+    elif t.ahead:
+        tl.debug_barrier()
+    if t.ahead:
+        # Where a row is, is read once more behind a barrier: ptxas would wait for it before the loads above.
         at = tl.load(counts_of)
         folded = tl.load(counts_of + 1)
-        known = at - s.lag  # the position whose features come with this token
-        stop, late_j, late_place, late_v = late_values(values_of, at, folded, t, s, o)
-        phi_k = row_of(made_k, r) if t.map_columns > 0 else given_features(head(fk, b, p, fk_b, fk_h), t, o)
+    known = at - s.lag  # the position whose features come with this token
+    if s.lag > 1:  # the one whose features come with the next
+        after = tl.load(keys_of + place_of(tl.maximum(known + 1, 0), s) * o.width + column, mask=inside, other=0.0)
+    stop, late_j, late_place = late_places(at, folded, t, s, o)
+    if t.ahead:
+        late_v = late_values(values_of, late_j, t, s, o)
+    if t.map_columns == 0 and EARLY:
+        if t.overlap:
+            gdc_wait()
+        phi_k = given_features(head(fk, b, p, fk_b, fk_h), t, o)
 
-        for g in range(0, o.map_group):
-            h = p * o.map_group + g
-            if o.map_group > 1:
-                asks, level, shift = of_head(q, mix, log_scale, b, h, q_b, q_h, o)
-            else:
-                asks, level, shift = query, own_level, own_shift
-            phi_q = (
-                row_of(made_q, r * o.map_group + g)
-                if t.map_columns > 0
-                else given_features(head(fq, b, h, fq_b, fq_h), t, o)
-            )
+    for g in range(0, o.map_group):
+        h = p * o.map_group + g
+        if o.map_group > 1:
+            asks, level, shift = of_head(q, mix, log_scale, b, h, q_b, q_h, o)
+        else:
+            asks, level, shift = query, own_level, own_shift
+        if t.map_columns > 0:
+            phi_q = row_of(made_q, g)
+        elif EARLY:
+            phi_q = given_features(head(fq, b, h, fq_b, fq_h), t, o)
+
+        # The new key, which is in no ring yet.
+        a_new, b_new, hidden_new = sets(at, 0, at + tl.zeros([1], tl.int32), 0, 1, 0, o)
+        top = tl.where(a_new, inner(new_k, asks) * (scale * BASE2), HIDDEN)
+        a_mass = tl.where(a_new, 1.0, 0.0)
+        a_sum = shown(a_mass, hidden_new, o) * new_v
+        w_mass = a_mass * 0.0
+        b_mass = w_mass
+        b_sum = new_v * 0.0
+        if EARLY:
             latest = inner(phi_q, phi_k)  # phi_q . phi_k of `known`
-
-            # The new key, which is in no ring yet.
-            a_new, b_new, hidden_new = sets(at, 0, at + tl.zeros([1], tl.int32), 0, 1, 0, o)
-            top = tl.where(a_new, inner(new_k, asks) * (scale * BASE2), HIDDEN)
-            a_mass = tl.where(a_new, 1.0, 0.0)
-            a_sum = shown(a_mass, hidden_new, o) * new_v
             w_mass = tl.where(a_new & (known == at), latest, 0.0)
             b_mass = tl.where(b_new & (known == at), latest, 0.0)
             b_sum = b_mass * new_v
 
-            if o.has_soft or (s.paired and o.has_linear):
-                for n in range(0, t.near_tiles):
-                    place = n * t.near + tl.arange(0, t.near)
-                    j = position_at(place, at - 1, s)
-                    soft, linear, hidden = sets(at, 0, tl.where(j >= 0, j, FAR), 0, 1, 0, o)
-                    linear = linear & (j >= folded) & (j < stop)
-                    counted = soft
-                    if s.paired:
-                        counted = soft | linear
-                    tile_v = ring_tile(values_of, n, first, t.columns, t, s, o) if t.near_tiles > 1 else values
-                    near_v = tl.where(counted[:, None], tile_v.to(tl.float32), 0.0)
-                    if o.has_soft:
-                        tile_k = ring_tile(keys_of, n, 0, o.width_block, t, s, o) if t.near_tiles > 1 else keys
-                        score = tl.sum(tile_k.to(tl.float32) * asks[None, :], 1) * (scale * BASE2)
-                        score = tl.where(soft, score, HIDDEN)
-                        new = tl.maximum(top, tl.max(score, 0))
-                        a = softmax_weights(score, soft, new)
-                        shrink = exp2(top - new)
-                        top = new
-                        a_mass = a_mass * shrink + tl.sum(a, 0)
-                        a = shown(a, hidden, o)
-                        a_sum = a_sum * shrink + tl.sum(a[:, None] * near_v, 0)
-                    if s.paired:
-                        wanted = linear
-                        if o.join == "replace":
-                            wanted = counted
-                        weights = products(phi_q, phi_of, phi_late, place, wanted, t, s, o)
-                        weights = tl.where(wanted & (j == known), latest, weights)
-                        w_mass += tl.sum(tl.where(soft, weights, 0.0), 0)
-                        weights = tl.where(linear, weights, 0.0)
-                        b_mass += tl.sum(weights, 0)
-                        if o.show_linear:
-                            b_sum += tl.sum(weights[:, None] * near_v, 0)
-            if o.has_linear:
-                if not s.paired:
-                    _soft, linear, _hidden = sets(at, 0, tl.where(late_j >= 0, late_j, FAR), 0, 1, 0, o)
-                    weights = products(phi_q, phi_of, phi_late, late_place, linear & (late_j != known), t, s, o)
-                    weights = tl.where(linear, tl.where(late_j == known, latest, weights), 0.0)
-                    b_mass += tl.sum(weights[None, :], 1)
-                    if o.show_linear:
-                        b_sum += tl.sum(weights[:, None] * late_v.to(tl.float32), 0)
-                # Added up as they are, and over features at last: no warp waits for another in between.
-                masses = tl.full([t.features], 0.0, tl.float32)
-                sums = tl.full([t.features, t.columns], 0.0, tl.float32)
-                for start in tl.range(0, t.block, t.features, loop_unroll_factor=t.unroll):
-                    if t.features < t.block:
-                        tile, tile_mass = sums_tile(value_of, mass_of, start, t.features, first, t, o)
-                    else:
-                        tile, tile_mass = held, alone
-                    phi = piece(phi_q, start // t.features, t.features)
-                    masses += phi * tile_mass
-                    sums += phi[:, None] * tile
-                b_mass += tl.sum(masses[None, :], 1)
-                if o.show_linear:
-                    b_sum += tl.sum(sums, 0)
-            if not o.show_linear:
-                b_sum = b_sum * 0.0
-
-            a_factor, b_factor, _den, _live, _a, _b = factors(top, a_mass, b_mass, w_mass, level, shift, o)
-            total = tl.where(here != 0, a_factor * a_sum + b_factor * b_sum, 0.0)
-            out = (b * heads + h).to(tl.int64) * o.width
-            tl.store(y + out + column, total.to(y.dtype.element_ty), mask=inside)
-
-        tl.debug_barrier()
-        if here != 0:
-            limit = tl.maximum(at - o.span + 1, 0)
-            if limit - folded >= s.fold:
-                j, place = late_keys(folded, t, s)
-                counted = (j >= 0) & (j < limit)
-                if not s.covers:
-                    counted = counted & (j >= s.sinks)
-                old = counted & (j != at)
-                late = ring_rows(values_of, place_of(tl.maximum(j, 0), s), old, first, t, o).to(tl.float32)
-                late = tl.where((counted & (j == at))[:, None], new_v[None, :], late)
-                for start in range(0, t.block, t.written):
-                    f, there = feature_places(start, t.written, t, o)
-                    total, mass_then = sums_tile(value_of, mass_of, start, t.written, first, t, o)
-                    phi = tl.load(
-                        phi_of + place[:, None] * o.features + f[None, :],
-                        mask=(counted & (j != known))[:, None] & there[None, :], other=0.0,
-                    )  # fmt: skip
-                    fresh = piece(phi_k, start // t.written, t.written)
-                    phi = tl.where((counted & (j == known))[:, None], fresh[None, :], phi)
-                    total = tl.dot(tl.trans(phi), late, total, input_precision="tf32x3")
-                    mask = there[:, None] & inside[None, :]
-                    tl.store(value_of + f[:, None] * o.width + column[None, :], total, mask=mask)
-                    tl.store(mass_of + f, mass_then + tl.sum(phi, 0), mask=there)
-                folded = limit
-            key = tl.load(head(k, b, kv, k_b, k_h) + column, mask=inside, other=0.0).to(ring_k.dtype.element_ty)
-            if p % (maps // key_heads) == 0:  # one head of phi_k for each key head
-                to = place_of(at, s) * o.width + column
-                tl.store(keys_of + to, key, mask=inside)
-                tl.store(values_of + to, new_v.to(ring_v.dtype.element_ty), mask=inside)
-                if s.lag > 0:
-                    if s.lag > 1:
-                        following = place_of(tl.maximum(known + 1, 0), s)
-                        key = tl.load(keys_of + following * o.width + column, mask=inside, other=0.0)
-                    tl.store(leaving + (b * key_heads + kv).to(tl.int64) * o.width + column, key, mask=inside)
-            if (part == 0) & (known >= 0):
-                f, there = feature_places(0, t.block, t, o)
-                place = known % s.fold
+        if o.has_soft or (s.paired and o.has_linear):
+            for n in range(0, t.near_tiles):
+                place = n * t.near + tl.arange(0, t.near)
+                j = position_at(place, at - 1, s)
+                soft, linear, hidden = sets(at, 0, tl.where(j >= 0, j, FAR), 0, 1, 0, o)
+                linear = linear & (j >= folded) & (j < stop)
+                counted = soft
                 if s.paired:
-                    place = place_of(known, s)
-                tl.store(phi_of + place * o.features + f, phi_k, mask=there)
-            tl.store(counts_of, seen + 1)
-            tl.store(counts_of + 1, folded)
-        if r + 1 < rows:
-            keys, values, phi_late, held, alone, seen, here, new_k, new_v, query, own_level, own_shift = read_ahead(
-                q, k, v, mix, log_scale, real, ring_k, ring_v, ring_phi, value, mass, counts, q_b, q_h, k_b, k_h, v_b, v_h,
-                b + 1, p, kv, maps, key_heads, MASKED, t, s, o,
-            )  # fmt: skip
+                    counted = soft | linear
+                if t.ahead:
+                    near_v = tl.where(counted[:, None], values.to(tl.float32), 0.0)
+                else:
+                    near_v = ring_tile(values_of, place, counted, first, t.columns, o).to(tl.float32)
+                if o.has_soft:
+                    tile_k = keys if t.ahead else ring_tile(keys_of, place, soft, 0, o.width_block, o)
+                    score = tl.sum(tile_k.to(tl.float32) * asks[None, :], 1) * (scale * BASE2)
+                    score = tl.where(soft, score, HIDDEN)
+                    new = tl.maximum(top, tl.max(score, 0))
+                    a = softmax_weights(score, soft, new)
+                    shrink = exp2(top - new)
+                    top = new
+                    a_mass = a_mass * shrink + tl.sum(a, 0)
+                    a = shown(a, hidden, o)
+                    a_sum = a_sum * shrink + tl.sum(a[:, None] * near_v, 0)
+                if s.paired:
+                    wanted = linear
+                    if o.join == "replace":
+                        wanted = counted
+                    weights = products(phi_q, phi_of, phi_late, place, wanted, t, s, o)
+                    weights = tl.where(wanted & (j == known), latest, weights)
+                    w_mass += tl.sum(tl.where(soft, weights, 0.0), 0)
+                    weights = tl.where(linear, weights, 0.0)
+                    b_mass += tl.sum(weights, 0)
+                    if o.show_linear:
+                        b_sum += tl.sum(weights[:, None] * near_v, 0)
+        if not EARLY:
+            if t.overlap:
+                gdc_wait()
+            phi_q = given_features(head(fq, b, h, fq_b, fq_h), t, o)
+            latest = inner(phi_q, given_features(head(fk, b, p, fk_b, fk_h), t, o))
+        if o.has_linear:
+            if not s.paired:
+                if not t.ahead:
+                    late_v = late_values(values_of, late_j, t, s, o)
+                _soft, linear, _hidden = sets(at, 0, tl.where(late_j >= 0, late_j, FAR), 0, 1, 0, o)
+                weights = products(phi_q, phi_of, phi_late, late_place, linear & (late_j != known), t, s, o)
+                weights = tl.where(linear, tl.where(late_j == known, latest, weights), 0.0)
+                b_mass += tl.sum(weights[None, :], 1)
+                if o.show_linear:
+                    b_sum += tl.sum(weights[:, None] * late_v.to(tl.float32), 0)
+            b_mass += inner(phi_q, alone)
+            if o.show_linear:
+                for start in range(0, t.block, t.features):
+                    tile = held
+                    if t.features < t.block:
+                        tile = sums_tile(value_of, start, t.features, first, t, o)
+                    b_sum += tl.sum(piece(phi_q, start // t.features, t.features)[:, None] * tile, 0)
+        if not o.show_linear:
+            b_sum = b_sum * 0.0
+
+        a_factor, b_factor, _den, _live, _a, _b = factors(top, a_mass, b_mass, w_mass, level, shift, o)
+        total = tl.where(here != 0, a_factor * a_sum + b_factor * b_sum, 0.0)
+        out = (b * heads + h).to(tl.int64) * o.width
+        tl.store(y + out + column, total.to(y.dtype.element_ty), mask=inside)
+
+    tl.debug_barrier()
+    if here != 0:
+        if not EARLY:
+            phi_k = given_features(head(fk, b, p, fk_b, fk_h), t, o)
+        limit = tl.maximum(at - o.span + 1, 0)
+        if limit - folded >= s.fold:
+            j, place = late_keys(folded, t, s)
+            counted = (j >= 0) & (j < limit)
+            if not s.covers:
+                counted = counted & (j >= s.sinks)
+            old = counted & (j != at)
+            late = ring_tile(values_of, place_of(tl.maximum(j, 0), s), old, first, t.columns, o).to(tl.float32)
+            late = tl.where((counted & (j == at))[:, None], new_v[None, :], late)
+            for start in range(0, t.block, t.written):
+                f, there = feature_places(start, t.written, t, o)
+                total = sums_tile(value_of, start, t.written, first, t, o)
+                phi = tl.load(
+                    phi_of + place[:, None] * o.features + f[None, :],
+                    mask=(counted & (j != known))[:, None] & there[None, :], other=0.0,
+                )  # fmt: skip
+                fresh = piece(phi_k, start // t.written, t.written)
+                phi = tl.where((counted & (j == known))[:, None], fresh[None, :], phi)
+                total = tl.dot(tl.trans(phi), late, total, input_precision="tf32x3")
+                mask = there[:, None] & inside[None, :]
+                tl.store(value_of + f[:, None] * o.width + column[None, :], total, mask=mask)
+                mass_then = tl.load(mass_of + f, mask=there, other=0.0)
+                tl.store(mass_of + f, mass_then + tl.sum(phi, 0), mask=there)
+            folded = limit
+        if p % (maps // key_heads) == 0:  # one head of phi_k for each key head
+            to = place_of(at, s) * o.width + column
+            tl.store(keys_of + to, key.to(ring_k.dtype.element_ty), mask=inside)
+            tl.store(values_of + to, new_v.to(ring_v.dtype.element_ty), mask=inside)
+            if s.lag > 0:
+                place = leaving + (b * key_heads + kv).to(tl.int64) * o.width + column
+                tl.store(place, after if s.lag > 1 else key.to(ring_k.dtype.element_ty), mask=inside)
+        if (part == 0) & (known >= 0):
+            f, there = feature_places(0, t.block, t, o)
+            place = known % s.fold
+            if s.paired:
+                place = place_of(known, s)
+            tl.store(phi_of + place * o.features + f, phi_k, mask=there)
+        tl.store(counts_of, at + 1)
+        tl.store(counts_of + 1, folded)
 
 
 @torch.no_grad()
@@ -361,40 +368,45 @@ def hybrid_attention_step_gpu(
     in a CUDA graph, if `phi_k_fn` may. Sums and products are fp32, whatever the inputs' dtype.
     """
     batch, heads, _, width = q.shape
-    if maps and batch >= APART:
-        phi_q, maps = maps[0](q), None
-    blocks = blocks or blocks_for(batch * (state.value if isinstance(state, StepState) else state.sums).shape[1])
+    all_maps = batch * (state.value if isinstance(state, StepState) else state.sums).shape[1]
+    blocks = blocks or blocks_for(all_maps, width)
     held = held_by(options, blocks.fold)
     features = phi_q.shape[-1]
     if isinstance(state, StepState) and state.held != held:
         state = standing(state, phi_k_fn)
     if isinstance(state, HybridState):
-        columns = columns_of(blocks, batch * state.sums.shape[1], width)
+        columns = columns_of(blocks, all_maps, width)
         state = stepping(state, k, phi_k_fn, options, held, columns)
     _check_sizes(state, batch, heads, k.shape[1], width, features)
     own, programs = state.counts.shape[1:3]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    numbers = [None if x is None else x.float().contiguous() for x in (mix, log_scale)]
+    real = None if key_mask is None else key_mask.to(torch.uint8).contiguous()
+    y = torch.empty_like(q, memory_format=torch.contiguous_format)
     phi: list[Tensor | None] = [None, None]
     made: list[Any] = [None, None, 0.0, 0.0]
+    columns, overlap = 0, False
     if maps:
         maps[1].check(own, width, features)
+    if maps and blocks.few:
         made = [*(x.weight.float().contiguous() for x in maps), *(x.clamp for x in maps)]
+        columns = maps[0].columns
+    elif maps:
+        # The last launch before this one: what else this one reads is older, and there when that one begins.
+        overlap = blocks.overlap and gpu_launch.overlaps()
+        phi = [*features_of_token(q, state.leaving.to(k.dtype) if held.lag else k, *maps, early=overlap)]
     else:
         phi_k = phi_k_fn(state.leaving.to(k.dtype) if held.lag else k)
         check_heads(own, phi_k.shape[1])
         if phi_k.untyped_storage().data_ptr() == state.leaving.untyped_storage().data_ptr():
             phi_k = phi_k.clone()  # the kernel writes there
         phi = [x if x.stride(-1) == 1 else x.contiguous() for x in (phi_q, phi_k)]
-    numbers = [None if x is None else x.float().contiguous() for x in (mix, log_scale)]
-    real = None if key_mask is None else key_mask.to(torch.uint8).contiguous()
-    y = torch.empty_like(q, memory_format=torch.contiguous_format)
     form = make_form(
         options, Blocks(), heads=heads, key_heads=k.shape[1], maps=own, width=width, features=features, dtype=q.dtype
     )
-    columns, size = (maps[0].columns if maps else 0), state.ring_k.element_size()
-    tiles = tiles_of(blocks, state.columns, form, held, batch, size, columns)
-    Compiled(form, 1, blocks.warps, more=blocks.options).launch(
-        step, (batch // tiles.rows * own, programs),
+    tiles = tiles_of(blocks, state.columns, form, held, state.ring_k.element_size(), columns, overlap)
+    Compiled(form, 1, blocks.warps, more=blocks.options(overlap)).launch(
+        step, (batch * own, programs),
         q, k, v, *phi, *numbers, real, *state.tensors.values(), y, *made,
         *[n for x in (q, k, v, *phi) for n in ((0, 0) if x is None else x.stride()[:2])], own, options.scale,
         MASKED=real is not None, t=tiles, s=held,

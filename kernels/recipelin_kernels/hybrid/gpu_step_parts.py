@@ -18,7 +18,8 @@ def place_of(j, s: tl.constexpr):
 @triton.jit
 def position_at(place, at, s: tl.constexpr):
     """The newest position <= at that stands at a place; -1: none."""
-    j = at - (at + (s.places // s.ring + 1) * s.ring - place) % s.ring
+    newest = s.sinks + (at + s.ring - s.sinks % s.ring) % s.ring  # where position `at` stands, or would
+    j = at - newest + place - tl.where(place > newest, s.ring, 0)
     if s.sinks > 0:
         j = tl.where(place < s.sinks, place, tl.where(j < s.sinks, -1, j))
     return tl.where((place < s.places) & (j >= 0) & (j <= at), j, -1)
@@ -73,30 +74,20 @@ def piece(x, index, size: tl.constexpr):
 
 
 @triton.jit
-def ring_rows(ring, place, there, first, t: tl.constexpr, o: tl.constexpr):
-    """Of places of a ring of values a program's columns; 0 where not there."""
-    column = first + tl.arange(0, t.columns)
+def ring_tile(ring, place, there, first, columns: tl.constexpr, o: tl.constexpr):
+    """Of places of a ring columns from `first` on; 0 where not there."""
+    column = first + tl.arange(0, columns)
     mask = there[:, None] & (column < o.width)[None, :]
     return tl.load(ring + place[:, None] * o.width + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def ring_tile(ring, n, first, columns: tl.constexpr, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr):
-    """The n-th tile of places of a ring, columns from `first` on."""
-    place = n * t.near + tl.arange(0, t.near)
-    column = first + tl.arange(0, columns)
-    mask = (place < s.places)[:, None] & (column < o.width)[None, :]
-    return tl.load(ring + place[:, None] * o.width + column[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def sums_tile(value, mass, start, size: tl.constexpr, first, t: tl.constexpr, o: tl.constexpr):
-    """Features start .. start + size - 1 of the sums, columns of D from `first` on, and of their mass."""
+def sums_tile(value, start, size: tl.constexpr, first, t: tl.constexpr, o: tl.constexpr):
+    """Features start .. start + size - 1 of the sums, columns of D from `first` on."""
     f, real = feature_places(start, size, t, o)
     column = first + tl.arange(0, t.columns)
     mask = real[:, None] & (column < o.width)[None, :]
-    held = tl.load(value + f[:, None] * o.width + column[None, :], mask=mask, other=0.0)
-    return held, tl.load(mass + f, mask=real, other=0.0)
+    return tl.load(value + f[:, None] * o.width + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -109,14 +100,14 @@ def phi_tile(ring_phi, place, there, start, t: tl.constexpr, o: tl.constexpr):
 @triton.jit
 def products(phi_q, ring_phi, phi, place, there, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr):
     """phi_q . phi_k of keys at places. phi: those features, if they are one tile of the late keys."""
-    total = place * 0.0
-    for start in range(0, t.block, t.pairs):
-        x = piece(phi_q, start // t.pairs, t.pairs)
-        if s.paired or t.pairs < t.block:
+    if t.ahead and t.pairs == t.block and not s.paired:
+        return tl.sum(phi * phi_q[None, :], 1)
+    else:
+        total = place * 0.0
+        for start in range(0, t.block, t.pairs):
+            x = piece(phi_q, start // t.pairs, t.pairs)
             total += tl.sum(phi_tile(ring_phi, place, there, start, t, o) * x[None, :], 1)
-        else:
-            total += tl.sum(phi * x[None, :], 1)
-    return total
+        return total
 
 
 @triton.jit
@@ -174,47 +165,42 @@ def of_row(ring_k, ring_v, ring_phi, value, mass, counts, b, p, kv, maps, key_he
 
 @triton.jit
 def make_all(
-    q, k, ring_k, counts, map_q, map_k, clamp_q, clamp_k, q_b, q_h, k_b, k_h, maps, p, kv, key_heads, begun,
+    q, k, ring_k, counts, map_q, map_k, clamp_q, clamp_k, q_b, q_h, k_b, k_h, maps, b, p, kv, key_heads,
     t: tl.constexpr, s: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
-    """phi_q [queries, block] of a program's rows and heads, phi_k [rows, block] of its leaving keys. W is read once for all."""
+    """phi_q [queries, block] of a program's heads, phi_k [block] of its leaving key. Of one head both W are read before either is
+    used."""
+    JOINT: tl.constexpr = t.queries == 1
     made_q = tl.full([t.queries, t.block], 0.0, tl.float32)
-    made_k = tl.full([t.rows, t.block], 0.0, tl.float32)
     size = o.width * t.map_columns
     weight_k = map_k + p * size
     w_k = map_tile(weight_k, 0, t, o)
-    if t.joint:
+    if JOINT:
         w_q = map_tile(map_q + p * size, 0, t, o)
     tl.debug_barrier()  # nothing that follows is waited for before these loads
-    if t.joint:
-        x_q = head(q, begun, p, q_b, q_h)
+    if JOINT:
+        x_q = head(q, b, p, q_b, q_h)
         begun_q = map_input(x_q, True, 0, t, o)
-    for r in range(0, t.rows):
-        b = begun + r
-        mine = (b * maps + p).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        known = tl.load(counts + 2 * mine) - s.lag
-        x = head(k, b, kv, k_b, k_h)
-        if s.lag > 0:  # where it stands until its features are in the sums
-            x = ring_k + ((b * key_heads + kv).to(tl.int64) * s.places + place_of(tl.maximum(known, 0), s)) * o.width
-        there = known >= 0
-        phi = made_features(x, there, map_input(x, there, 0, t, o), weight_k, w_k, clamp_k, t, o)
-        made_k = with_row(made_k, r, phi)
+    mine = (b * maps + p).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    known = tl.load(counts + 2 * mine) - s.lag
+    x = head(k, b, kv, k_b, k_h)
+    if s.lag > 0:  # where it stands until its features are in the sums
+        x = ring_k + ((b * key_heads + kv).to(tl.int64) * s.places + place_of(tl.maximum(known, 0), s)) * o.width
+    there = known >= 0
+    made_k = made_features(x, there, map_input(x, there, 0, t, o), weight_k, w_k, clamp_k, t, o)
     for g in range(0, o.map_group):
         weight_q = map_q + (p * o.map_group + g) * size
-        if not t.joint:
+        if not JOINT:
             w_q = map_tile(weight_q, 0, t, o)
-        for r in range(0, t.rows):
-            if not t.joint:
-                x_q = head(q, begun + r, p * o.map_group + g, q_b, q_h)
-                begun_q = map_input(x_q, True, 0, t, o)
-            phi = made_features(x_q, True, begun_q, weight_q, w_q, clamp_q, t, o)
-            made_q = with_row(made_q, r * o.map_group + g, phi)
+            x_q = head(q, b, p * o.map_group + g, q_b, q_h)
+            begun_q = map_input(x_q, True, 0, t, o)
+        made_q = with_row(made_q, g, made_features(x_q, True, begun_q, weight_q, w_q, clamp_q, t, o))
     return made_q, made_k
 
 
 @triton.jit
 def of_token(k, v, real, counts, b, kv, k_b, k_h, v_b, v_h, MASKED: tl.constexpr, t: tl.constexpr, o: tl.constexpr):
-    """Positions seen, whether the token is real, its key, and a program's columns of its value."""
+    """Positions seen, those in the sums, whether the token is real, its key, a program's columns of its value and of its key."""
     column = tl.program_id(1) * t.columns + tl.arange(0, t.columns)
     wide = tl.arange(0, o.width_block)
     here = 1
@@ -222,23 +208,29 @@ def of_token(k, v, real, counts, b, kv, k_b, k_h, v_b, v_h, MASKED: tl.constexpr
         here = tl.load(real + b).to(tl.int32)
     new_k = tl.load(head(k, b, kv, k_b, k_h) + wide, mask=wide < o.width, other=0.0).to(tl.float32)
     new_v = tl.load(head(v, b, kv, v_b, v_h) + column, mask=column < o.width, other=0.0).to(tl.float32)
-    return tl.load(counts), here, new_k, new_v
+    key = tl.load(head(k, b, kv, k_b, k_h) + column, mask=column < o.width, other=0.0)
+    return tl.load(counts), tl.load(counts + 1), here, new_k, new_v, key
 
 
 @triton.jit
-def late_values(ring_v, at, folded, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr):
-    """Where keys begin that are not linear; positions of the late keys, the places of their features, their values."""
+def late_places(at, folded, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr):
+    """Where keys begin that are not linear; positions of the late keys (-1: none), the places of their features."""
     stop = at + 1
     if not o.cover_all:
         stop = tl.maximum(at - o.window + 1, 0)
         if o.terraced and o.window > 0:
             stop = tl.maximum((at // o.window - 1) * o.window, 0)
     j, place = late_keys(folded, t, s)
-    j = tl.where(j < stop, j, -1)
-    values = 0.0
+    return stop, tl.where(j < stop, j, -1), place
+
+
+@triton.jit
+def late_values(ring_v, j, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr):
+    """A program's columns of the values of late keys; of a ring with features of all its keys they are not read alone."""
     if o.show_linear and not s.paired:
-        values = ring_rows(ring_v, place_of(tl.maximum(j, 0), s), j >= 0, tl.program_id(1) * t.columns, t, o)
-    return stop, j, place, values
+        return ring_tile(ring_v, place_of(tl.maximum(j, 0), s), j >= 0, tl.program_id(1) * t.columns, t.columns, o)
+    else:
+        return 0.0
 
 
 @triton.jit
@@ -263,7 +255,7 @@ def read_ahead(
     ring_k, ring_v, ring_phi, value, mass, counts = of_row(
         ring_k, ring_v, ring_phi, value, mass, counts, b, p, kv, maps, key_heads, s, o
     )
-    seen, here, new_k, new_v = of_token(k, v, real, counts, b, kv, k_b, k_h, v_b, v_h, MASKED, t, o)
+    seen, folded, here, new_k, new_v, key = of_token(k, v, real, counts, b, kv, k_b, k_h, v_b, v_h, MASKED, t, o)
     query = 0.0
     level = 0.0
     shift = 0.0
@@ -274,14 +266,17 @@ def read_ahead(
     phi = 0.0
     held = 0.0
     alone = 0.0
-    if t.near_tiles == 1:
+    if t.ahead:
+        place = tl.arange(0, t.near)
         if o.has_soft:
-            keys = ring_tile(ring_k, 0, 0, o.width_block, t, s, o)
-        values = ring_tile(ring_v, 0, first, t.columns, t, s, o)
+            keys = ring_tile(ring_k, place, place < s.places, 0, o.width_block, o)
+        values = ring_tile(ring_v, place, place < s.places, first, t.columns, o)
     if o.has_linear:
+        f, real = feature_places(0, t.block, t, o)
+        alone = tl.load(mass + f, mask=real, other=0.0)
         if t.features == t.block:
-            held, alone = sums_tile(value, mass, 0, t.features, first, t, o)
-        if t.pairs == t.block and not s.paired:
+            held = sums_tile(value, 0, t.features, first, t, o)
+        if t.ahead and t.pairs == t.block and not s.paired:
             n = tl.arange(0, t.late)
             phi = phi_tile(ring_phi, n, n < s.fold, 0, t, o)
-    return keys, values, phi, held, alone, seen, here, new_k, new_v, query, level, shift
+    return keys, values, phi, held, alone, seen, folded, here, new_k, new_v, key, query, level, shift
