@@ -214,8 +214,8 @@ _LAUNCHES = (
     "what is written. The bytes (4.8 MB with maps in fp32) are 1.4 us."
 )
 _SUMMED = (
-    "with four warps a head they issued in a quarter of the cycles, memory gave 1.7 TB/s, and what a warp waited for most, 36 % of "
-    "its time, was shared memory (ncu, H200, batch 32). Since then a head is one warp, of half the instructions and without "
+    "with four warps a head they issued in a quarter of the cycles, memory gave 1.7 TB/s, and what a warp waited for most, 36 % "
+    "of its time, was shared memory (ncu, H200, batch 32). Since then a head is one warp, of half the instructions and without "
     "meetings; an H200's 4.2 TB/s would give 21 us at batch 32, if loads were always under way."
 )
 _MADE = (
@@ -287,7 +287,7 @@ BARS: list[Bar | Fact] = [
         for batch, steps in ((32, 2), (256, 1))
     ),
     *(
-        Bar(f"gpu/decode-launches-{batch}", f"batch {batch}, features given, made by their maps' own launches: time over the above",
+        Bar(f"gpu/decode-launches-{batch}", f"batch {batch}, features given, made by their maps: time over the above",
             {"given": DecodeOnGpu(batch, steps, made=False), "ours": DecodeOnGpu(batch, steps)}, ("given", "ours"), None,
             unit="us", **_CUDA)
         for batch, steps in ((1, 32), (32, 2))
