@@ -13,9 +13,11 @@ import importlib
 import io
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch.overrides import TorchFunctionMode
 
 from recipelin_kernels.hybrid.gpu_launch import hashed
@@ -55,7 +58,8 @@ class Nothing:
 
 def compiles(kernel: Any, grid: Any, arguments: Any, constants: Any, how: Any) -> None:
     hashed(kernel)
-    kernel.warmup(*arguments, grid=grid, **constants, **how)
+    made = kernel.warmup(*arguments, grid=grid, **constants, **how)
+    os.utime(triton.runtime.cache.get_cache_manager(made.hash).cache_dir)  # asked for, by this run
 
 
 def stand_in() -> None:
@@ -135,7 +139,7 @@ def compile_others(job: tuple[str, int, int]) -> None:
 
 
 def main() -> int:
-    jobs = os.cpu_count() or 1
+    jobs, begun = os.cpu_count() or 1, time.time()
     os.environ["TRITON_CACHE_DIR"], os.environ["OMP_NUM_THREADS"] = str(CACHE), "1"
     ahead = os.environ.get("PYTHONPATH", "")  # where the lent machine's Triton is
     path = os.pathsep.join([ahead, *map(str, (ROOT, ROOT / "kernels", ROOT / ".ci"))])
@@ -146,6 +150,9 @@ def main() -> int:
         return done.returncode
     with ProcessPoolExecutor(jobs) as pool:
         list(pool.map(compile_others, [(what, n, jobs) for what in ("bars", "sweeps") for n in range(jobs)]))
+    for folder in CACHE.iterdir():
+        if folder.stat().st_mtime < begun - 1:  # of sources or sizes of before
+            shutil.rmtree(folder)
     # Variants of a kernel are much alike: one after the other, and looked back at so far, they take half the room.
     kept = sorted(
         (p for p in CACHE.rglob("*") if p.suffix in KEPT), key=lambda p: (p.suffix, p.name, p.stat().st_size, p)

@@ -1,8 +1,9 @@
 """Compiles the Triton kernels for an H100 without one: registers, spills and shared memory of each (`make gpu-compile`).
 
 The operators are called on CPU tensors; in the place of a launch its kernel is compiled for sm_90. It shows that kernels
-compile and fit, and that no product reads what a loop has copied ahead without a fence in between (`gpu_parts.copied`); nothing
-of their results or speed. Exit 1 where one does not fit or lacks a fence.
+compile and fit, that no product reads what a loop has copied ahead without a fence in between (`gpu_parts.copied`), and that one
+which begins while another ends writes nothing before it has waited; nothing of their results or speed. Exit 1 where one does not
+fit, lacks a fence or writes early.
 """
 
 import argparse
@@ -132,6 +133,11 @@ def unfenced(ptx: str) -> int:
     return count
 
 
+def early(ptx: str) -> int:
+    """Stores that stand before the wait for the launch ahead."""
+    return ptx.partition("griddepcontrol.wait")[0].count("st.global") if "griddepcontrol.wait" in ptx else 0
+
+
 def compiled(self: gpu_call.Compiled, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
     """In the place of `Compiled.launch`."""
     if 0 in grid:
@@ -153,9 +159,12 @@ def compiled(self: gpu_call.Compiled, kernel: Any, grid: tuple[int, ...], *argum
     registers, spilled = (
         int(re.findall(pattern, said)[-1]) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill st")
     )
-    shared, bare = made.metadata.shared, unfenced(made.asm["ptx"])
-    fits.append(shared <= SHARED and not bare)
-    wrong = ("" if shared <= SHARED else "  DOES NOT FIT") + (f"  {bare} PRODUCTS WITHOUT A FENCE" if bare else "")
+    shared, bare, stores = made.metadata.shared, unfenced(made.asm["ptx"]), early(made.asm["ptx"])
+    fits.append(shared <= SHARED and not bare and not stores)
+    wrong = "" if shared <= SHARED else "  DOES NOT FIT"
+    wrong += (f"  {bare} PRODUCTS WITHOUT A FENCE" if bare else "") + (
+        f"  {stores} STORES BEFORE THE WAIT" if stores else ""
+    )
     print(
         f"  {kernel.__name__:24} {how['num_warps']} warps {how['num_stages']} stages {registers:4} registers "
         f"{spilled:5} bytes spilled {shared / 1024:4.0f} KiB shared {seconds:5.1f} s{wrong}",

@@ -235,7 +235,7 @@ def step_cases() -> Iterator[tuple[DecodeOnGpu, str, StepBlocks]]:
         "sums 2048, pairs 1024": replace(many, sums=2048, pairs=1024),
         "sums 2048, 168 registers": replace(many, sums=2048, registers=168),
         "keys 16384": replace(many, keys=16384),
-        "half the columns": replace(many, programs=2048, registers=128),
+        "128 registers": replace(many, registers=128),
         "2 warps": replace(many, warps=2, keys=16384, registers=128),
         "4 warps": replace(many, warps=4, keys=16384, registers=128),
     }

@@ -12,7 +12,8 @@ from recipelin_kernels.hybrid.gpu_call import LAUNCHES
 
 pytest.importorskip("triton", reason="the kernels' tests need Triton: pip install 'recipelin[dev]'")
 ROOT = Path(__file__).resolve().parents[2]
-CASES = ["features made", "replace, sinks", "transfer, F 128", *(f"decode, features made, batch {n}" for n in (1, 32))]
+DECODING = ["batch 1", "batch 32", "d 256, F 512"]
+CASES = ["features made", "replace, sinks", "transfer, F 128", *(f"decode, features made, {case}" for case in DECODING)]
 
 
 def test_every_kernel_compiles_and_fits(tmp_path):

@@ -38,13 +38,13 @@ def softmax_features(x, weight, out, x_b, x_h, x_t, tokens, length, heads, clamp
 @triton.jit
 def token_features(
     q, k, map_q, map_k, out_q, out_k, q_b, q_h, k_b, k_h, tokens, heads, maps, clamp_q, clamp_k,
-    EARLY: tl.constexpr, rows: tl.constexpr, o: tl.constexpr,
+    OVERLAPPED: tl.constexpr, rows: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
     """`softmax_features` of queries [B,H,1,D] and of keys [B,h,1,D] in one launch, by maps of H and of `maps` heads.
 
-    Grid: (ceil(B / rows), H + maps). EARLY: what is launched next may begin; it waits before it reads the features.
+    Grid: (ceil(B / rows), H + maps). OVERLAPPED: what is launched next may begin; it waits before it reads the features.
     """
-    if EARLY:
+    if OVERLAPPED:
         gdc_launch_dependents()
     h = tl.program_id(1)
     if h < heads:
@@ -151,10 +151,12 @@ def features(x: Tensor, weight: Tensor, clamp: float, dtype: torch.dtype = torch
 
 
 def features_of_token(
-    q: Tensor, k: Tensor, map_q: SoftmaxMap, map_k: SoftmaxMap, *, early: bool
+    q: Tensor, k: Tensor, map_q: SoftmaxMap, map_k: SoftmaxMap, *, overlapped: bool
 ) -> tuple[Tensor, Tensor]:
-    """phi_q [B,H,1,F] of q [B,H,1,D] and phi_k [B,h,1,F] of k [B,Hkv,1,D] in fp32, one launch. early: the launch that follows may
-    begin meanwhile, and waits itself (`gdc_wait`)."""
+    """phi_q [B,H,1,F] of q [B,H,1,D] and phi_k [B,h,1,F] of k [B,Hkv,1,D] in fp32, one launch.
+
+    overlapped: what is launched next may begin meanwhile, and waits itself (`gdc_wait`).
+    """
     batch, heads = q.shape[:2]
     maps, _, columns = map_k.weight.shape
     out_q, out_k = (torch.empty(batch, n, 1, 2 * columns, dtype=torch.float32, device=q.device) for n in (heads, maps))
@@ -162,7 +164,7 @@ def features_of_token(
     Compiled(_shape(k, map_k.weight), 1, 4 if columns <= NARROW else 8).launch(
         token_features, (cdiv(batch, ROWS), heads + maps),
         q, k, *weights, out_q, out_k, *q.stride()[:2], *k.stride()[:2], batch, heads, maps, map_q.clamp, map_k.clamp,
-        EARLY=early, rows=ROWS,
+        OVERLAPPED=overlapped, rows=ROWS,
     )  # fmt: skip
     return out_q, out_k
 

@@ -61,9 +61,13 @@ def _backend() -> Any:
 
 
 @functools.cache
-def overlaps() -> bool:
-    """Whether a launch may begin before the one ahead of it ends, and wait where it needs that (sm_90 and later)."""
+def _dependent(device: int | None) -> bool:
     return not interpreted() and driver.active.get_current_target().arch >= 90
+
+
+def overlaps(device: int | None) -> bool:
+    """Whether a launch there may begin before the one ahead of it ends, and wait where it needs that (sm_90 and later)."""
+    return _dependent(device) and not torch.compiler.is_compiling()  # which knows no such option
 
 
 def ordinary(kernel: Any) -> bool:

@@ -4,9 +4,9 @@ Nothing is read by the host, positions are counted on the device, and shapes and
 program has one head of phi_k and some columns of D: it reads its columns of the sums as a whole, so that there is nothing
 to merge, and scores anew what its neighbours score too (a window's keys are 16 KB, and lie in L2).
 
-Few rows wait rather than read: a trip to memory is 0.6 to 0.8 us. So all loads of a program come first, in one trip, and none
+Few rows wait rather than read: a trip to memory is 0.6 to 0.8 us. So most loads of a program come first, in one trip, and none
 waits for another: a ring is read place by place, and which position a place holds is known when `counts` have come. That reads
-the `FOLD` places of late keys too (80 keys for 64).
+the `FOLD` places of late keys too (80 keys for 64). What depends on a position follows: values of late keys.
 
 Many rows are read faster than a row is worked on: programs take turns, and what counts is how many instructions a row takes. A
 program is one warp then: sums over features and head_dim stay in it, and where four warps met 71 times and took 11,500
@@ -23,7 +23,7 @@ Given both maps (softmax_map.py) the launch makes the features too, of the queri
 that it reads, in registers. So a token is one launch and not three. W of a head's two maps is 64 KB, as much as its sums, and
 comes from L2 for every program: with ring and features 178 KB a head and row, 33 us at batch 32 if L2 gives 5.5 TB/s, where the
 sums take 26 us. Hence for many rows a launch of its own makes both (`token_features`), reading W for 16 rows at once; this one
-begins meanwhile with the window, which asks for no features, and waits before it reads them.
+begins meanwhile with the window, where that asks for no features, and waits before it reads them.
 """
 
 import functools
@@ -68,7 +68,7 @@ from .step_state import FOLD, Held, StepState, held_by, standing, stepping
 
 
 class Tiles(NamedTuple):
-    """What a program has at once, in powers of 2. What fits into one tile is read before anything is waited for."""
+    """What a program has at once, in powers of 2. If it reads ahead, what fits into one tile is read before a wait."""
 
     columns: int  # of D
     features: int  # of a tile of the sums where it is read
@@ -78,8 +78,8 @@ class Tiles(NamedTuple):
     pairs: int  # features of such keys
     block: int  # features of a row
     near_tiles: int  # of the ring
-    ahead: bool  # all loads come first, before a barrier; the ring is one tile
-    queries: int  # query heads of a program, or more
+    ahead: bool  # loads come first, before a barrier
+    queries: int  # query heads of a program, filled up to a power of 2
     overlap: bool  # it begins while the launch that makes its features ends (programmatic dependent launch)
     map_columns: int  # of W, by which features are made; 0: they are given
     map_block: int  # the same, filled up
@@ -93,15 +93,14 @@ class StepBlocks:
     sums: int  # elements of a tile of the sums
     keys: int  # bytes of keys and values together
     pairs: int  # features of keys
-    maps: int  # elements of W
     programs: int  # at least so many, if columns of D can be shared by that
     warps: int
-    few: bool = (
-        True  # reads all before it waits, and makes features if it is given maps; else a launch before it makes them
-    )
+    # Reads ahead, and makes the features if it is given maps; else a launch before it makes them.
+    few: bool = True
+    maps: int = 8192  # elements of W, where features are made
     registers: int = 0  # a thread's at most; 0: what it takes
     fold: int = FOLD
-    overlap: bool = True  # begins while that launch ends, on a GPU that can
+    overlap: bool = True  # begins while the launch that makes its features ends, on a GPU that can
 
     def options(self, overlap: bool) -> tuple[tuple[str, int], ...]:
         """As Triton has them."""
@@ -109,13 +108,13 @@ class StepBlocks:
 
 
 # All of a row at once: a program of each of an H100's 132 multiprocessors. (An H200 takes 8.4 us a layer, with 8 warps 9.0.)
-FEW = StepBlocks(16384, 65536, 4096, 8192, programs=96, warps=4)
-# A warp alone waits for no other: with 4, a head took four times the instructions of shared memory and 71 barriers.
-MANY = StepBlocks(4096, 8192, 2048, 8192, programs=96, warps=1, few=False)
-WIDE = replace(MANY, sums=8192, keys=16384, pairs=4096, warps=2)  # of head_dim above 128: as many registers
+FEW = StepBlocks(16384, 65536, 4096, programs=96, warps=4)
+# One warp waits for no other: with 4, a head took three times the instructions that go through shared memory, and 71 barriers.
+MANY = StepBlocks(4096, 8192, 2048, programs=96, warps=1, few=False)
+WIDE = replace(MANY, sums=8192, keys=16384, pairs=4096, warps=2)  # of head_dim above 128: a thread has as much
 ENOUGH = 512  # rows and heads for MANY
 # So that short rows have several of each.
-INTERPRETED = [StepBlocks(256, 256, 256, 256, programs=8, warps=8, fold=2, few=few) for few in (True, False)]
+INTERPRETED = [StepBlocks(256, 256, 256, programs=8, warps=8, maps=256, fold=2, few=few) for few in (True, False)]
 
 
 def blocks_for(heads: int, width: int) -> StepBlocks:
@@ -147,9 +146,8 @@ def tiles_of(
     read, written = (min(block, max(16, n // columns)) for n in (blocks.sums, blocks.sums // 2))
     pairs = min(block, max(16, blocks.pairs // (near if held.paired else late)))
     depth = min(wide, max(16, blocks.maps // power(map_columns)))
-    tiles = cdiv(held.places, near)
     return Tiles(
-        columns, read, written, near, late, pairs, block, tiles, blocks.few and tiles == 1, power(form.map_group, 1),
+        columns, read, written, near, late, pairs, block, cdiv(held.places, near), blocks.few, power(form.map_group, 1),
         overlap, map_columns, power(map_columns), depth,
     )  # fmt: skip
 
@@ -161,7 +159,7 @@ def step(
     q_b, q_h, k_b, k_h, v_b, v_h, fq_b, fq_h, fk_b, fk_h, maps, scale,
     MASKED: tl.constexpr, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
-    """y [B,H,1,D], and the state (step_state.py) moved on. Grid: (B / rows * maps, ceil(D / columns)).
+    """y [B,H,1,D], and the state (step_state.py) moved on. Grid: (B maps, ceil(D / columns)).
 
     Of a row first all is read, for one query head after the other; then, behind a barrier, all is written. What another program
     writes in the same launch may be read, but never counts: places of a new key and of new features are those of none that does.
@@ -178,10 +176,11 @@ def step(
     first = part * t.columns
     column = first + tl.arange(0, t.columns)
     inside = column < o.width
-    # Whether features are needed before the window's softmax is done.
+    # Whether features are there before the window's softmax is done.
     EARLY: tl.constexpr = s.paired or t.ahead
+    RING_READ: tl.constexpr = t.ahead and t.near_tiles == 1
 
-    keys, values, phi_late, held, alone, at, folded, here, new_k, new_v, key, query, own_level, own_shift = read_ahead(
+    keys, values, phi_late, held, summed, at, folded, here, new_k, new_v, key, query, own_level, own_shift = read_ahead(
         q, k, v, mix, log_scale, real, ring_k, ring_v, ring_phi, value, mass, counts, q_b, q_h, k_b, k_h, v_b, v_h,
         b, p, kv, maps, key_heads, MASKED, t, s, o,
     )  # fmt: skip
@@ -201,7 +200,7 @@ def step(
     known = at - s.lag  # the position whose features come with this token
     if s.lag > 1:  # the one whose features come with the next
         after = tl.load(keys_of + place_of(tl.maximum(known + 1, 0), s) * o.width + column, mask=inside, other=0.0)
-    stop, late_j, late_place = late_places(at, folded, t, s, o)
+    late_j, late_place = late_places(at, folded, t, s, o)
     if t.ahead:
         late_v = late_values(values_of, late_j, t, s, o)
     if t.map_columns == 0 and EARLY:
@@ -239,16 +238,16 @@ def step(
                 place = n * t.near + tl.arange(0, t.near)
                 j = position_at(place, at - 1, s)
                 soft, linear, hidden = sets(at, 0, tl.where(j >= 0, j, FAR), 0, 1, 0, o)
-                linear = linear & (j >= folded) & (j < stop)
+                linear = linear & (j >= folded)
                 counted = soft
                 if s.paired:
                     counted = soft | linear
-                if t.ahead:
+                if RING_READ:
                     near_v = tl.where(counted[:, None], values.to(tl.float32), 0.0)
                 else:
                     near_v = ring_tile(values_of, place, counted, first, t.columns, o).to(tl.float32)
                 if o.has_soft:
-                    tile_k = keys if t.ahead else ring_tile(keys_of, place, soft, 0, o.width_block, o)
+                    tile_k = keys if RING_READ else ring_tile(keys_of, place, soft, 0, o.width_block, o)
                     score = tl.sum(tile_k.to(tl.float32) * asks[None, :], 1) * (scale * BASE2)
                     score = tl.where(soft, score, HIDDEN)
                     new = tl.maximum(top, tl.max(score, 0))
@@ -284,11 +283,11 @@ def step(
                 b_mass += tl.sum(weights[None, :], 1)
                 if o.show_linear:
                     b_sum += tl.sum(weights[:, None] * late_v.to(tl.float32), 0)
-            b_mass += inner(phi_q, alone)
+            b_mass += inner(phi_q, summed)
             if o.show_linear:
                 for start in range(0, t.block, t.features):
                     tile = held
-                    if t.features < t.block:
+                    if not t.ahead or t.features < t.block:
                         tile = sums_tile(value_of, start, t.features, first, t, o)
                     b_sum += tl.sum(piece(phi_q, start // t.features, t.features)[:, None] * tile, 0)
         if not o.show_linear:
@@ -385,16 +384,16 @@ def hybrid_attention_step_gpu(
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
     phi: list[Tensor | None] = [None, None]
     made: list[Any] = [None, None, 0.0, 0.0]
-    columns, overlap = 0, False
+    map_columns, overlap = 0, False
     if maps:
         maps[1].check(own, width, features)
     if maps and blocks.few:
         made = [*(x.weight.float().contiguous() for x in maps), *(x.clamp for x in maps)]
-        columns = maps[0].columns
+        map_columns = maps[0].columns
     elif maps:
         # The last launch before this one: what else this one reads is older, and there when that one begins.
-        overlap = blocks.overlap and gpu_launch.overlaps()
-        phi = [*features_of_token(q, state.leaving.to(k.dtype) if held.lag else k, *maps, early=overlap)]
+        overlap = blocks.overlap and gpu_launch.overlaps(q.device.index)
+        phi = [*features_of_token(q, state.leaving.to(k.dtype) if held.lag else k, *maps, overlapped=overlap)]
     else:
         phi_k = phi_k_fn(state.leaving.to(k.dtype) if held.lag else k)
         check_heads(own, phi_k.shape[1])
@@ -404,7 +403,7 @@ def hybrid_attention_step_gpu(
     form = make_form(
         options, Blocks(), heads=heads, key_heads=k.shape[1], maps=own, width=width, features=features, dtype=q.dtype
     )
-    tiles = tiles_of(blocks, state.columns, form, held, state.ring_k.element_size(), columns, overlap)
+    tiles = tiles_of(blocks, state.columns, form, held, state.ring_k.element_size(), map_columns, overlap)
     Compiled(form, 1, blocks.warps, more=blocks.options(overlap)).launch(
         step, (batch * own, programs),
         q, k, v, *phi, *numbers, real, *state.tensors.values(), y, *made,

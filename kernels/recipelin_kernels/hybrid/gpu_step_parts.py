@@ -18,7 +18,7 @@ def place_of(j, s: tl.constexpr):
 @triton.jit
 def position_at(place, at, s: tl.constexpr):
     """The newest position <= at that stands at a place; -1: none."""
-    newest = s.sinks + (at + s.ring - s.sinks % s.ring) % s.ring  # where position `at` stands, or would
+    newest = place_of(at, s)
     j = at - newest + place - tl.where(place > newest, s.ring, 0)
     if s.sinks > 0:
         j = tl.where(place < s.sinks, place, tl.where(j < s.sinks, -1, j))
@@ -214,19 +214,19 @@ def of_token(k, v, real, counts, b, kv, k_b, k_h, v_b, v_h, MASKED: tl.constexpr
 
 @triton.jit
 def late_places(at, folded, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr):
-    """Where keys begin that are not linear; positions of the late keys (-1: none), the places of their features."""
+    """Positions of the late keys that have left the window (-1: none), the places of their features."""
     stop = at + 1
     if not o.cover_all:
         stop = tl.maximum(at - o.window + 1, 0)
         if o.terraced and o.window > 0:
             stop = tl.maximum((at // o.window - 1) * o.window, 0)
     j, place = late_keys(folded, t, s)
-    return stop, tl.where(j < stop, j, -1), place
+    return tl.where(j < stop, j, -1), place
 
 
 @triton.jit
 def late_values(ring_v, j, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr):
-    """A program's columns of the values of late keys; of a ring with features of all its keys they are not read alone."""
+    """A program's columns of the values of late keys; of a ring with features of all its keys nothing."""
     if o.show_linear and not s.paired:
         return ring_tile(ring_v, place_of(tl.maximum(j, 0), s), j >= 0, tl.program_id(1) * t.columns, t.columns, o)
     else:
@@ -265,18 +265,18 @@ def read_ahead(
     values = 0.0
     phi = 0.0
     held = 0.0
-    alone = 0.0
-    if t.ahead:
+    summed = 0.0
+    if t.ahead and t.near_tiles == 1:
         place = tl.arange(0, t.near)
         if o.has_soft:
             keys = ring_tile(ring_k, place, place < s.places, 0, o.width_block, o)
         values = ring_tile(ring_v, place, place < s.places, first, t.columns, o)
     if o.has_linear:
         f, real = feature_places(0, t.block, t, o)
-        alone = tl.load(mass + f, mask=real, other=0.0)
-        if t.features == t.block:
+        summed = tl.load(mass + f, mask=real, other=0.0)
+        if t.ahead and t.features == t.block:
             held = sums_tile(value, 0, t.features, first, t, o)
         if t.ahead and t.pairs == t.block and not s.paired:
             n = tl.arange(0, t.late)
             phi = phi_tile(ring_phi, n, n < s.fold, 0, t, o)
-    return keys, values, phi, held, alone, seen, folded, here, new_k, new_v, key, query, level, shift
+    return keys, values, phi, held, summed, seen, folded, here, new_k, new_v, key, query, level, shift

@@ -176,7 +176,7 @@ def standing(state: StepState | HybridState, phi_k_fn: Callable[[Tensor], Tensor
     lead = max(held.span - 1, 0)
     position = seen - lead + torch.arange(lead, device=seen.device)
     ring_k, ring_v = (_pick(x, _place(position, held), position >= 0) for x in (state.ring_k, state.ring_v))
-    sink = torch.arange(held.sinks, device=seen.device)[None]
+    sink = torch.arange(held.sinks, device=seen.device).expand(len(seen), -1)
     sink_k, sink_v = (_pick(x, sink, sink < seen) for x in (state.ring_k, state.ring_v))
 
     late = folded + torch.arange(held.fold, device=seen.device)
