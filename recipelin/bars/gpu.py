@@ -203,8 +203,8 @@ _UNFUSED = (
     "features are read, not made: with F 128 they are 8 KB of phi_q and twice 8 KB of phi_k a token beside 20 KB of q, k, v and "
     "y, and states in bf16 a further 16 KB: 60 KB, 20 ns at 3 TB/s, 14 at the 4.3 of an H200, where the bar is 18. `output` "
     "is held by L2: of 64 queries it takes 232 KB (q, phi_q, y 48, a state 32, keys and values of 128 keys 64, features and "
-    "values of 160 others 80), 3.8 GB in all or 5.6 TB/s, of the about 7 that L2 gives. Blocks of 128 queries take 160 KB for 64, but "
-    "registers leave them 8 to 16 warps. Fused maps would take 24 of the 60 KB."
+    "values of 160 others 80), 3.8 GB in all or 5.6 TB/s, of the about 7 that L2 gives. Blocks of 128 queries take 160 KB for "
+    "64, but registers leave them 8 to 16 warps. Fused maps would take 24 of the 60 KB."
 )
 _UNFUSED_256 = (
     "as with F 128; features then are 48 KB a token and states 32 KB: 100 KB, 33 ns at 3 TB/s, so that the bar needs fused maps "
