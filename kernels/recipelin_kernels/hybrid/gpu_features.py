@@ -17,6 +17,7 @@ from .softmax_map import SoftmaxMap
 ROWS = 16  # tokens of a program, of any rows of the batch; the least that a product takes
 MANY = 64  # of the many tokens of whole rows, if maps are narrow: W is read once for all of them
 NARROW = 128  # columns; wider ones take 8 warps, as 4 spill
+DEPTH = 8192  # elements of W at once, of 64 to 128 rows: all of it where 128 features are made, so that loads wait once
 
 
 class Shape(NamedTuple):
@@ -133,7 +134,9 @@ class _Features(torch.autograd.Function):
 
 def _shape(x: Tensor, weight: Tensor) -> Shape:
     heads, width, columns = weight.shape
-    return Shape(heads // x.shape[1], width, columns, power(columns), min(power(width), 64))
+    block = power(columns)
+    depth = min(power(width), max(64, min(128, DEPTH // block)))
+    return Shape(heads // x.shape[1], width, columns, block, depth)
 
 
 def features(x: Tensor, weight: Tensor, clamp: float, dtype: torch.dtype = torch.float32) -> Tensor:
