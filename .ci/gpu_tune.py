@@ -182,7 +182,7 @@ def compile_share(number: int, jobs: int) -> None:
             for launch in how:
                 at += 1
                 if at % jobs == number:
-                    one.kernel.warmup(*one.arguments, grid=one.grid, **one.more, **launch.options)
+                    compiles(one.kernel, one.grid, one.arguments, one.more, launch.options)
     gpu_launch.launch = compiles
     for case, _name, blocks in step_cases():
         at += 1
