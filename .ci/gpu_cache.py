@@ -13,7 +13,6 @@ import importlib
 import io
 import lzma
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -150,13 +149,10 @@ def main() -> int:
         return done.returncode
     with ProcessPoolExecutor(jobs) as pool:
         list(pool.map(compile_others, [(what, n, jobs) for what in ("bars", "sweeps") for n in range(jobs)]))
-    for folder in CACHE.iterdir():
-        if folder.stat().st_mtime < begun - 1:  # of sources or sizes of before
-            shutil.rmtree(folder)
+    # What this run did not ask for is of sources or sizes of before, and left out.
+    found = (p for p in CACHE.rglob("*") if p.suffix in KEPT and p.parent.stat().st_mtime >= begun - 1)
     # Variants of a kernel are much alike: one after the other, and looked back at so far, they take half the room.
-    kept = sorted(
-        (p for p in CACHE.rglob("*") if p.suffix in KEPT), key=lambda p: (p.suffix, p.name, p.stat().st_size, p)
-    )
+    kept = sorted(found, key=lambda p: (p.suffix, p.name, p.stat().st_size, p))
     how = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 27}]
     with lzma.open(TARGET, "wb", filters=how) as file, tarfile.open(fileobj=file, mode="w") as archive:
         for p in kept:
