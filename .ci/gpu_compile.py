@@ -160,11 +160,13 @@ def compiled(self: gpu_call.Compiled, kernel: Any, grid: tuple[int, ...], *argum
         int(re.findall(pattern, said)[-1]) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill st")
     )
     shared, bare, stores = made.metadata.shared, unfenced(made.asm["ptx"]), early(made.asm["ptx"])
-    fits.append(shared <= SHARED and not bare and not stores)
-    wrong = "" if shared <= SHARED else "  DOES NOT FIT"
-    wrong += (f"  {bare} PRODUCTS WITHOUT A FENCE" if bare else "") + (
-        f"  {stores} STORES BEFORE THE WAIT" if stores else ""
-    )
+    faults = {
+        "DOES NOT FIT": shared > SHARED,
+        f"{bare} PRODUCTS WITHOUT A FENCE": bare,
+        f"{stores} STORES BEFORE THE WAIT": stores,
+    }
+    wrong = "".join(f"  {fault}" for fault, there in faults.items() if there)
+    fits.append(not wrong)
     print(
         f"  {kernel.__name__:24} {how['num_warps']} warps {how['num_stages']} stages {registers:4} registers "
         f"{spilled:5} bytes spilled {shared / 1024:4.0f} KiB shared {seconds:5.1f} s{wrong}",

@@ -150,7 +150,6 @@ def launched(sweep: Sweep, blocks: Blocks, *, run: bool) -> list[Launched]:
     def noted(self: gpu_call.Compiled, kernel: Any, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
         if 0 in grid:
             return
-        gpu_launch.hashed(kernel)
         if kernel.__name__.startswith(sweep.kernels):
             found.append(Launched(kernel, grid, arguments, {**more, "o": self.form}))
         if run:

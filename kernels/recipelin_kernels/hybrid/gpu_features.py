@@ -139,6 +139,10 @@ def _shape(x: Tensor, weight: Tensor) -> Shape:
     return Shape(heads // x.shape[1], width, columns, block, depth)
 
 
+def _compiled(x: Tensor, weight: Tensor) -> Compiled:
+    return Compiled(_shape(x, weight), 1, 4 if weight.shape[2] <= NARROW else 8)
+
+
 def features(x: Tensor, weight: Tensor, clamp: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """`softmax_features_gpu` without gradients, rounded to a dtype."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -146,7 +150,7 @@ def features(x: Tensor, weight: Tensor, clamp: float, dtype: torch.dtype = torch
     heads, _, columns = weight.shape
     out = torch.empty(batch, heads, length, 2 * columns, dtype=dtype, device=x.device)
     rows = MANY if length > ROWS and columns <= NARROW else ROWS
-    Compiled(_shape(x, weight), 1, 4 if columns <= NARROW else 8).launch(
+    _compiled(x, weight).launch(
         softmax_features, (cdiv(batch * length, rows), heads),
         x, weight.float().contiguous(), out, *x.stride()[:3], batch * length, length, heads, clamp, rows=rows,
     )  # fmt: skip
@@ -164,7 +168,7 @@ def features_of_token(
     maps, _, columns = map_k.weight.shape
     out_q, out_k = (torch.empty(batch, n, 1, 2 * columns, dtype=torch.float32, device=q.device) for n in (heads, maps))
     weights = [m.weight.float().contiguous() for m in (map_q, map_k)]
-    Compiled(_shape(k, map_k.weight), 1, 4 if columns <= NARROW else 8).launch(
+    _compiled(k, map_k.weight).launch(
         token_features, (cdiv(batch, ROWS), heads + maps),
         q, k, *weights, out_q, out_k, *q.stride()[:2], *k.stride()[:2], batch, heads, maps, map_q.clamp, map_k.clamp,
         OVERLAPPED=overlapped, rows=ROWS,
