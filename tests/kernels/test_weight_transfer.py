@@ -13,6 +13,7 @@ JOINS = ("shared", "absolute", "replace", "average", "sum")
 GROUPS = ((2, 2), (6, 2), (4, 1))
 WINDOWS = ((1, "sliding"), (9, "sliding"), (400, "sliding"), (9, "terraced"), (70, "terraced"))
 BLOCKED = {"chunked": 1e-10, "cpu": 1e-5}  # kernels, and how far they may be off; the C kernel is in fp32
+LEAST = {"chunked": 1e-3, "cpu": 3e-2}  # where less is expected: what cancels leaves the rounding of terms of 1
 REACHES = ((None, None), (21, 21), (None, 21), (21, None))  # the student's, the teacher's
 
 
@@ -94,9 +95,8 @@ def test_blocked_is_the_definition(target, heads, key_heads, kind, kernel):
         }
         expected, found = (loss_and_gradients(x, n, **options) for n in ("reference", kernel))
         scale = max(float(g.abs().max()) for g in expected[1:])
-        least = 1e-3 if kernel == "chunked" else 1e-2  # what cancels leaves the rounding of its terms
         for one, other in zip(expected, found, strict=True):
-            bound = BLOCKED[kernel] * max(scale, float(one.abs().max()), least)
+            bound = BLOCKED[kernel] * max(scale, float(one.abs().max()), LEAST[kernel])
             assert float((one - other).abs().max()) <= bound, options
         compared += 1
     assert compared >= 4
@@ -141,8 +141,9 @@ def test_rows_and_pairs_without_mass(what, kernel):
             expected, found = (loss_and_gradients(x, n, target=target, **options) for n in ("reference", kernel))
             for one, other in zip(expected, found, strict=True):
                 assert torch.isfinite(one).all() and torch.isfinite(other).all()
-                least = 1e-3 if kernel == "chunked" else 1e-2
-                assert float((one - other).abs().max()) <= BLOCKED[kernel] * max(float(one.abs().max()), least), options
+                assert float((one - other).abs().max()) <= BLOCKED[kernel] * max(
+                    float(one.abs().max()), LEAST[kernel]
+                ), options
 
 
 @pytest.mark.parametrize("join", JOINS)
