@@ -6,6 +6,7 @@ import triton.language as tl
 from .gpu_forward import enters, goes_on
 from .gpu_parts import (
     FAR,
+    copied,
     head,
     pairs,
     places,
@@ -111,6 +112,7 @@ def key_gradient(
                     f = start + tl.arange(0, o.tile)
                     phi = take(head(fk, b, p, fk_b, fk_h), j, fk_t, counts, start, o.features, o.tile)
                     s = take(value + at * o.width, f, o.width, f < o.features, 0, o.width, o.width_block)
+                    copied(f)
                     total = weighed(phi, s, total, o)
     put(out + row * o.width, j, o.width, inside, 0, o.width, o.width_block, total)
 
@@ -133,6 +135,7 @@ def _to_keys(
         query = take(q, i, q_t, real, 0, o.width, o.width_block)
         top = tl.load(stats + i, mask=real, other=0.0)
         factor = tl.load(terms + i, mask=real, other=0.0)
+        copied(i)
         a = softmax_weights(scores(key, query, scale, o), soft, top[None, :]) * factor[None, :]
         if K:
             sigma = tl.load(terms + 2 * plane + i, mask=real, other=0.0)
@@ -197,6 +200,7 @@ def key_features_gradient(
             shift = tl.load(t + 3 * plane + i, mask=real, other=0.0)
             db = shift[None, :] + tl.full([o.columns, o.rows], 0.0, tl.float32)
             if o.show_linear:
+                copied(i)
                 db = tl.dot(values, tl.trans(out), db, input_precision=o.precision)
             db = tl.where(linear, factor[None, :] * db, 0.0)
             if o.join == "replace":

@@ -6,6 +6,7 @@ import triton.language as tl
 from .gpu_parts import (
     HIDDEN,
     ON_CHIP,
+    copied,
     exp2,
     factors,
     features_of,
@@ -85,6 +86,8 @@ def sum_keys(
         phi = take(fk, j, fk_t, counts, first, o.features, o.tile)
         if o.show_linear:
             values = take(v, j, v_t, ks >= 0, 0, o.width, o.width_block)
+        copied(j)
+        if o.show_linear:
             total = weighed(tl.trans(phi), values, total, o)
         alone = tl.dot(tl.trans(phi), ones, alone, input_precision="tf32x3")
     row = tl.program_id(1).to(tl.int64) * states + number
@@ -168,6 +171,7 @@ def _softmax_columns(
     real = ks >= 0
     key = take(k, j, k_t, real, 0, o.width, o.width_block)
     values = take(v, j, v_t, real, 0, o.width, o.width_block)  # here, so that both are under way at once
+    copied(j)
     s = scores(query, key, scale, o)
     soft, _linear, hidden = sets(qp[:, None], qs[:, None], kp[None, :], ks[None, :], kept, anchor, o)
     s = tl.where(soft, s, HIDDEN)
@@ -312,6 +316,7 @@ def output(
                     else:
                         x = take(fq, i, fq_t, sees & (qs >= 0), first, o.features, o.tile)
                     if o.show_linear:
+                        copied(f)
                         total = weighed(x, s, total, o)
                     b_mass += tl.sum(x.to(tl.float32) * held[None, :], 1)
         last = stop
