@@ -138,6 +138,8 @@ def compile_others(job: tuple[str, int, int]) -> None:
 
 
 def main() -> int:
+    from gpu_compile import unfenced
+
     jobs, begun = os.cpu_count() or 1, time.time()
     os.environ["TRITON_CACHE_DIR"], os.environ["OMP_NUM_THREADS"] = str(CACHE), "1"
     ahead = os.environ.get("PYTHONPATH", "")  # where the lent machine's Triton is
@@ -161,9 +163,12 @@ def main() -> int:
             entry = tarfile.TarInfo(str(p.relative_to(CACHE)))
             entry.size = len(content)
             archive.addfile(entry, io.BytesIO(content))
-    kernels = sum(p.suffix == ".cubin" for p in kept)
-    print(f"{TARGET.relative_to(ROOT)}: {TARGET.stat().st_size / 2**20:.1f} MiB, {kernels} kernels")
-    return 0
+    kernels = [p for p in kept if p.suffix == ".cubin"]
+    print(f"{TARGET.relative_to(ROOT)}: {TARGET.stat().st_size / 2**20:.1f} MiB, {len(kernels)} kernels")
+    bare = [p.with_suffix(".ptx") for p in kernels if unfenced(p.with_suffix(".ptx").read_text())]
+    for p in bare:
+        print(f"{p.relative_to(ROOT)}: products read what was copied without a fence (gpu_parts.copied)")
+    return bool(bare)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,139 @@
+"""Runs the GPU's tests of the Triton kernels without one: what Triton compiles for sm_90, on a CPU (`make gpu-emulate`).
+
+What Triton's interpreter cannot show: bf16 and fp16, layouts, tensor cores' operands, copies under way, barriers, fences, what a
+launch reads before it has waited for the one ahead. What this cannot: ptxas, speed, programs that meet in memory. ptx.c says what
+is refused. The tests run as they are, except that CUDA's tensors are the CPU's. This file is also the plugin by which they do.
+
+    make gpu-emulate ONLY="tests/kernels/on_gpu_hybrid.py -k 'decoding and bfloat16'"
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gpu_cache
+import torch
+from ptx import Program, Refused, machine
+from triton.compiler import CompiledKernel
+
+ROOT = gpu_cache.ROOT
+UNTRUE = ("why_not", "once_they_are_proven", "once_it_is_proven")  # tests of what this file pretends
+captured: list[Callable[[], None]] | None = None  # launches of the graph that is being captured
+written: list[tuple[int, int]] = []  # by the launch before
+
+
+@functools.cache
+def program(compiled: CompiledKernel) -> Program:
+    return Program(compiled.asm["ptx"])
+
+
+def bits(value: Any, kind: str) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    return int(struct.unpack("<I", struct.pack("<f", value))[0]) if kind == "fp32" else int(value)
+
+
+@contextlib.contextmanager
+def hidden(spans: list[tuple[int, int]]) -> Iterator[Callable[[int], None]]:
+    """What the launch ahead wrote is NaN, as it may be, until a block has waited for it."""
+    kept = [(a, ctypes.string_at(a, b - a)) for a, b in spans]
+
+    def ahead(waited: int) -> None:
+        for a, content in kept:
+            ctypes.memmove(a, content if waited else b"\xff" * len(content), len(content))
+
+    try:
+        yield ahead
+    finally:
+        ahead(1)
+
+
+def emulates(kernel: Any, grid: Any, arguments: Any, constants: Any, how: Any) -> None:
+    """In the place of `gpu_launch.launch`."""
+    gpu_cache.hashed(kernel)
+    made = kernel.warmup(*arguments, grid=grid, **constants, **how)
+    kinds = [made.src.signature[name] for name in kernel.arg_names[: len(arguments)]]
+    given = [(value, kind) for value, kind in zip(arguments, kinds, strict=True) if kind != "constexpr"]
+    storages = [value.untyped_storage() for value, _ in given if isinstance(value, torch.Tensor)]
+    tensors = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
+    parameters = [bits(value, kind) for value, kind in given] + [0, 0]  # Triton's own scratch, which none has
+
+    def run() -> None:
+        global written
+        with hidden(written if dict(how).get("launch_pdl") else []) as ahead:
+            try:
+                written = program(made).run(grid, parameters, made.metadata.shared, tensors, ahead)
+            except Refused as refused:
+                raise Refused(f"{kernel.__name__}{grid}: {refused}") from None
+        del storages[len(storages) :]  # what a captured launch writes stays
+
+    if captured is not None:
+        captured.append(run)
+    run()
+
+
+class Graph:
+    """In the place of CUDA's: launches alone."""
+
+    def __init__(self) -> None:
+        self.launches: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for launch in self.launches:
+            launch()
+
+
+@contextlib.contextmanager
+def capture(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
+    global captured
+    captured = graph.launches
+    try:
+        yield
+    finally:
+        captured = None
+
+
+def pytest_configure() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["RECIPELIN_TEST_GPU"] = "1"
+    from gpu_compile import NoGpu
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.driver import driver
+
+    from recipelin_kernels.hybrid import gpu_launch
+
+    driver.set_active(NoGpu())
+    CUDABackend.make_cubin = lambda *_, **__: b""  # ptxas, for nothing
+    gpu_launch.launch = emulates
+    definitions = {
+        (module := importlib.import_module(f"recipelin_kernels.{name}"), attribute): getattr(module, attribute)
+        for name, attribute in (
+            ("hybrid", "hybrid_attention_reference"),
+            ("weight_transfer", "weight_transfer_loss_reference"),
+        )
+    }
+    gpu_cache.pretend()
+    for (module, attribute), definition in definitions.items():
+        setattr(module, attribute, definition)
+    torch.cuda.CUDAGraph, torch.cuda.graph = Graph, capture  # type: ignore[misc, assignment]
+
+
+def main() -> int:
+    machine()  # compiled once, not by each process
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), *map(str, (ROOT, ROOT / "kernels", ROOT / ".ci"))])
+    os.environ.pop("TRITON_INTERPRET", None)
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "RECIPELIN_TEST_GPU": "1"}
+    options = f"-q -W ignore -p gpu_emulate -p no:cacheprovider -n {os.cpu_count() or 1} --tb=short".split()
+    asked = sys.argv[1:] or [*gpu_cache.TESTS, "-k", " and ".join(f"not {name}" for name in UNTRUE)]
+    return subprocess.run([sys.executable, "-m", "pytest", *options, *asked], cwd=ROOT, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
