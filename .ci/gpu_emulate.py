@@ -21,11 +21,13 @@ from typing import Any
 import gpu_cache
 import torch
 from ptx import Program, Refused, machine
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import CompiledKernel
 
 ROOT = gpu_cache.ROOT
 UNTRUE = ("why_not", "once_they_are_proven", "once_it_is_proven")  # tests of what this file pretends
-captured: list[Callable[[], None]] | None = None  # launches of the graph that is being captured
+captured: list[Callable[[], None]] | None = None  # calls of the graph that is being captured
 written: list[tuple[int, int]] = []  # by the launch before
 
 
@@ -80,22 +82,39 @@ def emulates(kernel: Any, grid: Any, arguments: Any, constants: Any, how: Any) -
 
 
 class Graph:
-    """In the place of CUDA's: launches alone."""
+    """In the place of CUDA's: launches, and what torch computes between them, again into the same memory."""
 
     def __init__(self) -> None:
-        self.launches: list[Callable[[], None]] = []
+        self.calls: list[Callable[[], None]] = []
 
     def replay(self) -> None:
-        for launch in self.launches:
-            launch()
+        for call in self.calls:
+            call()
+
+
+class Captures(TorchDispatchMode):
+    """Of a graph's capture what torch computes."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+
+        def again() -> None:
+            for one, other in zip(*map(pytree.tree_leaves, (made, function(*args, **(kwargs or {})))), strict=True):
+                if isinstance(one, torch.Tensor) and one.data_ptr() != other.data_ptr():
+                    one.copy_(other)
+
+        assert captured is not None
+        captured.append(again)
+        return made
 
 
 @contextlib.contextmanager
 def capture(graph: Graph, *_: Any, **__: Any) -> Iterator[None]:
     global captured
-    captured = graph.launches
+    captured = graph.calls
     try:
-        yield
+        with Captures():
+            yield
     finally:
         captured = None
 
