@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import CompiledKernel
 
 ROOT = gpu_cache.ROOT
-UNTRUE = ("why_not", "once_they_are_proven", "once_it_is_proven")  # tests of what this file pretends
+UNTRUE = ("why_not", "once_they_are_proven")  # tests of what this file pretends
 captured: list[Callable[[], None]] | None = None  # calls of the graph that is being captured
 written: list[tuple[int, int]] = []  # by the launch before
 
@@ -67,14 +67,13 @@ def emulates(kernel: Any, grid: Any, arguments: Any, constants: Any, how: Any) -
     tensors = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
     parameters = [bits(value, kind) for value, kind in given] + [0, 0]  # Triton's own scratch, which none has
 
-    def run() -> None:
+    def run(_kept: Any = storages) -> None:  # memory of a captured launch stays
         global written
         with hidden(written if dict(how).get("launch_pdl") else []) as ahead:
             try:
                 written = program(made).run(grid, parameters, made.metadata.shared, tensors, ahead)
             except Refused as refused:
                 raise Refused(f"{kernel.__name__}{grid}: {refused}") from None
-        del storages[len(storages) :]  # what a captured launch writes stays
 
     if captured is not None:
         captured.append(run)

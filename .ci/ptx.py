@@ -130,9 +130,7 @@ def _predicates() -> Iterable[tuple[str, Plain]]:
 
 COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 UNSIGNED = {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
-PLAIN: dict[str, Plain] = dict(
-    [*_whole(16), *_whole(32), *_whole(64), *_wide(), *_floating(), *_predicates()],
-)
+PLAIN: dict[str, Plain] = dict([*_whole(16), *_whole(32), *_whole(64), *_wide(), *_floating(), *_predicates()])
 OTHERS = (
     "bra", "ret", "bar.sync", "bar.warp.sync", "ld.param", "ld.global", "st.global", "ld.shared", "st.shared", "ldmatrix",
     "stmatrix", "shfl.sync", "redux.sync", "cp.async", "cp.async.commit_group", "cp.async.wait_group", "mma.sync", "wgmma.fence",
@@ -159,7 +157,7 @@ BASE = 1024  # where shared memory begins, as in ptx.c
 
 
 def _c() -> str:
-    """ptx.c with a function for each plain operation: of all lanes, which a compiler makes vectors of, or of some."""
+    """ptx.c, what it includes, and a function for each plain operation: of all lanes (as vectors), or of some."""
     made = []
     for n, (result, kinds, value) in enumerate(PLAIN.values()):
         named = list(zip("abc", kinds, strict=False))
@@ -173,7 +171,8 @@ def _c() -> str:
         )
     table = ", ".join(f"plain_{n}" for n in range(len(PLAIN)))
     made.append(f"static void (*const plain[])(const s32 *, const p *, int) = {{{table}}};")
-    text = SOURCE.read_text().replace("@PLAIN@", "\n".join(made)).replace("@FIRST_PLAIN@", str(len(OTHERS)))
+    text = re.sub(r'#include "(.*)"', lambda found: SOURCE.with_name(found[1]).read_text(), SOURCE.read_text())
+    text = text.replace("@PLAIN@", "\n".join(made)).replace("@FIRST_PLAIN@", str(len(OTHERS)))
     return re.sub(r"@([\w.]+)@", lambda found: str(NUMBER[found[1]]), text)
 
 
@@ -345,12 +344,8 @@ class Program:
         part = size // len(names)
         outside = re.sub(r"\{.*\}", "", rest).strip(", ")
         if rest.startswith("{"):
-            return (
-                "unpack",
-                [*(-1 if x == "_" else self._register(x) for x in names), self._value(outside, f"u{8 * size}")],
-                part,
-                size,
-            )
+            registers = [-1 if x == "_" else self._register(x) for x in names]
+            return "unpack", [*registers, self._value(outside, f"u{8 * size}")], part, size
         return "pack", [self._register(outside), *(self._value(x, f"u{8 * part}") for x in names)], part, size
 
     def _access(self, kind: str, space: str, count: int, size: int, rest: str) -> tuple[str, list[int], int, int]:
