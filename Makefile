@@ -30,14 +30,14 @@ test-gpu: .venv/.dev  ## the Triton kernels on a CUDA device, nothing skipped (J
 	RECIPELIN_TEST_GPU=1 $(BIN)/python -m pytest -n $(or $(JOBS),4) tests/kernels/test_*_gpu*.py tests/kernels/on_gpu_*.py
 
 # The lent machine's Triton beside .venv's own: each makes other pipelines, fences and layouts.
-$(BIN)/triton-$(GPU_TRITON): .venv/.dev
+.venv/triton-$(GPU_TRITON): .venv/.dev
 	$(BIN)/pip install --quiet --no-deps --target $@ triton==$(GPU_TRITON)
 
-gpu-compile: $(BIN)/triton-$(GPU_TRITON)  ## compiles the Triton kernels for an H100, without one, by two Tritons: registers, spills, shared memory, fences
+gpu-compile: .venv/triton-$(GPU_TRITON)  ## compiles the Triton kernels for an H100, without one, by two Tritons: registers, spills, shared memory, fences
 	PYTHONPATH=.:kernels $(BIN)/python .ci/gpu_compile.py
 	PYTHONPATH=$<:.:kernels $(BIN)/python .ci/gpu_compile.py
 
-gpu-emulate: $(BIN)/triton-$(GPU_TRITON)  ## runs the GPU's tests on a CPU, as PTX of an H100 (hours on 2 cores; ONLY="tests/kernels/on_gpu_hybrid.py -k decod")
+gpu-emulate: .venv/triton-$(GPU_TRITON)  ## runs the GPU's tests on a CPU, as PTX of an H100 (hours on 2 cores; ONLY="tests/kernels/on_gpu_hybrid.py -k decod")
 	PYTHONPATH=$< $(BIN)/python .ci/gpu_emulate.py $(ONLY)
 
 gpu-bounds: .venv/.dev  ## looks at every address of the Triton kernels as a GPU runs them, without one (half an hour on 2 cores)

@@ -8,16 +8,16 @@ What Triton 3.6 and 3.7 make of this project's kernels is known; another operati
 
 import ctypes
 import functools
-import hashlib
 import itertools
-import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from recipelin_kernels import cpu
+
 SOURCE = Path(__file__).with_suffix(".c")
+FLAGS = ("-O3", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-fno-math-errno", "-w", "-shared", "-fPIC")
 Plain = tuple[str, list[str], str]  # type of the result, types of the operands a, b, c, and the result in C
 
 
@@ -178,31 +178,11 @@ def _c() -> str:
 
 @functools.cache
 def machine() -> ctypes.CDLL:
-    """ptx.c, compiled once (some seconds) into the user's folder of temporary files."""
-    text = _c()
-    folder = Path(tempfile.gettempdir()) / f"recipelin-ptx-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    made = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
-    if not made.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as own:
-            source, target = Path(own) / "ptx.c", Path(own) / "ptx.so"
-            source.write_text(text)
-            flags = (
-                "-O2 -ftree-vectorize -march=native -fno-strict-aliasing -fwrapv -ffp-contract=off -fno-math-errno -w"
-            )
-            command = [
-                os.environ.get("CC", "cc"),
-                *flags.split(),
-                "-shared",
-                "-fPIC",
-                str(source),
-                "-o",
-                str(target),
-                "-lm",
-            ]
-            subprocess.run(command, check=True)
-            target.replace(made)
-    return ctypes.CDLL(str(made))
+    """ptx.c, compiled once (some seconds) and kept beside the C kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "ptx.c"
+        source.write_text(_c())
+        return cpu.built("ptx", [source], FLAGS, "ptx.c")
 
 
 class Program:

@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recipelin_kernels import cpu
 from tests.kernels.test_gpu_compile import ROOT
 
+pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="no C compiler")
 spec = importlib.util.spec_from_file_location("ptx", ROOT / ".ci" / "ptx.py")
 ptx = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ptx)

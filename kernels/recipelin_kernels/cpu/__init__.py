@@ -59,21 +59,27 @@ def why_not() -> str | None:
 @cache
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises CalledProcessError of the compiler, and OSError."""
+    return built("cpu", sorted(HERE.glob("*.[ch]")), FLAGS, "the C kernels")
+
+
+def built(name: str, sources: list[Path], flags: tuple[str, ...], what: str) -> ctypes.CDLL:
+    """The library of these sources, compiled where it is not yet; a header beside them is one. Raises as `library`."""
     cc = compiler()
     if cc is None:
         raise OSError("no C compiler")
-    sources = sorted(HERE.glob("*.[ch]"))
     machine = _said(*cc, "--version") + _said(*cc, MACHINE, "-dM", "-E", "-x", "c", os.devnull)
-    name = hashlib.sha256(b"\0".join([*(s.read_bytes() for s in sources), machine.encode(), " ".join(FLAGS).encode()]))
+    digest = hashlib.sha256(
+        b"\0".join([*(s.read_bytes() for s in sources), machine.encode(), " ".join(flags).encode()])
+    )
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recipelin"
-    path = folder / f"cpu-{name.hexdigest()[:16]}.so"
+    path = folder / f"{name}-{digest.hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"compiling the C kernels into {path} (some seconds, once)", file=sys.stderr)
+        print(f"compiling {what} into {path} (some seconds, once)", file=sys.stderr)
         # Another process may be compiling the same: each writes a file of its own, and the last one stays.
         with tempfile.TemporaryDirectory(dir=folder) as made:
             new = Path(made) / path.name
-            _said(*cc, MACHINE, *FLAGS, *(str(s) for s in sources if s.suffix == ".c"), "-lm", "-o", str(new))
+            _said(*cc, MACHINE, *flags, *(str(s) for s in sources if s.suffix == ".c"), "-lm", "-o", str(new))
             with new.open("rb") as file:
                 os.fsync(file.fileno())  # a library cut short would end the process that loads it
             new.replace(path)
