@@ -30,6 +30,7 @@ ROOT = gpu_cache.ROOT
 LEFT_OUT = ("why_not", "once_they_are_proven", "known_launches", "repeat_bit_by_bit")
 captured: list[Callable[[], None]] | None = None  # calls of the graph that is being captured
 written: list[tuple[int, int]] = []  # by the launch before
+memory: list[Any] = []  # of the launch before
 
 
 @functools.cache
@@ -46,11 +47,15 @@ def bits(value: Any, kind: str) -> int:
 @contextlib.contextmanager
 def hidden(spans: list[tuple[int, int]]) -> Iterator[Callable[[int], None]]:
     """What the launch ahead wrote is NaN, as it may be, until a block has waited for it."""
-    kept = [(a, ctypes.string_at(a, b - a)) for a, b in spans]
+    kept: list[tuple[int, bytes]] = []
 
     def ahead(waited: int) -> None:
+        if not waited:
+            kept.extend((a, ctypes.string_at(a, b - a)) for a, b in spans)
         for a, content in kept:
             ctypes.memmove(a, content if waited else b"\xff" * len(content), len(content))
+        if waited:
+            kept.clear()
 
     try:
         yield ahead
@@ -68,13 +73,15 @@ def emulates(kernel: Any, grid: Any, arguments: Any, constants: Any, how: Any) -
     tensors = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
     parameters = [bits(value, kind) for value, kind in given] + [0, 0]  # Triton's own scratch, which none has
 
-    def run(_kept: Any = storages) -> None:  # memory of a captured launch stays
-        global written
+    def run(kept: list[Any] = storages) -> None:  # memory of a captured launch stays
+        global written, memory
         with hidden(written if dict(how).get("launch_pdl") else []) as ahead:
             try:
                 written = program(made).run(grid, parameters, made.metadata.shared, tensors, ahead)
             except Refused as refused:
                 raise Refused(f"{kernel.__name__}{grid}: {refused}") from None
+            finally:
+                memory = kept
 
     if captured is not None:
         captured.append(run)

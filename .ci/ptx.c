@@ -3,7 +3,8 @@
    Numbers are what a GPU gives but for the order of sums and the last bits of approximations. Beside them it refuses what a GPU
    may answer with anything: an address in no tensor, one that is not aligned; shared memory that nobody wrote, or that another
    lane wrote or still reads with no barrier between; what a copy has not brought yet (copies land when they are waited for, as
-   late as they may); a product of shared memory without a fence after the write, or whose operands change before it is done. */
+   late as they may); a product of shared memory without a fence after the write, or which changes before it is done. It does not
+   see accumulators that are used too early, nor threads that meet in global memory. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -33,17 +34,17 @@ typedef struct { s64 op, count, first, guard, negated, a, b; } Instruction;
 /* What is known of a byte of shared memory: who wrote it when, who has read it, and up to which group of products it is read. */
 typedef struct {
   u32 write_epoch, write_warp_epoch, write_time, read_epoch, read_warp_epoch, read_warps, products[GROUPS];
-  s16 writer, reader; /* lanes; -1: several */
+  s16 writer, reader; /* lanes; reader -1: several */
   uint8_t there, copying;
 } Byte;
 typedef struct { u32 to; u64 from; int size, real, lane, group; } Copy;
 /* A product under way: where its operands stand and what they were. */
-typedef struct { const Instruction *of; u64 a, b, content; int group, warps; } Product;
+typedef struct { const Instruction *of; u64 a, b, content; int group, warpgroup; } Product;
 
 static uint8_t *registers, *shared;
 static Byte *known;
 static int lanes, shared_end, watched; /* watched: whether this block's accesses are compared with each other */
-static u32 epoch, warp_epoch[WARPS], fenced[LANES], now;
+static u32 epoch, warp_epoch[WARPS], fenced[LANES], fenced_epoch[LANES], now;
 static Copy *copies;
 static int copy_count, copy_room, copy_group[LANES];
 static Product products[1024];
@@ -62,6 +63,13 @@ static void refuse(const char *format, ...) {
   vsnprintf(reason, 1024, format, values);
   va_end(values);
   longjmp(refusal, 1);
+}
+
+/* Whether lanes first .. first + n - 1 are on: an operation of a warp, or of four, is one of all their lanes. */
+static int whole(const p *on, int first, int n) {
+  for (int l = first; l < first + n; l++)
+    if (on[l] != on[first]) refuse("lanes %d to %d part at what they do together", first, first + n - 1);
+  return on[first];
 }
 
 static void *row(int number) { return registers + (size_t)number * 8 * lanes; }
@@ -113,7 +121,7 @@ static void shuffle(const Instruction *in, const s32 *o, const uint8_t *on) {
   u32 found[LANES];
   for (int l = 0; l < lanes; l++) {
     if (!on[l]) continue;
-    int own = l & 31, other = in->a == 0 ? own ^ (int)by[l] : in->a == 1 ? (int)(by[l] & 31) : in->a == 2 ? own + (int)by[l] : own - (int)by[l];
+    int own = l & 31, n = by[l] & 31, other = in->a == 0 ? own ^ n : in->a == 1 ? n : in->a == 2 ? own + n : own - n;
     if (other < 0 || other > 31) other = own;
     other += l & ~31;
     if (!on[other]) refuse("lane %d asks lane %d, which is not there", l, other);
@@ -125,7 +133,7 @@ static void shuffle(const Instruction *in, const s32 *o, const uint8_t *on) {
 
 static void reduce(const Instruction *in, const s32 *o, const uint8_t *on) {
   for (int w = 0; w < lanes / 32; w++) {
-    if (!on[32 * w]) continue;
+    if (!whole(on, 32 * w, 32)) continue;
     const u32 *x = (u32 *)row(o[1]) + 32 * w;
     u32 y = x[0];
     for (int l = 1; l < 32; l++) {
@@ -180,7 +188,7 @@ static void begin(int numbers, const u64 *constants, int constant_count) {
   copy_count = product_count = 0;
   for (int w = 0; w < WARPS; w++) warp_epoch[w] = 0;
   for (int g = 0; g < GROUPS; g++) product_group[g] = 1, products_done[g] = 0;
-  for (int l = 0; l < lanes; l++) next[l] = waits[l] = over[l] = copy_group[l] = fenced[l] = 0;
+  for (int l = 0; l < lanes; l++) next[l] = waits[l] = over[l] = copy_group[l] = fenced[l] = fenced_epoch[l] = 0;
 }
 
 /* The lanes that go on: those whose next instruction is the first. Returns it, or -1; until: where others are met. */
@@ -210,7 +218,7 @@ int run(const Instruction *code, int length, const s32 *all_operands, int number
         int threads, const u64 *given, int x, int y, int z, int shared_bytes, const u64 *ranges, int range_count, u64 *spans,
         void (*ahead)(int), char *said, int *where) {
   int grid[] = {x, y, z}, failed = 0;
-  s64 blocks = (s64)x * y * z, some = blocks / 5 + 1;
+  s64 blocks = (s64)x * y * z;
   lanes = threads, shared_end = shared_bytes + BASE, tensors = ranges, tensor_count = range_count, tensor = 0;
   reason = said, written = spans;
   for (int i = 0; i < range_count; i++) written[2 * i] = ~0ull, written[2 * i + 1] = 0;
@@ -223,7 +231,8 @@ int run(const Instruction *code, int length, const s32 *all_operands, int number
   }
   for (s64 number = 0; number < blocks; number++) {
     int block[] = {number % x, number / x % y, number / x / y}, until, i;
-    watched = number % some == 0 || number == blocks - 1; /* all take the same ways */
+    /* The first, the last, and some between, of any row and column: watching costs several times what running does. */
+    watched = blocks < 8 || number == 0 || number == blocks - 1 || (u32)(number * 2654435761u) < 0xffffffffu / blocks * 4;
     begin(numbers, constants, constant_count);
     ahead(0);
     while ((i = who_goes_on(length, &until)) >= 0) {
@@ -255,11 +264,11 @@ int run(const Instruction *code, int length, const s32 *all_operands, int number
             break;
           case @bar.sync@:
             for (int l = 0; l < lanes; l++)
-              if (active[l]) waits[l] = 1, next[l] = i;
+              if (active[l]) waits[l] = on[l], next[l] = i;
             together = 0;
             break;
           case @bar.warp.sync@:
-            for (int w = 0; w < lanes / 32; w++) warp_epoch[w] += on[32 * w];
+            for (int w = 0; w < lanes / 32; w++) warp_epoch[w] += whole(on, 32 * w, 32);
             break;
           case @ld.param@: parameter(in, o, given); break;
           case @ld.global@: access(in, o, on, 1, 1); break;
@@ -277,25 +286,28 @@ int run(const Instruction *code, int length, const s32 *all_operands, int number
           case @cp.async.wait_group@: wait_for_copies(in, on); break;
           case @mma.sync@:
             for (int w = 0; w < lanes / 32; w++)
-              if (on[32 * w]) warp_product(in, o, w);
+              if (whole(on, 32 * w, 32)) warp_product(in, o, w);
             break;
           case @wgmma.fence@: break;
           case @wgmma.mma_async@:
+            if (lanes % 128) refuse("a product of four warps in a block of %d threads", lanes);
             for (int g = 0; g < lanes / 128; g++)
-              if (on[128 * g]) group_product(in, o, g);
+              if (whole(on, 128 * g, 128)) group_product(in, o, g);
             break;
           case @wgmma.commit_group@:
-            for (int g = 0; g < lanes / 128; g++) product_group[g] += on[128 * g];
+            for (int g = 0; g < lanes / 128; g++) product_group[g] += whole(on, 128 * g, 128);
             break;
           case @wgmma.wait_group@:
             for (int g = 0; g < lanes / 128; g++)
-              if (on[128 * g]) wait_for_products(g, in->a);
+              if (whole(on, 128 * g, 128)) wait_for_products(g, in->a);
             break;
           case @fence.proxy.async@:
             for (int l = 0; l < lanes; l++)
-              if (on[l]) fenced[l] = now;
+              if (on[l]) fenced[l] = now, fenced_epoch[l] = epoch;
             break;
-          case @griddepcontrol.wait@: ahead(1); break;
+          case @griddepcontrol.wait@:
+            if (whole(on, 0, lanes)) ahead(1);
+            break;
           case @griddepcontrol.launch_dependents@: break;
           case @unpack@: parts(in, o, 0); break;
           case @pack@: parts(in, o, 1); break;

@@ -60,8 +60,9 @@ def _wide() -> Iterable[tuple[str, Plain]]:
         yield f"mul.wide.{one}", (two, [one, one], f"({two})a * b")
         yield f"mad.wide.{one}", (two, [one, one, two], f"({two})a * b + c")
         yield f"mul.hi.{one}", (one, [one, one], f"({two})a * b >> {one[1:]}")
-        yield f"div.{one}", (one, [one, one], "b ? a / b : -1")
-        yield f"rem.{one}", (one, [one, one], "b ? a % b : a")
+        signed = one[0] == "s"  # of which the least by -1 is none
+        yield f"div.{one}", (one, [one, one], f"!b ? -1 : {'b == -1 ? -a : ' * signed}a / b")
+        yield f"rem.{one}", (one, [one, one], f"!b ? a : {'b == -1 ? 0 : ' * signed}a % b")
     yield "max.relu.s32", ("s32", ["s32", "s32"], "a > b ? (a > 0 ? a : 0) : (b > 0 ? b : 0)")
     yield "bfe.u32", ("u32", ["u32"] * 3, "field(a, b, c)")
     yield "bfe.u64", ("u64", ["u64", "u32", "u32"], "field(a, b, c)")
@@ -69,7 +70,7 @@ def _wide() -> Iterable[tuple[str, Plain]]:
     yield "prmt.b32", ("u32", ["u32"] * 3, "permuted(a, b, c)")
     for to in (16, 32, 64):
         for of in (8, 16, 32, 64):
-            for held in (16, 32, 64):  # the register may be wider than what is taken of it
+            for held in (n for n in (16, 32, 64) if n >= of):  # the register may be wider than what is taken of it
                 for x, y in itertools.product("us", repeat=2):
                     taken = f"({'int' if y == 's' else 'uint'}{of}_t)a"
                     yield f"cvt.{x}{to}.{y}{of}{_held(held, of)}", (f"{x}{to}", [f"u{held}"], f"({x}{to}){taken}")
@@ -118,7 +119,10 @@ def _floating() -> Iterable[tuple[str, Plain]]:
     for kind in ("bf16", "f16"):
         yield f"cvt.rn.{kind}.f32", ("u16", one, f"to_{kind}(a)")
         yield f"cvt.rn.{kind}x2.f32", ("u32", two, f"(u32)to_{kind}(a) << 16 | to_{kind}(b)")
-    yield "cvt.rzi.s32.f32", ("s32", one, "(s32)a")
+    yield (
+        "cvt.rzi.s32.f32",
+        ("s32", one, "isnan(a) ? 0 : a >= 0x1p31f ? INT32_MAX : a <= -0x1p31f ? INT32_MIN : (s32)a"),
+    )
 
 
 def _predicates() -> Iterable[tuple[str, Plain]]:
@@ -205,14 +209,11 @@ class Program:
         for line in body.partition("-- End function")[0].splitlines():
             if found := re.match(r"\s*\.loc\s.*// ([\w.]+:\d+)", line):
                 source = found[1]
-            line = line.partition("//")[0].strip()
-            if line.startswith("."):
-                continue
-            for part in (p.strip() for p in line.split(";")):
+            for part in (p.strip() for p in line.partition("//")[0].split(";")):
                 while found := re.match(r"(\$\w+):\s*", part):
                     labels[found[1]] = len(self.code)
                     part = part[found.end() :]
-                if part not in ("", "{", "}"):
+                if part not in ("", "{", "}") and not part.startswith("."):
                     self._read(part, source)
         for n, label in self._jumps:
             self.code[n][5] = labels[label]
@@ -220,6 +221,8 @@ class Program:
     # Registers and constants
 
     def _register(self, name: str) -> int:
+        if not re.fullmatch(r"%(p|r|rs|rd)\d+", name):
+            raise NotImplementedError(f"{name} as a register")
         return self.numbers.setdefault(name, len(self.numbers))
 
     def _constant(self, value: int, size: int) -> int:
@@ -281,25 +284,27 @@ class Program:
         if name in ("ret", "cp.async.commit_group", "griddepcontrol.wait", "griddepcontrol.launch_dependents"):
             return name, [], 0, 0
         if name in ("bar.sync", "bar.warp.sync"):
-            return (name, [], 0, 0) if rest in ("0", "-1", "0xffffffff") else None  # of all lanes
+            return (name, [], 0, 0) if rest == {"bar.sync": "0", "bar.warp.sync": "-1"}[name] else None  # of all lanes
         if name == "cp.async.wait_group":
             return name, [], int(rest), 0
         if found := re.fullmatch(r"wgmma\.(fence|commit_group|wait_group)\.sync\.aligned", name):
             return f"wgmma.{found[1]}", [], int(rest or 0), 0
-        if name.startswith("fence.proxy.async"):
+        if name in ("fence.proxy.async", "fence.proxy.async.shared::cta"):
             return "fence.proxy.async", [], 0, 0
         if name.startswith("ld.param."):
             index = [n for _, n in self.parameters].index(parts[1].strip("[]"))
             size = {"%rd": 8, "%rs": 2}.get(parts[0][:3], 4)
             return "ld.param", [self._register(parts[0])], index * 2 + (name[9] == "s"), size
-        if found := re.fullmatch(r"(ld|st)\.(global|shared)(?:\.(v2|v4))?\.[bfsu](8|16|32|64)", name):
-            return self._access(found[1], found[2], int((found[3] or "v1")[1:]), int(found[4]) // 8, rest)
+        if found := re.fullmatch(r"(ld|st)\.(global|shared)(?:\.(v2|v4))?\.(?:[bu](?:8|16)|[bfsu](?:32|64))", name):
+            return self._access(
+                found[1], found[2], int((found[3] or "v1")[1:]), int(re.findall(r"\d+", name)[-1]) // 8, rest
+            )
         if found := re.fullmatch(r"shfl\.sync\.(\w+)\.b32", name):
             if parts[3:] != ["0" if found[1] == "up" else "31", "-1"]:
                 return None
             values = [self._value(x, "u32") for x in parts[1:3]]
             return "shfl.sync", [self._register(parts[0]), *values], SHUFFLED.index(found[1]), 0
-        if (found := re.fullmatch(r"redux\.sync\.(.*)", name)) and found[1] in REDUCED:
+        if (found := re.fullmatch(r"redux\.sync\.(.*)", name)) and found[1] in REDUCED and parts[2] == "-1":
             return "redux.sync", [self._register(parts[0]), self._value(parts[1], "u32")], REDUCED.index(found[1]), 0
         if found := re.fullmatch(r"(ldmatrix|stmatrix)\.sync\.aligned\.m8n8\.x\d(\.trans)?\.shared\.b16", name):
             address, offset = self._address(_inner(rest, "[]"))
@@ -309,7 +314,7 @@ class Program:
             (to, to_offset), (of, of_offset) = map(self._address, re.findall(r"\[([^]]*)\]", rest))
             size = int(parts[2], 0)
             real = self._value(parts[3], "u32") if len(parts) > 3 else self._constant(size, 4)
-            return "cp.async", [to, of, real], size, to_offset | of_offset << 32
+            return "cp.async", [to, of, real], size, to_offset & 0xFFFFFFFF | of_offset << 32
         if found := re.fullmatch(r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(\w+)\.\2\.f32", name):
             names = [x for group in re.findall(r"\{([^}]*)\}", rest) for x in group.split(",")]
             return "mma.sync", [self._register(x.strip()) for x in names], int(found[1]), TYPES.index(found[2])

@@ -7,7 +7,7 @@ static void in_a_tensor(u64 address, int bytes, int lane) {
 }
 
 static void in_shared(u32 address, int bytes, int lane) {
-  if (address < BASE || address + bytes > (u32)shared_end)
+  if (address < BASE || (u64)address + bytes > (u64)shared_end)
     refuse("lane %d: byte %d of %d in shared memory", lane, (int)address - BASE, shared_end - BASE);
   if (address % bytes) refuse("lane %d: byte %d of shared memory is not aligned to %d", lane, (int)address - BASE, bytes);
 }
@@ -22,6 +22,7 @@ static void reads(u32 address, int bytes, int lane) {
     if (x->writer != lane && x->write_epoch == epoch && (x->writer >> 5 != warp || x->write_warp_epoch == warp_epoch[warp]))
       refuse("race: lane %d reads byte %d of shared memory, which lane %d wrote: no barrier", lane, i - BASE, x->writer);
     if (x->read_epoch != epoch) x->read_epoch = epoch, x->read_warps = 0, x->reader = lane;
+    if (x->read_warps == 1u << warp && x->read_warp_epoch != warp_epoch[warp]) x->reader = lane;
     if (x->reader != lane) x->reader = -1;
     x->read_warps |= 1u << warp;
     x->read_warp_epoch = warp_epoch[warp];
@@ -35,7 +36,7 @@ static int alike(const uint8_t *values, u32 address, u32 i, int bytes) {
   if (bytes % 4 || known[i].write_time != now) return 0;
   memcpy(&one, values + ((i - address) & ~3u), 4);
   memcpy(&other, shared + (i & ~3u), 4);
-  return fabsf(one - other) <= 1e-5f * (fabsf(one) + fabsf(other));
+  return fabsf(one - other) <= 1e-6f * (fabsf(one) + fabsf(other));
 }
 
 /* Before a write; values: of lanes that may write the same, else NULL. */
@@ -75,6 +76,7 @@ static void store_shared(u32 address, const void *values, int bytes, int lane) {
 static void access(const Instruction *in, const s32 *o, const uint8_t *on, int global, int load) {
   int bytes = in->b & 255, wide = in->b >> 8, count = in->count - 1, all = bytes * count;
   uint8_t values[LANES][16];
+  if (all > 16) refuse("%d bytes at once", all);
   for (int l = 0; l < lanes; l++) {
     if (!on[l]) continue;
     u64 address = global ? ((u64 *)row(o[0]))[l] + in->a : (u64)(((u32 *)row(o[0]))[l] + (u32)in->a);
@@ -117,6 +119,7 @@ static void copy(const Instruction *in, const s32 *o, const uint8_t *on) {
     if (!on[l]) continue;
     u32 to = ((u32 *)row(o[0]))[l] + (u32)in->b, real = ((u32 *)row(o[2]))[l];
     u64 from = ((u64 *)row(o[1]))[l] + (in->b >> 32);
+    if (real > (u32)size) refuse("lane %d: a copy of %u of %d bytes", l, real, size);
     if (real && from % size) refuse("lane %d: a copy from %llx is not aligned to %d", l, (unsigned long long)from, size);
     if (real) in_a_tensor(from, real, l);
     writes(to, size, l, NULL);
@@ -138,15 +141,16 @@ static void wait_for_copies(const Instruction *in, const uint8_t *on) {
 
 /* Eight rows of eight 16 bit numbers each, of which lane l of a warp holds two of row l / 4; b: transposed. */
 static void matrices(const Instruction *in, const s32 *o, const uint8_t *on, int load) {
-  const u32 *addresses = row(o[0]);
   for (int w = 0; w < lanes / 32; w++) {
-    if (!on[32 * w]) continue;
+    if (!whole(on, 32 * w, 32)) continue;
     u16 x[4][8][8];
+    u32 addresses[32]; /* a result may be their register */
+    memcpy(addresses, (u32 *)row(o[0]) + 32 * w, sizeof addresses);
     for (int m = 0; m < in->count - 1; m++) {
       for (int r = 0; load && r < 8; r++) {
         int lane = 32 * w + 8 * m + r;
-        reads(addresses[lane] + (u32)in->a, 16, lane);
-        memcpy(x[m][r], shared + addresses[lane] + (u32)in->a, 16);
+        reads(addresses[8 * m + r] + (u32)in->a, 16, lane);
+        memcpy(x[m][r], shared + addresses[8 * m + r] + (u32)in->a, 16);
       }
       for (int l = 0; l < 32; l++)
         for (int half = 0; half < 2; half++) {
@@ -157,7 +161,7 @@ static void matrices(const Instruction *in, const s32 *o, const uint8_t *on, int
         }
     }
     for (int i = 0; !load && i < 8 * ((int)in->count - 1); i++)
-      store_shared(addresses[32 * w + i] + (u32)in->a, x[i / 8][i % 8], 16, 32 * w + i);
+      store_shared(addresses[i] + (u32)in->a, x[i / 8][i % 8], 16, 32 * w + i);
   }
 }
 

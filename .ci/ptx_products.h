@@ -78,9 +78,9 @@ static void product_reads(Operand x, int group) {
       Byte *y = known + i;
       if (y->copying) refuse("a product reads byte %d of shared memory, which is being copied", i - BASE);
       if (!y->there) refuse("a product reads byte %d of shared memory, which nothing wrote", i - BASE);
-      if (y->write_epoch == epoch && y->writer >> 7 != group)
+      if (y->write_epoch == epoch) /* each of its warps reads; none of them waits for another */
         refuse("race: a product reads byte %d of shared memory, which lane %d wrote: no barrier", i - BASE, y->writer);
-      if (fenced[y->writer] <= y->write_time && fenced[128 * group] <= y->write_time)
+      if (fenced[y->writer] <= y->write_time && fenced_epoch[128 * group] <= y->write_epoch)
         refuse("a product reads byte %d of shared memory, which lane %d wrote: no fence", i - BASE, y->writer);
       if (y->read_epoch != epoch) y->read_epoch = epoch, y->read_warps = 0;
       y->read_warps |= 15u << 4 * group, y->reader = -1, y->read_warp_epoch = warp_epoch[4 * group];
@@ -156,7 +156,7 @@ static void wait_for_products(int group, int but) {
   int left = 0, done = product_group[group] - 1 - but;
   for (int i = 0; i < product_count; i++) {
     Product x = products[i];
-    if (x.warps != group || x.group > done) products[left++] = x;
+    if (x.warpgroup != group || x.group > done) products[left++] = x;
     else if (operands(&x) != x.content) refuse("what a product reads was overwritten before it was done");
   }
   product_count = left;

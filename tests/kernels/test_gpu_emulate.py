@@ -50,6 +50,7 @@ OTHER = "st.shared.b32 [%r4], %r1;\n{barrier}\nxor.b32 %r5, %r3, {distance};\nad
         (1, "", "no barrier"),
         (32, "bar.sync 0;", None),
         (32, "bar.warp.sync -1;", "no barrier"),
+        (32, "setp.lt.s32 %p1, %r1, 0;\n@%p1 bar.sync 0;", "no barrier"),
     ],
 )
 def test_lanes_meet_at_barriers(distance, barrier, refused):
@@ -97,6 +98,8 @@ def test_copies_are_there_once_they_are_waited_for():
     assert out.tolist() == [(n ^ 1) + 7 for n in range(64)]
     run(COPY.format(real="0", wait="cp.async.wait_group 0;") + STORE, [given, out])
     assert not out.any()  # none of four bytes: zeros
+    with pytest.raises(ptx.Refused, match="a copy of 64 of 4 bytes"):
+        run(COPY.format(real="64", wait="cp.async.wait_group 0;") + STORE, [given, out])
     for wait in ("", "cp.async.wait_group 1;"):
         with pytest.raises(ptx.Refused, match="which is being copied"):
             run(COPY.format(real="4", wait=wait) + STORE, [given, out])
@@ -109,8 +112,9 @@ def test_addresses_lie_in_the_tensors_and_are_aligned():
         run("mov.b32 %r2, 1;\n" + STORE, [out], ranges=[(at, at + 252)])
     with pytest.raises(ptx.Refused, match="is not aligned to 4"):
         run("mov.b32 %r2, 1;\nadd.s64 %rd1, %rd1, 2;\n" + STORE, [out])
-    with pytest.raises(ptx.Refused, match="byte 4096 of 4096 in shared memory"):
-        run("add.s32 %r4, %r4, 4096;\nst.shared.b32 [%r4], %r1;", [out])
+    for by, byte in ((4096, 4096), (-1028, -1028)):
+        with pytest.raises(ptx.Refused, match=f"byte {byte} of 4096 in shared memory"):
+            run(f"add.s32 %r4, %r4, {by};\nst.shared.b32 [%r4], %r1;", [out])
 
 
 def test_lanes_part_and_meet_again():
@@ -128,6 +132,11 @@ shfl.sync.bfly.b32 %r2, %r2, 31, 31, -1;
 """
     run(body + STORE, [out])
     assert out.tolist() == [n ^ 31 for n in range(64)]
+
+
+def test_lanes_do_together_what_is_a_warps():
+    with pytest.raises(ptx.Refused, match="lanes 0 to 31 part at what they do together"):
+        run("setp.eq.s32 %p1, %r1, 0;\n@%p1 redux.sync.add.s32 %r2, %r1, -1;", [np.zeros(64, np.int32)])
 
 
 def test_arithmetic_is_the_gpus():
@@ -162,7 +171,7 @@ setp.lt.u32 %p1, %r1, 16;
 @%p1 ld.global.v4.b32 {{ %r10, %r11, %r12, %r13 }}, [%rd2+2048];
 @%p1 st.shared.v4.b32 [%r4+2048], {{ %r10, %r11, %r12, %r13 }};
 {fence}
-bar.sync 0;
+{barrier}
 shr.u32 %r5, %r9, 4;
 cvt.u64.u32 %rd5, %r5;
 or.b64 %rd6, %rd5, 68720001024;
@@ -192,21 +201,34 @@ def test_products_of_shared_memory_need_a_fence_and_what_they_read():
     draw = np.random.default_rng(0)
     a, b = (draw.integers(-8, 9, (n, 16)).astype(np.float32) for n in (64, 8))
     given, out = np.concatenate([in_blocks(bf16(a)), in_blocks(bf16(b))]), np.zeros((128, 4), np.float32)
-    run(PRODUCT.format(fence="fence.proxy.async.shared::cta;", early=""), [given, out], threads=128)
+    right = dict(fence="fence.proxy.async.shared::cta;", barrier="bar.sync 0;", early="")
+    run(PRODUCT.format(**right), [given, out], threads=128)
     row, column = np.arange(128) // 32 * 16 + np.arange(128) % 32 // 4, 2 * (np.arange(128) % 4)
     expected = a @ b.T
     places = [(row + down, column + right) for down in (0, 8) for right in (0, 1)]
     assert np.array_equal(out, np.stack([expected[place] for place in places], 1))
-    with pytest.raises(ptx.Refused, match="which lane 0 wrote: no fence"):
-        run(PRODUCT.format(fence="", early=""), [given, out], threads=128)
-    early = "bar.sync 0;\nst.shared.b32 [%r4], %r1;"
-    with pytest.raises(ptx.Refused, match="which a product still reads"):
-        run(PRODUCT.format(fence="fence.proxy.async.shared::cta;", early=early), [given, out], threads=128)
+    first = "setp.eq.s32 %p3, %r1, 0;\n@%p3 fence.proxy.async.shared::cta;"
+    for change, refused in (
+        (dict(fence=""), "which lane 0 wrote: no fence"),
+        (dict(fence=first), "wrote: no fence"),
+        (dict(barrier=""), "which lane 0 wrote: no barrier"),
+        (dict(early="bar.sync 0;\nst.shared.b32 [%r4], %r1;"), "which a product still reads"),
+    ):
+        with pytest.raises(ptx.Refused, match=refused):
+            run(PRODUCT.format(**{**right, **change}), [given, out], threads=128)
+    late = dict(barrier="bar.sync 0;\nfence.proxy.async.shared::cta;", fence="")  # by those that read
+    run(PRODUCT.format(**{**right, **late}), [given, out], threads=128)
 
 
 def test_an_operation_that_is_not_known_is_named():
-    with pytest.raises(NotImplementedError, match=r"tex\.2d\.v4"):
-        run("tex.2d.v4.f32.f32 {%r1, %r2, %r3, %r4}, [%rd1, {%r5, %r6}];", [np.zeros(1)])
+    for text, named in (
+        ("tex.2d.v4.f32.f32 {%r1, %r2, %r3, %r4}, [%rd1, {%r5, %r6}];", r"tex\.2d\.v4"),
+        ("mov.u32 %r2, %ntid.x;", "%ntid.x as"),
+        ("redux.sync.add.s32 %r2, %r1, 1;", "redux"),
+        ("fence.proxy.async.global;", "fence.proxy.async.global"),
+    ):
+        with pytest.raises(NotImplementedError, match=named):
+            run(text, [np.zeros(1)])
 
 
 def test_a_launch_ahead_is_waited_for():
