@@ -87,6 +87,8 @@ def _floating() -> Iterable[tuple[str, Plain]]:
         for rounded in ("", ".rn"):
             yield f"{name}{rounded}.f32", ("f32", two, f"a {sign} b")
             yield f"{name}{rounded}.ftz.f32", ("f32", two, f"flushed(flushed(a) {sign} flushed(b))")
+        halves = [f"(u32)to_bf16(from_bf16(a >> {n}) {sign} from_bf16(b >> {n})) << {n}" for n in (16, 0)]
+        yield f"{name}.bf16x2", ("u32", ["u32", "u32"], " | ".join(halves))
     yield "fma.rn.f32", ("f32", three, "fmaf(a, b, c)")
     yield "fma.rn.ftz.f32", ("f32", three, "flushed(fmaf(flushed(a), flushed(b), flushed(c)))")
     for name, value in {"neg": "-a", "abs": "fabsf(a)"}.items():
