@@ -71,6 +71,7 @@ def stand_in() -> None:
     )
     np.seterr(all="ignore")  # of what no program has written
     gpu_cache.pretend()
+    gpu_cache.define_nothing()
     for module in (gpu_call, gpu_step, transfer):
         module.interpreted = lambda: False  # type: ignore[attr-defined]
     interpreter.GridExecutor.__call__ = launch_some

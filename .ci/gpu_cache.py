@@ -74,24 +74,17 @@ def stand_in() -> None:
     TO_THE_END.enter_context(gpu_assembler.assembling())
     gpu_launch.launch = compiles
     pretend()
+    define_nothing()
 
 
 def pretend() -> None:
-    """From here on CUDA's tensors are the CPU's, what the GPU's tests compare with is zeros, and graphs are nothing."""
+    """From here on CUDA's tensors are the CPU's, and graphs are nothing."""
     os.environ["RECIPELIN_TEST_GPU"] = "1"
     from recipelin.bars import gpu
     from recipelin_kernels.hybrid import gpu_support
 
     gpu._normal = normal
     gpu_support.why_not = lambda *_, **__: ""
-    hybrid, transfer = (importlib.import_module(f"recipelin_kernels.{n}") for n in ("hybrid", "weight_transfer"))
-
-    def zeros(q: torch.Tensor, *_: Any) -> list[torch.Tensor]:
-        return [q * 0.0, q.detach() * 0.0, q.detach() * 0.0, q.detach()[..., 0] * 0.0]
-
-    hybrid.hybrid_attention_reference = zeros  # type: ignore[attr-defined]
-    transfer.weight_transfer_loss_reference = lambda q, k, phi_q, phi_k, *_: (phi_q * 0.0).sum(-1)  # type: ignore[attr-defined]
-
     torch.nn.Module.cuda = lambda self, *_: self  # type: ignore[method-assign]
     for name in ("Stream", "CUDAGraph", "current_stream", "Event"):
         setattr(torch.cuda, name, Nothing)
@@ -100,6 +93,17 @@ def pretend() -> None:
     torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_: None  # type: ignore[assignment]
     torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda *_, **__: True
     OnCpu().__enter__()
+
+
+def define_nothing() -> None:
+    """From here on what the GPU's tests compare with is zeros."""
+    hybrid, transfer = (importlib.import_module(f"recipelin_kernels.{n}") for n in ("hybrid", "weight_transfer"))
+
+    def zeros(q: torch.Tensor, *_: Any) -> list[torch.Tensor]:
+        return [q * 0.0, q.detach() * 0.0, q.detach() * 0.0, q.detach()[..., 0] * 0.0]
+
+    hybrid.hybrid_attention_reference = zeros  # type: ignore[attr-defined]
+    transfer.weight_transfer_loss_reference = lambda q, k, phi_q, phi_k, *_: (phi_q * 0.0).sum(-1)  # type: ignore[attr-defined]
 
 
 def pytest_configure() -> None:

@@ -10,7 +10,6 @@ is refused. The tests run as they are, except that CUDA's tensors are the CPU's.
 import contextlib
 import ctypes
 import functools
-import importlib
 import os
 import struct
 import subprocess
@@ -138,16 +137,7 @@ def pytest_configure() -> None:
     driver.set_active(NoGpu())
     CUDABackend.make_cubin = lambda *_, **__: b""  # ptxas, for nothing
     gpu_launch.launch = emulates
-    definitions = {
-        (module := importlib.import_module(f"recipelin_kernels.{name}"), attribute): getattr(module, attribute)
-        for name, attribute in (
-            ("hybrid", "hybrid_attention_reference"),
-            ("weight_transfer", "weight_transfer_loss_reference"),
-        )
-    }
     gpu_cache.pretend()
-    for (module, attribute), definition in definitions.items():
-        setattr(module, attribute, definition)
     torch.cuda.CUDAGraph, torch.cuda.graph = Graph, capture  # type: ignore[misc, assignment]
 
 

@@ -50,6 +50,8 @@ def _whole(bits: int) -> Iterable[tuple[str, Plain]]:
         for kind in (u, s, b):
             if kind != b or name in ("eq", "ne"):
                 yield f"setp.{name}.{kind}", ("p", [u if kind == b else kind] * 2, f"a {sign} b")
+    for name, sign in {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}.items():
+        yield f"setp.{name}.{u}", ("p", [u, u], f"a {sign} b")
     for kind in (u, s):
         yield f"cvt.rn.f32.{kind}", ("f32", [kind], "(f32)a")
 
@@ -135,7 +137,6 @@ def _predicates() -> Iterable[tuple[str, Plain]]:
 
 
 COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-UNSIGNED = {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 PLAIN: dict[str, Plain] = dict([*_whole(16), *_whole(32), *_whole(64), *_wide(), *_floating(), *_predicates()])
 OTHERS = (
     "bra", "ret", "bar.sync", "bar.warp.sync", "ld.param", "ld.global", "st.global", "ld.shared", "st.shared", "ldmatrix",
@@ -273,10 +274,8 @@ class Program:
             return self._parts(name, rest)
         if name in ("mov.u32", "mov.b32") and parts[1] in SPECIAL:
             return "special", [self._register(parts[0])], SPECIAL.index(parts[1]), 0
-        if (found := re.fullmatch(r"setp\.(\w\w)\.(u\d\d)", name)) and found[1] in UNSIGNED:
-            name = f"setp.{next(n for n, sign in COMPARED.items() if sign == UNSIGNED[found[1]])}.{found[2]}"
         if name in PLAIN:
-            if name.startswith("cvt.") and (found := re.fullmatch(r"cvt\.\w+\.[us](\d+)", name)):
+            if found := re.fullmatch(r"cvt\.\w+\.[us](\d+)", name):
                 name += _held(8 * _size(parts[1]), int(found[1]))
             result, kinds, _ = PLAIN[name]
             return name, [self._value(x, kind) for x, kind in zip(parts, [result, *kinds], strict=True)], 0, 0
@@ -295,8 +294,7 @@ class Program:
             return "fence.proxy.async", [], 0, 0
         if name.startswith("ld.param."):
             index = [n for _, n in self.parameters].index(parts[1].strip("[]"))
-            size = {"%rd": 8, "%rs": 2}.get(parts[0][:3], 4)
-            return "ld.param", [self._register(parts[0])], index * 2 + (name[9] == "s"), size
+            return "ld.param", [self._register(parts[0])], index * 2 + (name[9] == "s"), _size(parts[0])
         if found := re.fullmatch(r"(ld|st)\.(global|shared)(?:\.(v2|v4))?\.(?:[bu](?:8|16)|[bfsu](?:32|64))", name):
             return self._access(
                 found[1], found[2], int((found[3] or "v1")[1:]), int(re.findall(r"\d+", name)[-1]) // 8, rest
