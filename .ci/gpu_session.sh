@@ -2,10 +2,10 @@
 # Everything that waits for a GPU, on a lent machine, in under ten minutes: the Triton kernels' tests, every bar, a training run,
 # and, as far as the time reaches, the kernels' sizes. From the root of a copy of the tree that carries .gpu (make gpu-pack, and
 # make gpu-cache, without which most of the time goes into compiling):
-#   bash .ci/gpu_session.sh COMMIT [SECONDS]
+#   bash .ci/gpu_session.sh COMMIT [SECONDS [PARTS]]      PARTS: of "tests bench run tune", all if not given
 # Results lie in $OUT: what each part printed, record-cuda.*, and files.tar.gz with the run and the tuning.
 set -uo pipefail
-commit=${1:?the commit that the tree is of} stop=$((SECONDS + ${2:-560})) out=${OUT:?}
+commit=${1:?the commit that the tree is of} stop=$((SECONDS + ${2:-560})) parts=${3:-tests bench run tune} out=${OUT:?}
 tar xJf .gpu/site.tar.xz -C .gpu || exit 1
 export PYTHONPATH=$PWD:$PWD/kernels:$PWD/.gpu/site RECIPELIN_HOME=$PWD/.gpu/home
 if [ -f .gpu/cache.tar.xz ]; then
@@ -19,6 +19,7 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 part() { # NAME, SECONDS at most, command
   local name=$1 most=$2 begun=$SECONDS
   shift 2
+  [[ " $parts " == *" $name "* ]] || return
   ((stop - SECONDS < most)) && most=$((stop - SECONDS))
   ((most < 10)) && { echo "== $name: no time left"; return; }
   # Interrupted, tests name what failed, and a bench says what it has measured.
