@@ -228,7 +228,13 @@ def time_sweep(sweep: Sweep, note: Callable[[Variant | str], None]) -> None:
 def step_cases() -> Iterator[tuple[DecodeOnGpu, str, StepBlocks]]:
     """A token under a graph with other sizes of its kernel, for few rows and for many."""
     few, many = gpu_step.FEW, gpu_step.MANY
-    of_few = {"": few, "8 warps": replace(few, warps=8), "features apart": replace(few, few=False)}
+    of_few = {
+        "": few,
+        "no overlap": replace(few, overlap=False),
+        "4 warps": replace(few, warps=4),
+        "256 programs": replace(few, programs=256),
+        "16 keys at once": replace(few, sums=2048),
+    }
     of_many = {
         "": many,
         "no overlap": replace(many, overlap=False),

@@ -15,7 +15,7 @@ from recipelin_kernels.hybrid.step_state import FOLD, standing
 from tests.kernels.gpu_device import COARSE, DEVICE, on_device
 from tests.kernels.hybrid_inputs import Inputs, assert_same, attend, empty_is_nan, padding, with_gradients
 from tests.kernels.test_hybrid_gpu import compare
-from tests.kernels.test_hybrid_gpu_step import close, decode, same, sizes_by_turns  # noqa: F401
+from tests.kernels.test_hybrid_gpu_step import FEW, MANY, close, decode, same, sizes_by_turns  # noqa: F401
 
 # Each set of options is compiled anew, which takes longer than to run it: few sets, many lengths (`pytest -n` helps).
 SETS = {
@@ -186,8 +186,7 @@ STEPS = {
     [(64, 64, (4, 2), False), (128, 128, (8, 1), True), (80, 96, (2, 1), False), (256, 256, (4, 4), True)],
 )
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.usefixtures("sizes_by_turns")
-def test_decoding_equals_the_definition(name, dim, features, heads, per_key_head, dtype):
+def test_decoding_equals_the_definition(name, dim, features, heads, per_key_head, dtype, sizes_by_turns):  # noqa: F811
     x = Inputs(heads, 200, 2, per_key_head, dim=dim, features=features).like(dtype, DEVICE)
     exact, options = exactly(x), on_device({**STEPS[name], "log_scale": x.log_scale})
     mask = torch.ones(2, 200, dtype=torch.bool, device=DEVICE)
@@ -200,10 +199,12 @@ def test_decoding_equals_the_definition(name, dim, features, heads, per_key_head
     _, state = hybrid_attention(
         *x.cut(0, 100), x.mix, key_mask=mask[:, :100], output_state=True, kernel="chunked", **options
     )
-    y, state = decode(x, state, 100, 200, mask, **options)
-    for row, found in enumerate(y):
-        now = mask[row, 100:]
-        close(found[:, now], expected[row][:, -int(now.sum()) :], COARSE.get(dtype, 1e-5))
+    for turns in (FEW, MANY):
+        sizes_by_turns(turns)
+        y, _ = decode(x, state, 100, 200, mask, **options)
+        for row, found in enumerate(y):
+            now = mask[row, 100:]
+            close(found[:, now], expected[row][:, -int(now.sum()) :], COARSE.get(dtype, 1e-5))
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["features given", "features made"])
@@ -252,6 +253,46 @@ def test_decodes_under_a_graph(dtype, join, batch, made):
         expected, eager = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, eager, key_mask=real, **options)
         close(y, expected.double(), COARSE.get(dtype, 2e-5))
     assert torch.equal(state.positions.long(), eager.positions)
+
+
+@pytest.mark.parametrize("join", ["shared", "replace"])
+@pytest.mark.parametrize("batch", [1, 33])
+def test_decodes_many_tokens_in_one_graph(batch, join):
+    """Launches of one state follow one another with nothing between, and each begins while the one ahead ends: it has to find
+    what that wrote. As of few rows and as of many."""
+    x = Inputs((8, 2), 93, batch, dim=128, features=128).like(torch.bfloat16, DEVICE).by_maps(64)
+    options = on_device(dict(window=16, sinks=2, join=join, log_scale=x.log_scale))
+    _, state = hybrid_attention(*x.cut(0, 60), x.mix, output_state=True, kernel="chunked", **options)
+    _, state = decode(x, state, 60, 61, **options)
+    given = [[z.clone() for z in x.cut(t, t + 1)[:3]] for t in range(61, 77)]
+    maps = [replace(m, make=None) for m in x.maps]
+
+    def tokens():
+        return [
+            hybrid_attention_step(*one, maps[0], maps[1], x.mix, state, kernel="gpu", **options)[0] for one in given
+        ]
+
+    begun = {n: t.clone() for n, t in state.tensors.items()}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        tokens()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = tokens()
+    for n, t in begun.items():
+        state.tensors[n].copy_(t)
+    found = []
+    for start in (61, 77):
+        for t, one in enumerate(given, start):
+            for into, z in zip(one, x.cut(t, t + 1)[:3], strict=True):
+                into.copy_(z)
+        graph.replay()
+        found += [z.clone() for z in y]
+    exact = x.like(torch.float64, DEVICE)
+    expected = hybrid_attention(*exact.cut(0, 93), exact.mix, kernel="reference", **options)
+    close(torch.cat(found, 2), expected[:, :, 61:], COARSE[torch.bfloat16])
 
 
 def test_a_batch_of_256_decodes():

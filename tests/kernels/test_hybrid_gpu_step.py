@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from recipelin.attention.hybrid.feature_map import HeadFeatureMap
 from recipelin.states import State
 from recipelin.steps import Swap
 from recipelin.swap import forms, swap, switch
-from recipelin_kernels import HybridState, hybrid_attention, hybrid_attention_step
+from recipelin_kernels import HybridState, SoftmaxMap, hybrid_attention, hybrid_attention_step
 from recipelin_kernels.hybrid import gpu_step
+from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 from recipelin_kernels.hybrid.state import settled
 from recipelin_kernels.hybrid.step_state import StepState, standing
 from tests.kernels.gpu_device import DEVICE, FP32, on_device
@@ -21,11 +23,22 @@ from tests.kernels.hybrid_inputs import Inputs, empty_is_nan
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
 
+FEW, MANY = (1,), (gpu_step.ENOUGH,)
+BOTH = (1, gpu_step.ENOUGH, gpu_step.ENOUGH)
+
+
 @pytest.fixture
 def sizes_by_turns(monkeypatch):
-    """Tokens are decoded as of few rows and as of many, in one and the same state."""
-    turns, blocks_for = itertools.cycle((1, gpu_step.ENOUGH, gpu_step.ENOUGH)), gpu_step.blocks_for
-    monkeypatch.setattr(gpu_step, "blocks_for", lambda _, width: blocks_for(next(turns), width))
+    """A function: from then on tokens are decoded as of few rows or of many, by turns. They share a state, unless few rows let no
+    key wait for others: then it is made anew at each change."""
+
+    blocks_for = gpu_step.blocks_for
+
+    def decoded_as(turns=BOTH):
+        rows = itertools.cycle(turns)
+        monkeypatch.setattr(gpu_step, "blocks_for", lambda _, width: blocks_for(next(rows), width))
+
+    return decoded_as
 
 
 def close(found, expected, tolerance=FP32):
@@ -67,6 +80,7 @@ def poison(state: StepState):
 # In the interpreter keys are folded two at once, and a tile has 16 features, columns and keys.
 CASES = {
     "shared": dict(window=3, start=2),
+    "shared, sinks, few rows": dict(window=3, sinks=2, start=2, stop=8, turns=FEW),
     "absolute, phi_k of key heads, 4:1": dict(
         heads=(4, 1), per_key_head=True, window=2, join="absolute", start=5, stop=8
     ),
@@ -82,20 +96,22 @@ CASES = {
     ),
     "features made, shared": dict(window=3, columns=20, dim=24, start=2),
     "features made, absolute, phi_k of key heads": dict(
-        heads=(4, 1), per_key_head=True, columns=3, window=2, join="absolute", start=5, stop=8
+        heads=(4, 1), per_key_head=True, columns=3, window=2, join="absolute", start=5, stop=9, turns=FEW
     ),
     "features made, replace, sinks": dict(window=2, sinks=2, join="replace", columns=16, start=1),
-    "features made, several tiles of the ring": dict(window=17, columns=5, start=16, stop=20),
-    "features made, window 1": dict(window=1, columns=4, start=2, heads=(1, 1)),
+    "features made, several tiles of the ring": dict(window=17, columns=5, start=16, stop=20, turns=MANY),
+    "the same, few rows": dict(window=17, columns=5, start=16, stop=20, turns=FEW),
+    "features made, window 1": dict(window=1, columns=4, start=2, heads=(1, 1), turns=MANY),
+    "features made, window 1, few rows": dict(window=1, columns=4, start=2, heads=(1, 1), turns=FEW),
     "features made, terraced": dict(window=2, shape="terraced", join="sum", columns=5, start=3),
     "without the linear branch": dict(window=17, ablate={"linear": "mass"}, start=16, stop=20, heads=(1, 1)),
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("sizes_by_turns")
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_definition_and_its_state_the_chunked_ones(name):
+def test_equals_the_definition_and_its_state_the_chunked_ones(name, sizes_by_turns):
     case = dict(CASES[name])
+    sizes_by_turns(case.pop("turns", BOTH))
     sizes = {n: case.pop(n) for n in ("dim", "features") if n in case}
     start, stop = case.pop("start"), case.pop("stop", None)
     stop = stop or start + 5
@@ -125,9 +141,9 @@ def test_equals_the_definition_and_its_state_the_chunked_ones(name):
     same(standing(moved, x.like(torch.float32, DEVICE).features), exact, stop, **options)
 
 
-@pytest.mark.usefixtures("sizes_by_turns")
-def test_a_token_without_mass_is_zero():
+def test_a_token_without_mass_is_zero(sizes_by_turns):
     """A head whose mix is 0 has nothing until a key has left the window; one whose log_scale is -inf never without a window."""
+    sizes_by_turns()
     x = Inputs((2, 1), 6, 1).like(torch.float32, DEVICE)
     x.mix[1], x.log_scale[1] = 0, -torch.inf
     exact = x.like(torch.float64, DEVICE)
@@ -161,11 +177,13 @@ def same(state: HybridState, exact: Inputs, stop: int, **options):
             assert float((one - other).abs().max() / other.abs().max().clamp(min=1.0)) < 1e-5, name
 
 
-@pytest.mark.usefixtures("sizes_by_turns")
-@pytest.mark.parametrize(("per_key_head", "columns"), [(True, 0), (True, 3), (False, 9)])
-def test_rows_that_begin_later_and_rest_and_what_goes_on_in_between(per_key_head, columns):
+@pytest.mark.parametrize(
+    ("per_key_head", "columns", "turns"), [(True, 0, BOTH), (True, 3, FEW), (False, 3, FEW), (False, 9, BOTH)]
+)
+def test_rows_that_begin_later_and_rest_and_what_goes_on_in_between(per_key_head, columns, turns, sizes_by_turns):
     """One row is padded on its left until after decoding has begun; the other rests for a token. Then a beam, three tokens at
-    once, and again single ones. Both are one program's; columns: of the map by which it makes their features."""
+    once, and again single ones. columns: of the map by which features are made."""
+    sizes_by_turns(turns)
     x = Inputs((2, 1), 14, 2, per_key_head).like(torch.float32, DEVICE)
     if columns:
         x.by_maps(columns)
@@ -302,24 +320,25 @@ def test_a_layer_decodes_by_it(tiny):
     close(*[z.double() for z in found])
 
 
-def test_features_of_many_rows_are_made_by_launches_of_their_own(monkeypatch):
-    """Both maps in one launch, before that of the token; y is what one launch gives."""
-    from recipelin_kernels.hybrid import gpu_features
-
-    x = Inputs((1, 1), 13, 17).like(torch.float32, DEVICE).by_maps(8)
-    maps = [replace(m, clamp=clamp) for m, clamp in zip(x.maps, (0.05, 0.02), strict=True)]
+@pytest.mark.parametrize("batch", [2, 17])
+def test_features_of_a_token_are_made_by_one_launch(batch, monkeypatch):
+    """Both maps in it, of few rows each by a program, of many by sixteen; y is what features give that each map has made."""
+    x = Inputs((1, 1), 13, batch).like(torch.float32, DEVICE).by_maps(8)
+    map_q, map_k = (
+        SoftmaxMap(partial(softmax_features_gpu, weight=m.weight, clamp=clamp), m.weight, clamp)
+        for m, clamp in zip(x.maps, (0.05, 0.02), strict=True)
+    )
     options = dict(window=6, log_scale=x.log_scale)
     _, begun = hybrid_attention(*x.cut(0, 10), x.mix, output_state=True, kernel="chunked", **options)
     found, launched = [], []
-    alone = gpu_features.features_of_token
-    monkeypatch.setattr(gpu_step, "features_of_token", lambda *a, **b: launched.append(a) or alone(*a, **b))
-    blocks_for = gpu_step.blocks_for
-    for heads, made in ((1, 0), (gpu_step.ENOUGH, 3)):
-        monkeypatch.setattr(gpu_step, "blocks_for", lambda _, width, heads=heads: blocks_for(heads, width))
-        launched.clear()
+    features_of_token = gpu_step.features_of_token
+    monkeypatch.setattr(gpu_step, "features_of_token", lambda *a, **b: launched.append(a) or features_of_token(*a, **b))
+    for made in (True, False):
         state = begun
         for t in range(10, 13):
-            y, state = hybrid_attention_step(*x.cut(t, t + 1)[:3], *maps, x.mix, state, kernel="gpu", **options)
+            q, k, v, *_ = x.cut(t, t + 1)
+            given = (map_q, map_k) if made else (map_q(q), lambda z: map_k(z))
+            y, state = hybrid_attention_step(q, k, v, *given, x.mix, state, kernel="gpu", **options)
             found.append(y)
-        assert len(launched) == made
+    assert len(launched) == 3
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[:3], found[3:], strict=True))

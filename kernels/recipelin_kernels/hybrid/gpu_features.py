@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..autocast import without_autocast
 from ..transforms import plain_backward
@@ -15,6 +15,7 @@ from .gpu_parts import head, mapped, softmax_of
 from .softmax_map import SoftmaxMap
 
 ROWS = 16  # tokens of a program, of any rows of the batch; the least that a product takes
+SINGLE = 1  # of so few rows of one token each is a program of its own
 MANY = 64  # of the many tokens of whole rows, if maps are narrow: W is read once for all of them
 NARROW = 128  # columns; wider ones take 8 warps, as 4 spill
 DEPTH = 8192  # elements of W at once, of 64 to 128 rows: all of it where 128 features are made, so that loads wait once
@@ -43,15 +44,41 @@ def token_features(
 ):  # fmt: skip
     """`softmax_features` of queries [B,H,1,D] and of keys [B,h,1,D] in one launch, by maps of H and of `maps` heads.
 
-    Grid: (ceil(B / rows), H + maps). OVERLAPPED: what is launched next may begin; it waits before it reads the features.
+    Grid: (ceil(B / rows), H + maps). OVERLAPPED: it is launched while the launch ahead ends, waits for that, and then lets the
+    next one begin, which waits before it reads the features.
     """
     if OVERLAPPED:
+        gdc_wait()
         gdc_launch_dependents()
     h = tl.program_id(1)
     if h < heads:
-        _features_of_rows(q, map_q, out_q, q_b, q_h, 0, tokens, 1, heads, h, clamp_q, rows, 1, o)
+        if rows == 1:
+            _features_of_row(q, map_q, out_q, q_b, q_h, heads, h, clamp_q, 1, o)
+        else:
+            _features_of_rows(q, map_q, out_q, q_b, q_h, 0, tokens, 1, heads, h, clamp_q, rows, 1, o)
+    elif rows == 1:
+        _features_of_row(k, map_k, out_k, k_b, k_h, maps, h - heads, clamp_k, o.group, o)
     else:
         _features_of_rows(k, map_k, out_k, k_b, k_h, 0, tokens, 1, maps, h - heads, clamp_k, rows, o.group, o)
+
+
+@triton.jit
+def _features_of_row(x, weight, out, x_b, x_h, heads, h, clamp, group: tl.constexpr, o: tl.constexpr):
+    """Of one token: a product of 16 rows takes five times the instructions."""
+    b = tl.program_id(0)
+    base = head(x, b, h // group, x_b, x_h)
+    c = tl.arange(0, o.block)
+    inside = (c < o.columns)[None, :]
+    u = tl.full([1, o.block], 0.0, tl.float32)
+    for first in range(0, o.width, o.depth):
+        d = first + tl.arange(0, o.depth)
+        a = tl.load(base + d, mask=d < o.width, other=0.0).to(tl.float32)
+        place = (h * o.width + d)[:, None] * o.columns + c[None, :]
+        w = tl.load(weight + place, mask=(d < o.width)[:, None] & inside, other=0.0)
+        u += tl.sum(a[:, None] * w, 0)[None, :]
+    to = out + (b.to(tl.int64) * heads + h) * (2 * o.columns) + c[None, :]
+    tl.store(to, softmax_of(u, o.columns, clamp), mask=inside)
+    tl.store(to + o.columns, softmax_of(-u, o.columns, clamp), mask=inside)
 
 
 @triton.jit
@@ -139,8 +166,8 @@ def _shape(x: Tensor, weight: Tensor) -> Shape:
     return Shape(heads // x.shape[1], width, columns, block, depth)
 
 
-def _compiled(x: Tensor, weight: Tensor) -> Compiled:
-    return Compiled(_shape(x, weight), 1, 4 if weight.shape[2] <= NARROW else 8)
+def _warps(columns: int) -> int:
+    return 4 if columns <= NARROW else 8
 
 
 def features(x: Tensor, weight: Tensor, clamp: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -150,7 +177,7 @@ def features(x: Tensor, weight: Tensor, clamp: float, dtype: torch.dtype = torch
     heads, _, columns = weight.shape
     out = torch.empty(batch, heads, length, 2 * columns, dtype=dtype, device=x.device)
     rows = MANY if length > ROWS and columns <= NARROW else ROWS
-    _compiled(x, weight).launch(
+    Compiled(_shape(x, weight), 1, _warps(columns)).launch(
         softmax_features, (cdiv(batch * length, rows), heads),
         x, weight.float().contiguous(), out, *x.stride()[:3], batch * length, length, heads, clamp, rows=rows,
     )  # fmt: skip
@@ -162,16 +189,18 @@ def features_of_token(
 ) -> tuple[Tensor, Tensor]:
     """phi_q [B,H,1,F] of q [B,H,1,D] and phi_k [B,h,1,F] of k [B,Hkv,1,D] in fp32, one launch.
 
-    overlapped: what is launched next may begin meanwhile, and waits itself (`gdc_wait`).
+    overlapped: it begins while the launch ahead ends, and what is launched next begins meanwhile; each waits itself (`gdc_wait`).
     """
     batch, heads = q.shape[:2]
     maps, _, columns = map_k.weight.shape
     out_q, out_k = (torch.empty(batch, n, 1, 2 * columns, dtype=torch.float32, device=q.device) for n in (heads, maps))
     weights = [m.weight.float().contiguous() for m in (map_q, map_k)]
-    _compiled(k, map_k.weight).launch(
-        token_features, (cdiv(batch, ROWS), heads + maps),
+    rows = 1 if batch <= SINGLE else ROWS
+    warps = 8 if rows == 1 else _warps(columns)
+    Compiled(_shape(k, map_k.weight), 1, warps, more=(("launch_pdl", True),) * overlapped).launch(
+        token_features, (cdiv(batch, rows), heads + maps),
         q, k, *weights, out_q, out_k, *q.stride()[:2], *k.stride()[:2], batch, heads, maps, map_q.clamp, map_k.clamp,
-        OVERLAPPED=overlapped, rows=ROWS,
+        OVERLAPPED=overlapped, rows=rows,
     )  # fmt: skip
     return out_q, out_k
 

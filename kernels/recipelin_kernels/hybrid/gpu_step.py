@@ -5,8 +5,10 @@ program has one head of phi_k and some columns of D: it reads its columns of the
 to merge, and scores anew what its neighbours score too (a window's keys are 16 KB, and lie in L2).
 
 Few rows wait rather than read: a trip to memory is 0.6 to 0.8 us. So most loads of a program come first, in one trip, and none
-waits for another: a ring is read place by place, and which position a place holds is known when `counts` have come. That reads
-the `FOLD` places of late keys too (80 keys for 64). What depends on a position follows: values of late keys.
+waits for another: a ring is read place by place, and which position a place holds is known when `counts` have come. What depends
+on a position follows. Then instructions count, at six cycles each with two warps a scheduler (ncu, an H200): where a program has
+its columns of the sums in one tile (`whole`), the key whose features came enters them there, they are written back, and no key
+waits for others. An H200 takes 6.7 us so, 8.9 with `FOLD` keys at once, and of 8 rows 21 for 28 us.
 
 Many rows are read faster than a row is worked on: programs take turns, and what counts is how many instructions a row takes. A
 program is one warp then: sums over features and head_dim stay in it, and where four warps met 71 times and took 11,500
@@ -17,25 +19,24 @@ Bytes, Llama-3.1-8B's layer (32:8 heads, d = F = 128, window 64, bf16, sums in f
 n / 2 of their features (n / 2 x 16 KB) and a write of the sums every n tokens (2.10 MB / n): least at n = sqrt(2 D) = 16
 with 0.13 + 0.13 MB, 2.36 MB in all; n = 64 has 0.56, 2.65 MB. With ring (0.27 MB) and q, k, v, y: 4.5 against 2.65 MB.
 The ratio is the same for every batch, and the write is the keys': 1 row at 3 TB/s 1.5 against 0.9 us, 32 rows 48 against
-28 us. Hence `FOLD` = 16. (Feature maps come on top: 2.1 MB in fp32, once for the batch.)
+28 us. Hence `FOLD` = 16 for many rows. (Feature maps come on top: 2.1 MB in fp32, once for the batch.)
 
-Given both maps (softmax_map.py) the launch makes the features too, of the queries and of the leaving key, each program those
-that it reads, in registers. So a token is one launch and not three. W of a head's two maps is 64 KB, as much as its sums, and
-comes from L2 for every program: with ring and features 178 KB a head and row, 33 us at batch 32 if L2 gives 5.5 TB/s, where the
-sums take 26 us. Hence for many rows a launch of its own makes both (`token_features`), reading W for 16 rows at once; this one
-begins meanwhile with the window, where that asks for no features, and waits before it reads them.
+Given both maps (softmax_map.py) a launch before this one makes the features, of the queries and of the leaving key
+(`token_features`). Each of the two begins while the one ahead ends (programmatic dependent launch), and this one reads, and makes
+the window's softmax where that asks for no features, before it waits for them. For each program to make those that it reads was
+slower: W of a head is 64 KB, and for one row takes as many instructions as all the rest (8.8 for 6.7 us).
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import gpu_launch
 from .gpu_call import Blocks, Compiled, cdiv, make_form, power
@@ -48,7 +49,6 @@ from .gpu_step_parts import (
     late_keys,
     late_places,
     late_values,
-    make_all,
     of_head,
     of_row,
     piece,
@@ -57,8 +57,9 @@ from .gpu_step_parts import (
     products,
     read_ahead,
     ring_tile,
-    row_of,
     sums_tile,
+    weighted,
+    with_key,
 )
 from .gpu_support import interpreted
 from .rows import Options
@@ -79,11 +80,8 @@ class Tiles(NamedTuple):
     block: int  # features of a row
     near_tiles: int  # of the ring
     ahead: bool  # loads come first, before a barrier
-    queries: int  # query heads of a program, filled up to a power of 2
+    whole: bool  # the sums are one tile, which each key enters in the step that needs its features first
     overlap: bool  # it begins while the launch that makes its features ends (programmatic dependent launch)
-    map_columns: int  # of W, by which features are made; 0: they are given
-    map_block: int  # the same, filled up
-    map_depth: int  # rows of W
 
 
 @dataclass(frozen=True)
@@ -95,26 +93,24 @@ class StepBlocks:
     pairs: int  # features of keys
     programs: int  # at least so many, if columns of D can be shared by that
     warps: int
-    # Reads ahead, and makes the features if it is given maps; else a launch before it makes them.
-    few: bool = True
-    maps: int = 8192  # elements of W, where features are made
+    ahead: bool = True  # all that is one tile is read before anything is waited for
     registers: int = 0  # a thread's at most; 0: what it takes
-    fold: int = FOLD
-    overlap: bool = True  # begins while the launch that makes its features ends, on a GPU that can
+    fold: int = FOLD  # two or more keys that enter the sums at once, where those are not one tile
+    overlap: bool = True  # it and the launch that makes its features begin while the one ahead ends, on a GPU that can
 
     def options(self, overlap: bool) -> tuple[tuple[str, int], ...]:
         """As Triton has them."""
         return (("maxnreg", self.registers),) * bool(self.registers) + (("launch_pdl", True),) * overlap
 
 
-# All of a row at once: a program of each of an H100's 132 multiprocessors. (An H200 takes 8.4 us a layer, with 8 warps 9.0.)
-FEW = StepBlocks(16384, 65536, 4096, programs=96, warps=4)
+# All of a row at once: a program of each of an H100's 132 multiprocessors.
+FEW = StepBlocks(16384, 65536, 4096, programs=96, warps=8)
 # One warp waits for no other: with 4, a head took three times the instructions that go through shared memory, and 71 barriers.
-MANY = StepBlocks(4096, 8192, 2048, programs=96, warps=1, few=False)
-WIDE = replace(MANY, sums=8192, keys=16384, pairs=4096, warps=2)  # of head_dim above 128: a thread has as much
-ENOUGH = 512  # rows and heads for MANY
+MANY = StepBlocks(4096, 8192, 512, programs=96, warps=1, ahead=False)
+WIDE = replace(MANY, sums=8192, keys=16384, pairs=2048, warps=2)  # of head_dim above 128: a thread has as much
+ENOUGH = 256  # rows and heads for MANY
 # So that short rows have several of each.
-INTERPRETED = [StepBlocks(256, 256, 256, programs=8, warps=8, maps=256, fold=2, few=few) for few in (True, False)]
+INTERPRETED = [StepBlocks(256, 256, 256, programs=8, warps=8, fold=2, ahead=ahead) for ahead in (True, False)]
 
 
 def blocks_for(heads: int, width: int) -> StepBlocks:
@@ -134,50 +130,48 @@ def columns_of(blocks: StepBlocks, heads: int, width: int) -> int:
     return columns
 
 
+def held_with(options: Options, blocks: StepBlocks, columns: int, features: int) -> Held:
+    """What decoding keeps, `columns` of the sums being a program's: if it has those in one tile, no key waits for others."""
+    held = held_by(options, blocks.fold)
+    whole = blocks.ahead and options.has("linear") and not held.paired and power(features) * columns <= blocks.sums
+    return held._replace(fold=1) if whole else held
+
+
 @functools.lru_cache(1024)  # as `make_form`
-def tiles_of(
-    blocks: StepBlocks, columns: int, form: Form, held: Held, size: int, map_columns: int, overlap: bool
-) -> Tiles:
+def tiles_of(blocks: StepBlocks, columns: int, form: Form, held: Held, size: int, overlap: bool) -> Tiles:
     """size: bytes of an element of the ring."""
     wide, near, late = power(form.width), 16, power(held.fold)
     while near < held.places and 2 * near * (wide + columns) * size <= blocks.keys:
         near *= 2
-    block = 2 * power(map_columns) if map_columns else power(form.features)
+    block = power(form.features)
     read, written = (min(block, max(16, n // columns)) for n in (blocks.sums, blocks.sums // 2))
     pairs = min(block, max(16, blocks.pairs // (near if held.paired else late)))
-    depth = min(wide, max(16, blocks.maps // power(map_columns)))
-    return Tiles(
-        columns, read, written, near, late, pairs, block, cdiv(held.places, near), blocks.few, power(form.map_group, 1),
-        overlap, map_columns, power(map_columns), depth,
-    )  # fmt: skip
+    tiles, whole = cdiv(held.places, near), held.fold == 1
+    return Tiles(columns, read, written, near, late, pairs, block, tiles, blocks.ahead, whole, overlap)
 
 
 @triton.jit
 def step(
     q, k, v, fq, fk, mix, log_scale, real, ring_k, ring_v, ring_phi, leaving, value, mass, counts, y,
-    map_q, map_k, clamp_q, clamp_k,
-    q_b, q_h, k_b, k_h, v_b, v_h, fq_b, fq_h, fk_b, fk_h, maps, scale,
+    q_b, q_h, k_b, k_h, v_b, v_h, fq_b, fq_h, fk_b, fk_h, scale,
     MASKED: tl.constexpr, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
-    """y [B,H,1,D], and the state (step_state.py) moved on. Grid: (B maps, ceil(D / columns)).
+    """y [B,H,1,D], and the state (step_state.py) moved on. Grid: (maps, ceil(D / columns), B).
 
     Of a row first all is read, for one query head after the other; then, behind a barrier, all is written. What another program
     writes in the same launch may be read, but never counts: places of a new key and of new features are those of none that does.
     Rows whose token is not real (`real` [B]) have y 0, and their state stays.
-
-    map_q [H,D,C], map_k [maps,D,C] in float32: features are made; else fq, fk are read.
     """
-    part = tl.program_id(1)
-    p = tl.program_id(0) % maps
-    b = tl.program_id(0) // maps
+    p, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    maps = tl.num_programs(0)
     kv = p * o.map_group // o.group
     heads = maps * o.map_group
     key_heads = heads // o.group
     first = part * t.columns
     column = first + tl.arange(0, t.columns)
     inside = column < o.width
-    # Whether features are there before the window's softmax is done.
-    EARLY: tl.constexpr = s.paired or t.ahead
+    # Whether features are read before the window's softmax is made: a launch makes them meanwhile.
+    EARLY: tl.constexpr = s.paired or (t.whole and o.map_group > 1)
     RING_READ: tl.constexpr = t.ahead and t.near_tiles == 1
 
     keys, values, phi_late, held, summed, at, folded, here, new_k, new_v, key, query, own_level, own_shift = read_ahead(
@@ -187,13 +181,8 @@ def step(
     keys_of, values_of, phi_of, value_of, mass_of, counts_of = of_row(
         ring_k, ring_v, ring_phi, value, mass, counts, b, p, kv, maps, key_heads, s, o
     )
-    if t.map_columns > 0:
-        made_q, phi_k = make_all(
-            q, k, ring_k, counts, map_q, map_k, clamp_q, clamp_k, q_b, q_h, k_b, k_h, maps, b, p, kv, key_heads, t, s, o
-        )  # fmt: skip
-    elif t.ahead:
-        tl.debug_barrier()
     if t.ahead:
+        tl.debug_barrier()
         # Where a row is, is read once more behind a barrier: ptxas would wait for it before the loads above.
         at = tl.load(counts_of)
         folded = tl.load(counts_of + 1)
@@ -201,12 +190,18 @@ def step(
     if s.lag > 1:  # the one whose features come with the next
         after = tl.load(keys_of + place_of(tl.maximum(known + 1, 0), s) * o.width + column, mask=inside, other=0.0)
     late_j, late_place = late_places(at, folded, t, s, o)
-    if t.ahead:
+    if t.ahead and not t.whole:
         late_v = late_values(values_of, late_j, t, s, o)
-    if t.map_columns == 0 and EARLY:
+    if t.whole:
+        latest_v = tl.load(values_of + place_of(tl.maximum(known, 0), s) * o.width + column, mask=inside, other=0.0)
+    phi_k = tl.full([t.block], 0.0, tl.float32)
+    if EARLY:
         if t.overlap:
             gdc_wait()
+            gdc_launch_dependents()
         phi_k = given_features(head(fk, b, p, fk_b, fk_h), t, o)
+        if t.whole:
+            held, summed = with_key(held, summed, phi_k, latest_v, known, folded, s)
 
     for g in range(0, o.map_group):
         h = p * o.map_group + g
@@ -214,9 +209,7 @@ def step(
             asks, level, shift = of_head(q, mix, log_scale, b, h, q_b, q_h, o)
         else:
             asks, level, shift = query, own_level, own_shift
-        if t.map_columns > 0:
-            phi_q = row_of(made_q, g)
-        elif EARLY:
+        if EARLY:
             phi_q = given_features(head(fq, b, h, fq_b, fq_h), t, o)
 
         # The new key, which is in no ring yet.
@@ -227,7 +220,7 @@ def step(
         w_mass = a_mass * 0.0
         b_mass = w_mass
         b_sum = new_v * 0.0
-        if EARLY:
+        if s.paired:
             latest = inner(phi_q, phi_k)  # phi_q . phi_k of `known`
             w_mass = tl.where(a_new & (known == at), latest, 0.0)
             b_mass = tl.where(b_new & (known == at), latest, 0.0)
@@ -271,10 +264,16 @@ def step(
         if not EARLY:
             if t.overlap:
                 gdc_wait()
+                gdc_launch_dependents()
             phi_q = given_features(head(fq, b, h, fq_b, fq_h), t, o)
-            latest = inner(phi_q, given_features(head(fk, b, p, fk_b, fk_h), t, o))
-        if o.has_linear:
+            phi_k = given_features(head(fk, b, p, fk_b, fk_h), t, o)
+            if t.whole:
+                held, summed = with_key(held, summed, phi_k, latest_v, known, folded, s)
+        if t.whole:
+            b_sum, b_mass = weighted(phi_q, held, summed)
+        elif o.has_linear:
             if not s.paired:
+                latest = inner(phi_q, phi_k)
                 if not t.ahead:
                     late_v = late_values(values_of, late_j, t, s, o)
                 _soft, linear, _hidden = sets(at, 0, tl.where(late_j >= 0, late_j, FAR), 0, 1, 0, o)
@@ -300,33 +299,37 @@ def step(
 
     tl.debug_barrier()
     if here != 0:
-        if not EARLY:
-            phi_k = given_features(head(fk, b, p, fk_b, fk_h), t, o)
         limit = tl.maximum(at - o.span + 1, 0)
         if limit - folded >= s.fold:
-            j, place = late_keys(folded, t, s)
-            counted = (j >= 0) & (j < limit)
-            if not s.covers:
-                counted = counted & (j >= s.sinks)
-            old = counted & (j != at)
-            late = ring_tile(values_of, place_of(tl.maximum(j, 0), s), old, first, t.columns, o).to(tl.float32)
-            late = tl.where((counted & (j == at))[:, None], new_v[None, :], late)
-            for start in range(0, t.block, t.written):
-                f, there = feature_places(start, t.written, t, o)
-                total = sums_tile(value_of, start, t.written, first, t, o)
-                phi = tl.load(
-                    phi_of + place[:, None] * o.features + f[None, :],
-                    mask=(counted & (j != known))[:, None] & there[None, :], other=0.0,
-                )  # fmt: skip
-                fresh = piece(phi_k, start // t.written, t.written)
-                phi = tl.where((counted & (j == known))[:, None], fresh[None, :], phi)
-                total = tl.dot(tl.trans(phi), late, total, input_precision="tf32x3")
+            if t.whole:
+                f, there = feature_places(0, t.block, o)
                 mask = there[:, None] & inside[None, :]
-                tl.store(value_of + f[:, None] * o.width + column[None, :], total, mask=mask)
-                mass_then = tl.load(mass_of + f, mask=there, other=0.0)
-                tl.store(mass_of + f, mass_then + tl.sum(phi, 0), mask=there)
+                tl.store(value_of + f[:, None] * o.width + column[None, :], held, mask=mask)
+                tl.store(mass_of + f, summed, mask=there)
+            else:
+                j, place = late_keys(folded, t, s)
+                counted = (j >= 0) & (j < limit)
+                if not s.covers:
+                    counted = counted & (j >= s.sinks)
+                old = counted & (j != at)
+                late = ring_tile(values_of, place_of(tl.maximum(j, 0), s), old, first, t.columns, o).to(tl.float32)
+                late = tl.where((counted & (j == at))[:, None], new_v[None, :], late)
+                for start in range(0, t.block, t.written):
+                    f, there = feature_places(start, t.written, o)
+                    total = sums_tile(value_of, start, t.written, first, t, o)
+                    phi = tl.load(
+                        phi_of + place[:, None] * o.features + f[None, :],
+                        mask=(counted & (j != known))[:, None] & there[None, :], other=0.0,
+                    )  # fmt: skip
+                    fresh = piece(phi_k, start // t.written, t.written)
+                    phi = tl.where((counted & (j == known))[:, None], fresh[None, :], phi)
+                    total = tl.dot(tl.trans(phi), late, total, input_precision="tf32x3")
+                    mask = there[:, None] & inside[None, :]
+                    tl.store(value_of + f[:, None] * o.width + column[None, :], total, mask=mask)
+                    mass_then = tl.load(mass_of + f, mask=there, other=0.0)
+                    tl.store(mass_of + f, mass_then + tl.sum(phi, 0), mask=there)
             folded = limit
-        if p % (maps // key_heads) == 0:  # one head of phi_k for each key head
+        if p % (o.group // o.map_group) == 0:  # one head of phi_k for each key head
             to = place_of(at, s) * o.width + column
             tl.store(keys_of + to, key.to(ring_k.dtype.element_ty), mask=inside)
             tl.store(values_of + to, new_v.to(ring_v.dtype.element_ty), mask=inside)
@@ -334,7 +337,7 @@ def step(
                 place = leaving + (b * key_heads + kv).to(tl.int64) * o.width + column
                 tl.store(place, after if s.lag > 1 else key.to(ring_k.dtype.element_ty), mask=inside)
         if (part == 0) & (known >= 0):
-            f, there = feature_places(0, t.block, t, o)
+            f, there = feature_places(0, t.block, o)
             place = known % s.fold
             if s.paired:
                 place = place_of(known, s)
@@ -369,29 +372,24 @@ def hybrid_attention_step_gpu(
     batch, heads, _, width = q.shape
     all_maps = batch * (state.value if isinstance(state, StepState) else state.sums).shape[1]
     blocks = blocks or blocks_for(all_maps, width)
-    held = held_by(options, blocks.fold)
     features = phi_q.shape[-1]
-    if isinstance(state, StepState) and state.held != held:
+    if isinstance(state, StepState) and state.held != held_with(options, blocks, state.columns, features):
         state = standing(state, phi_k_fn)
     if isinstance(state, HybridState):
         columns = columns_of(blocks, all_maps, width)
+        held = held_with(options, blocks, columns, features)
         state = stepping(state, k, phi_k_fn, options, held, columns)
+    held = state.held
     _check_sizes(state, batch, heads, k.shape[1], width, features)
     own, programs = state.counts.shape[1:3]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     numbers = [None if x is None else x.float().contiguous() for x in (mix, log_scale)]
     real = None if key_mask is None else key_mask.to(torch.uint8).contiguous()
     y = torch.empty_like(q, memory_format=torch.contiguous_format)
-    phi: list[Tensor | None] = [None, None]
-    made: list[Any] = [None, None, 0.0, 0.0]
-    map_columns, overlap = 0, False
+    overlap = False
     if maps:
         maps[1].check(own, width, features)
-    if maps and blocks.few:
-        made = [*(x.weight.float().contiguous() for x in maps), *(x.clamp for x in maps)]
-        map_columns = maps[0].columns
-    elif maps:
-        # The last launch before this one: what else this one reads is older, and there when that one begins.
+        # The launch before this one waits for what is ahead of it: what else this one reads is there when it begins.
         overlap = blocks.overlap and gpu_launch.overlaps(q.device.index)
         phi = [*features_of_token(q, state.leaving.to(k.dtype) if held.lag else k, *maps, overlapped=overlap)]
     else:
@@ -403,11 +401,11 @@ def hybrid_attention_step_gpu(
     form = make_form(
         options, Blocks(), heads=heads, key_heads=k.shape[1], maps=own, width=width, features=features, dtype=q.dtype
     )
-    tiles = tiles_of(blocks, state.columns, form, held, state.ring_k.element_size(), map_columns, overlap)
+    tiles = tiles_of(blocks, state.columns, form, held, state.ring_k.element_size(), overlap)
     Compiled(form, 1, blocks.warps, more=blocks.options(overlap)).launch(
-        step, (batch * own, programs),
-        q, k, v, *phi, *numbers, real, *state.tensors.values(), y, *made,
-        *[n for x in (q, k, v, *phi) for n in ((0, 0) if x is None else x.stride()[:2])], own, options.scale,
+        step, (own, programs, batch),
+        q, k, v, *phi, *numbers, real, *state.tensors.values(), y,
+        *[n for x in (q, k, v, *phi) for n in x.stride()[:2]], options.scale,
         MASKED=real is not None, t=tiles, s=held,
     )  # fmt: skip
     return y, state

@@ -1,9 +1,9 @@
-"""What a program of the Triton decode kernel (gpu_step.py) reads, and the features that it makes."""
+"""What a program of the Triton decode kernel (gpu_step.py) reads, and what it makes of it first."""
 
 import triton
 import triton.language as tl
 
-from .gpu_parts import head, join_of, softmax_of
+from .gpu_parts import head, join_of
 
 
 @triton.jit
@@ -40,27 +40,16 @@ def late_keys(folded, t: tl.constexpr, s: tl.constexpr):
 
 
 @triton.jit
-def feature_places(first, size: tl.constexpr, t: tl.constexpr, o: tl.constexpr):
-    """Where features first .. first + size - 1 of a program stand in memory, and whether they do: each half of those that it
-    makes is filled up to `map_block`."""
+def feature_places(first, size: tl.constexpr, o: tl.constexpr):
+    """Features first .. first + size - 1 of a row, and whether they are there."""
     f = first + tl.arange(0, size)
-    if t.map_columns > 0 and t.map_columns < t.map_block:
-        c = f % t.map_block
-        return f // t.map_block * t.map_columns + c, c < t.map_columns
-    else:
-        return f, f < o.features
+    return f, f < o.features
 
 
 @triton.jit
 def row_of(x, index):
     """x[index] of x [n, columns]."""
     return tl.sum(tl.where(tl.arange(0, x.shape[0])[:, None] == index, x, 0.0), 0)
-
-
-@triton.jit
-def with_row(x, index, row):
-    """x [n, columns] with another x[index]."""
-    return tl.where(tl.arange(0, x.shape[0])[:, None] == index, row[None, :], x)
 
 
 @triton.jit
@@ -84,7 +73,7 @@ def ring_tile(ring, place, there, first, columns: tl.constexpr, o: tl.constexpr)
 @triton.jit
 def sums_tile(value, start, size: tl.constexpr, first, t: tl.constexpr, o: tl.constexpr):
     """Features start .. start + size - 1 of the sums, columns of D from `first` on."""
-    f, real = feature_places(start, size, t, o)
+    f, real = feature_places(start, size, o)
     column = first + tl.arange(0, t.columns)
     mask = real[:, None] & (column < o.width)[None, :]
     return tl.load(value + f[:, None] * o.width + column[None, :], mask=mask, other=0.0)
@@ -93,7 +82,7 @@ def sums_tile(value, start, size: tl.constexpr, first, t: tl.constexpr, o: tl.co
 @triton.jit
 def phi_tile(ring_phi, place, there, start, t: tl.constexpr, o: tl.constexpr):
     """Features of keys at places."""
-    f, real = feature_places(start, t.pairs, t, o)
+    f, real = feature_places(start, t.pairs, o)
     return tl.load(ring_phi + place[:, None] * o.features + f[None, :], mask=there[:, None] & real[None, :], other=0.0)
 
 
@@ -111,34 +100,6 @@ def products(phi_q, ring_phi, phi, place, there, t: tl.constexpr, s: tl.constexp
 
 
 @triton.jit
-def map_tile(weight, first, t: tl.constexpr, o: tl.constexpr):
-    """Rows first .. first + map_depth - 1 of W."""
-    c = tl.arange(0, t.map_block)
-    d = first + tl.arange(0, t.map_depth)
-    mask = (d < o.width)[:, None] & (c < t.map_columns)[None, :]
-    return tl.load(weight + d[:, None] * t.map_columns + c[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def map_input(x, there, first, t: tl.constexpr, o: tl.constexpr):
-    """What meets rows first .. first + map_depth - 1 of W: of one row x [D], if it is there."""
-    d = first + tl.arange(0, t.map_depth)
-    return tl.load(x + d, mask=(d < o.width) & there, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def made_features(x, there, begun, weight, w, clamp, t: tl.constexpr, o: tl.constexpr):
-    """[softmax(x W), softmax(-x W)] of one row x [D], at least clamp. begun, w: the first rows of x and W."""
-    u = tl.sum(begun[:, None] * w, 0)
-    for first in range(t.map_depth, o.width, t.map_depth):
-        u += tl.sum(map_input(x, there, first, t, o)[:, None] * map_tile(weight, first, t, o), 0)
-    inside = (tl.arange(0, t.map_block) < t.map_columns)[None, :]
-    both = tl.join(softmax_of(u[None, :], t.map_columns, clamp), softmax_of(-u[None, :], t.map_columns, clamp))
-    both = tl.where(inside[:, :, None], both, 0.0)
-    return tl.reshape(tl.permute(both, (0, 2, 1)), (t.block,))
-
-
-@triton.jit
 def given_features(x, t: tl.constexpr, o: tl.constexpr):
     f = tl.arange(0, t.block)
     return tl.load(x + f, mask=f < o.features, other=0.0).to(tl.float32)
@@ -148,6 +109,21 @@ def given_features(x, t: tl.constexpr, o: tl.constexpr):
 def inner(x, y):
     """x . y [1]: in one row, so that no warp waits for another."""
     return tl.sum(x[None, :] * y[None, :], 1)
+
+
+@triton.jit
+def with_key(held, summed, phi, v, position, folded, s: tl.constexpr):
+    """The sums of a program's columns [F,columns] and of phi_k [F] with the key at a position, unless it is in them already, or a
+    sink. v [columns]."""
+    there = position >= tl.maximum(folded, s.sinks)
+    phi = tl.where(there, phi, 0.0)
+    return held + phi[:, None] * tl.where(there, v.to(tl.float32), 0.0)[None, :], summed + phi
+
+
+@triton.jit
+def weighted(phi_q, held, summed):
+    """phi_q . held [columns], phi_q . summed [1]."""
+    return tl.sum(phi_q[:, None] * held, 0), inner(phi_q, summed)
 
 
 @triton.jit
@@ -161,41 +137,6 @@ def of_row(ring_k, ring_v, ring_phi, value, mass, counts, b, p, kv, maps, key_he
         ring_k + ring, ring_v + ring, ring_phi + phi, value + row * o.features * o.width, mass + mine * o.features,
         counts + 2 * mine,
     )  # fmt: skip
-
-
-@triton.jit
-def make_all(
-    q, k, ring_k, counts, map_q, map_k, clamp_q, clamp_k, q_b, q_h, k_b, k_h, maps, b, p, kv, key_heads,
-    t: tl.constexpr, s: tl.constexpr, o: tl.constexpr,
-):  # fmt: skip
-    """phi_q [queries, block] of a program's heads, phi_k [block] of its leaving key. Of one head both W are read before either is
-    used."""
-    JOINT: tl.constexpr = t.queries == 1
-    made_q = tl.full([t.queries, t.block], 0.0, tl.float32)
-    size = o.width * t.map_columns
-    weight_k = map_k + p * size
-    w_k = map_tile(weight_k, 0, t, o)
-    if JOINT:
-        w_q = map_tile(map_q + p * size, 0, t, o)
-    tl.debug_barrier()  # nothing that follows is waited for before these loads
-    if JOINT:
-        x_q = head(q, b, p, q_b, q_h)
-        begun_q = map_input(x_q, True, 0, t, o)
-    mine = (b * maps + p).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    known = tl.load(counts + 2 * mine) - s.lag
-    x = head(k, b, kv, k_b, k_h)
-    if s.lag > 0:  # where it stands until its features are in the sums
-        x = ring_k + ((b * key_heads + kv).to(tl.int64) * s.places + place_of(tl.maximum(known, 0), s)) * o.width
-    there = known >= 0
-    made_k = made_features(x, there, map_input(x, there, 0, t, o), weight_k, w_k, clamp_k, t, o)
-    for g in range(0, o.map_group):
-        weight_q = map_q + (p * o.map_group + g) * size
-        if not JOINT:
-            w_q = map_tile(weight_q, 0, t, o)
-            x_q = head(q, b, p * o.map_group + g, q_b, q_h)
-            begun_q = map_input(x_q, True, 0, t, o)
-        made_q = with_row(made_q, g, made_features(x_q, True, begun_q, weight_q, w_q, clamp_q, t, o))
-    return made_q, made_k
 
 
 @triton.jit
@@ -272,11 +213,11 @@ def read_ahead(
             keys = ring_tile(ring_k, place, place < s.places, 0, o.width_block, o)
         values = ring_tile(ring_v, place, place < s.places, first, t.columns, o)
     if o.has_linear:
-        f, real = feature_places(0, t.block, t, o)
+        f, real = feature_places(0, t.block, o)
         summed = tl.load(mass + f, mask=real, other=0.0)
         if t.ahead and t.features == t.block:
             held = sums_tile(value, 0, t.features, first, t, o)
-        if t.ahead and t.pairs == t.block and not s.paired:
+        if t.ahead and t.pairs == t.block and not s.paired and not t.whole:
             n = tl.arange(0, t.late)
             phi = phi_tile(ring_phi, n, n < s.fold, 0, t, o)
     return keys, values, phi, held, summed, seen, folded, here, new_k, new_v, key, query, level, shift
