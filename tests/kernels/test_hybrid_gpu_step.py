@@ -74,7 +74,9 @@ def poison(state: StepState):
         state.ring_phi[:, :, [p for p in range(held.fold) if p not in late]] = torch.nan
     if seen < held.lag:
         state.leaving.fill_(torch.nan)
-    return len(unused)
+    if held.fold == 1:
+        state.leaving_v[:, :, (seen - held.span + 1) % 2] = torch.nan
+    return len(unused) + (held.fold == 1)
 
 
 # In the interpreter keys are folded two at once, and a tile has 16 features, columns and keys.
@@ -94,7 +96,8 @@ CASES = {
     "sinks alone, odd widths": dict(
         window=1, sinks=2, ablate={"window": "mass"}, dim=19, features=21, start=3, stop=6, heads=(1, 1)
     ),
-    "features made, shared": dict(window=3, columns=20, dim=24, start=2),
+    "features made, shared": dict(window=3, columns=20, dim=24, start=2, turns=FEW),
+    "features made, shared, many rows": dict(window=3, columns=20, dim=24, start=2, turns=MANY),
     "features made, absolute, phi_k of key heads": dict(
         heads=(4, 1), per_key_head=True, columns=3, window=2, join="absolute", start=5, stop=9, turns=FEW
     ),

@@ -13,6 +13,7 @@ from ..transforms import plain_backward
 from .gpu_call import Compiled, cdiv, power
 from .gpu_parts import head, mapped, softmax_of
 from .softmax_map import SoftmaxMap
+from .step_state import StepState
 
 ROWS = 16  # tokens of a program, of any rows of the batch; the least that a product takes
 SINGLE = 1  # of so few rows of one token each is a program of its own
@@ -38,19 +39,46 @@ def softmax_features(x, weight, out, x_b, x_h, x_t, tokens, length, heads, clamp
 
 
 @triton.jit
+def asked_for(x, count, part, parts):
+    """Has x[:count] brought into L2, each of `parts` programs a share. A hint: nothing is read, so it may precede a wait."""
+    LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth
+    lines = (count + LINE - 1) // LINE
+    for first in range(part * 256, lines, parts * 256):
+        at = x + tl.minimum(first + tl.arange(0, 256), lines - 1).to(tl.int64) * LINE
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def token_features(
-    q, k, map_q, map_k, out_q, out_k, q_b, q_h, k_b, k_h, tokens, heads, maps, clamp_q, clamp_k,
-    OVERLAPPED: tl.constexpr, rows: tl.constexpr, o: tl.constexpr,
+    q, k, map_q, map_k, out_q, out_k, value, ring_k, ring_v, mass, counts,
+    q_b, q_h, k_b, k_h, tokens, heads, maps, values, ring, masses, clamp_q, clamp_k,
+    OVERLAPPED: tl.constexpr, SOON: tl.constexpr, rows: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
     """`softmax_features` of queries [B,H,1,D] and of keys [B,h,1,D] in one launch, by maps of H and of `maps` heads.
 
     Grid: (ceil(B / rows), H + maps). OVERLAPPED: it is launched while the launch ahead ends, waits for that, and then lets the
-    next one begin, which waits before it reads the features.
+    next one begin, which waits before it reads the features. Before that W is asked for, and, SOON, what that one reads of its
+    state: `values` numbers of the sums, `ring` of each ring, `masses` of the masses.
     """
+    h = tl.program_id(1)
     if OVERLAPPED:
+        size = o.width * o.columns
+        if h < heads:
+            asked_for(map_q + h * size, size, 0, 1)
+        else:
+            asked_for(map_k + (h - heads) * size, size, 0, 1)
+        if SOON:
+            part = tl.program_id(0) * (heads + maps) + h
+            parts = tl.num_programs(0) * (heads + maps)
+            asked_for(value, values, part, parts)
+            asked_for(ring_k, ring, part, parts)
+            asked_for(ring_v, ring, part, parts)
+            asked_for(mass, masses, part, parts)
+            asked_for(counts, masses // o.columns, part, parts)
         gdc_wait()
         gdc_launch_dependents()
-    h = tl.program_id(1)
     if h < heads:
         if rows == 1:
             _features_of_row(q, map_q, out_q, q_b, q_h, heads, h, clamp_q, 1, o)
@@ -185,12 +213,15 @@ def features(x: Tensor, weight: Tensor, clamp: float, dtype: torch.dtype = torch
 
 
 def features_of_token(
-    q: Tensor, k: Tensor, map_q: SoftmaxMap, map_k: SoftmaxMap, *, overlapped: bool
+    q: Tensor, k: Tensor, map_q: SoftmaxMap, map_k: SoftmaxMap, *, overlapped: bool, soon: StepState | None = None
 ) -> tuple[Tensor, Tensor]:
     """phi_q [B,H,1,F] of q [B,H,1,D] and phi_k [B,h,1,F] of k [B,Hkv,1,D] in fp32, one launch.
 
     overlapped: it begins while the launch ahead ends, and what is launched next begins meanwhile; each waits itself (`gdc_wait`).
+    soon: a state that the next one reads, to be in L2 by then.
     """
+    state = [None] * 5 if soon is None else [soon.value, soon.ring_k, soon.ring_v, soon.mass, soon.counts]
+    sizes = [0] * 3 if soon is None else [x.numel() for x in (soon.value, soon.ring_k, soon.mass)]
     batch, heads = q.shape[:2]
     maps, _, columns = map_k.weight.shape
     out_q, out_k = (torch.empty(batch, n, 1, 2 * columns, dtype=torch.float32, device=q.device) for n in (heads, maps))
@@ -199,8 +230,8 @@ def features_of_token(
     warps = 8 if rows == 1 else _warps(columns)
     Compiled(_shape(k, map_k.weight), 1, warps, more=(("launch_pdl", True),) * overlapped).launch(
         token_features, (cdiv(batch, rows), heads + maps),
-        q, k, *weights, out_q, out_k, *q.stride()[:2], *k.stride()[:2], batch, heads, maps, map_q.clamp, map_k.clamp,
-        OVERLAPPED=overlapped, rows=rows,
+        q, k, *weights, out_q, out_k, *state, *q.stride()[:2], *k.stride()[:2], batch, heads, maps, *sizes,
+        map_q.clamp, map_k.clamp, OVERLAPPED=overlapped, SOON=soon is not None, rows=rows,
     )  # fmt: skip
     return out_q, out_k
 

@@ -8,7 +8,7 @@ Few rows wait rather than read: a trip to memory is 0.6 to 0.8 us. So most loads
 waits for another: a ring is read place by place, and which position a place holds is known when `counts` have come. What depends
 on a position follows. Then instructions count, at six cycles each with two warps a scheduler (ncu, an H200): where a program has
 its columns of the sums in one tile (`whole`), the key whose features came enters them there, they are written back, and no key
-waits for others. An H200 takes 6.7 us so, 8.9 with `FOLD` keys at once, and of 8 rows 21 for 28 us.
+waits for others. So no late keys are read, and the new key takes the place of that one: a window of 64 is a tile of 64 places.
 
 Many rows are read faster than a row is worked on: programs take turns, and what counts is how many instructions a row takes. A
 program is one warp then: sums over features and head_dim stay in it, and where four warps met 71 times and took 11,500
@@ -24,7 +24,12 @@ The ratio is the same for every batch, and the write is the keys': 1 row at 3 TB
 Given both maps (softmax_map.py) a launch before this one makes the features, of the queries and of the leaving key
 (`token_features`). Each of the two begins while the one ahead ends (programmatic dependent launch), and this one reads, and makes
 the window's softmax where that asks for no features, before it waits for them. For each program to make those that it reads was
-slower: W of a head is 64 KB, and for one row takes as many instructions as all the rest (8.8 for 6.7 us).
+slower: W of a head is 64 KB, and for one row takes as many instructions as all the rest. What the first reads, and of a row or
+two the state that the second reads, is asked for while the launch ahead ends, so that it comes from L2.
+
+One row of that layer on an H200 (ncu, probes of 2026-11-27, decoding only): 8.8 us a layer with features made in this launch;
+7.8 with a launch of their own; 6.7 when that no longer makes them as 16 rows by tensor cores, and no key waits for others; 6.3
+asked for ahead, 4 warps; 5.6 with 64 places for 65. Scores by tensor cores took 7.8 for 6.7: keys have to pass shared memory.
 """
 
 import functools
@@ -104,11 +109,12 @@ class StepBlocks:
 
 
 # All of a row at once: a program of each of an H100's 132 multiprocessors.
-FEW = StepBlocks(16384, 65536, 4096, programs=96, warps=8)
+FEW = StepBlocks(16384, 65536, 4096, programs=96, warps=4)
 # One warp waits for no other: with 4, a head took three times the instructions that go through shared memory, and 71 barriers.
 MANY = StepBlocks(4096, 8192, 512, programs=96, warps=1, ahead=False)
 WIDE = replace(MANY, sums=8192, keys=16384, pairs=2048, warps=2)  # of head_dim above 128: a thread has as much
-ENOUGH = 256  # rows and heads for MANY
+ENOUGH = 320  # rows and heads for MANY: 7 rows of Llama's layer take 15.4 us by FEW, 18.6 by MANY; 16 rows 28 by MANY
+SOON = 4 << 20  # bytes of sums that are asked for ahead: one row is faster by it, eight are slower
 # So that short rows have several of each.
 INTERPRETED = [StepBlocks(256, 256, 256, programs=8, warps=8, fold=2, ahead=ahead) for ahead in (True, False)]
 
@@ -152,7 +158,7 @@ def tiles_of(blocks: StepBlocks, columns: int, form: Form, held: Held, size: int
 
 @triton.jit
 def step(
-    q, k, v, fq, fk, mix, log_scale, real, ring_k, ring_v, ring_phi, leaving, value, mass, counts, y,
+    q, k, v, fq, fk, mix, log_scale, real, ring_k, ring_v, ring_phi, leaving, leaving_v, value, mass, counts, y,
     q_b, q_h, k_b, k_h, v_b, v_h, fq_b, fq_h, fk_b, fk_h, scale,
     MASKED: tl.constexpr, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr,
 ):  # fmt: skip
@@ -181,6 +187,10 @@ def step(
     keys_of, values_of, phi_of, value_of, mass_of, counts_of = of_row(
         ring_k, ring_v, ring_phi, value, mass, counts, b, p, kv, maps, key_heads, s, o
     )
+    if t.whole:  # the value of `known`, whose place in the ring is the new key's, and of the one after
+        spot = leaving_v + (b * key_heads + kv).to(tl.int64) * (2 * o.width) + column
+        even = tl.load(spot, mask=inside, other=0.0)
+        odd = tl.load(spot + o.width, mask=inside, other=0.0)
     if t.ahead:
         tl.debug_barrier()
         # Where a row is, is read once more behind a barrier: ptxas would wait for it before the loads above.
@@ -193,7 +203,11 @@ def step(
     if t.ahead and not t.whole:
         late_v = late_values(values_of, late_j, t, s, o)
     if t.whole:
-        latest_v = tl.load(values_of + place_of(tl.maximum(known, 0), s) * o.width + column, mask=inside, other=0.0)
+        latest_v = tl.where(known % 2 == 0, even, odd)
+        if s.lag > 1:
+            after_v = tl.load(
+                values_of + place_of(tl.maximum(known + 1, 0), s) * o.width + column, mask=inside, other=0.0
+            )
     phi_k = tl.full([t.block], 0.0, tl.float32)
     if EARLY:
         if t.overlap:
@@ -336,7 +350,10 @@ def step(
             if s.lag > 0:
                 place = leaving + (b * key_heads + kv).to(tl.int64) * o.width + column
                 tl.store(place, after if s.lag > 1 else key.to(ring_k.dtype.element_ty), mask=inside)
-        if (part == 0) & (known >= 0):
+            if t.whole:
+                other = spot + tl.where(known % 2 == 0, o.width, 0)
+                tl.store(other, after_v if s.lag > 1 else new_v.to(ring_v.dtype.element_ty), mask=inside)
+        if (part == 0) & (known >= 0) & (not t.whole):
             f, there = feature_places(0, t.block, o)
             place = known % s.fold
             if s.paired:
@@ -391,7 +408,9 @@ def hybrid_attention_step_gpu(
         maps[1].check(own, width, features)
         # The launch before this one waits for what is ahead of it: what else this one reads is there when it begins.
         overlap = blocks.overlap and gpu_launch.overlaps(q.device.index)
-        phi = [*features_of_token(q, state.leaving.to(k.dtype) if held.lag else k, *maps, overlapped=overlap)]
+        soon = state if overlap and blocks.ahead and state.value.nbytes <= SOON else None
+        leaving = state.leaving.to(k.dtype) if held.lag else k
+        phi = [*features_of_token(q, leaving, *maps, overlapped=overlap, soon=soon)]
     else:
         phi_k = phi_k_fn(state.leaving.to(k.dtype) if held.lag else k)
         check_heads(own, phi_k.shape[1])

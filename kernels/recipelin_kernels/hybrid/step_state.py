@@ -16,8 +16,9 @@ FOLD = 16  # keys that enter the sums at once: sqrt(2 D) for D = 128, see gpu_st
 class Held(NamedTuple):
     """What the buffers depend on; of a kernel a constant.
 
-    A key's features are made when the token `lag` positions later comes. covers: the sums count sinks too. paired:
-    features of all keys of the ring are kept.
+    A key's features are made when the token `lag` positions later comes. fold: keys that enter the sums at once; 1: each in the
+    step that has its features made, and its place in the ring is then the new key's. covers: the sums count sinks too.
+    paired: features of all keys of the ring are kept.
     """
 
     span: int
@@ -29,8 +30,8 @@ class Held(NamedTuple):
 
     @property
     def ring(self) -> int:
-        """Places behind the pinned sinks: the span, and before it keys that are not yet in the sums."""
-        return self.span + self.fold
+        """Places behind the pinned sinks: the span, and before it keys that wait for others."""
+        return self.span + (self.fold if self.fold > 1 else 0)
 
     @property
     def places(self) -> int:
@@ -59,11 +60,12 @@ def held_by(options: Options, fold: int = FOLD) -> Held:
 class StepState:
     """As HybridState, for the Triton decode kernel: every call writes into these tensors, whose addresses stay.
 
-    Position j stands at place j of a ring where j < sinks, else at sinks + (j - sinks) mod (span + fold). Unused places
+    Position j stands at place j of a ring where j < sinks, else at sinks + (j - sinks) mod `held.ring`. Unused places
     may hold anything.
 
     ring_k, ring_v [B,Hkv,places,D]; ring_phi [B,p,places,F], p heads of phi_k (fp32), or [B,p,fold,F] with position j at
     j mod fold; leaving [B,Hkv,1,D]: the key whose features the next call needs, where it is not the call's own;
+    leaving_v [B,Hkv,2,D], if no key waits for others (else [B,Hkv,0,D]): its value, of position j at j mod 2;
     value [B,p,F,D] (fp32): sum of phi_k v over the keys 0 .. folded - 1 that count; mass [B,p,n,F] (fp32): sum of phi_k;
     counts [B,p,n,2] (int32): positions seen, folded. n: programs that share a head's columns of D. Each has mass and
     counts of its own, so that none reads what another one writes; it has `columns` of D.
@@ -73,6 +75,7 @@ class StepState:
     ring_v: Tensor
     ring_phi: Tensor
     leaving: Tensor
+    leaving_v: Tensor
     value: Tensor
     mass: Tensor
     counts: Tensor
@@ -157,6 +160,7 @@ def stepping(
         ring_v=rings[1],
         ring_phi=phi.contiguous(),
         leaving=_pick(rings[0], _place(last, held), (last >= 0) & (held.lag <= lead)),
+        leaving_v=k.new_zeros(batch, k.shape[1], 2 if held.fold == 1 else 0, k.shape[3]),
         value=sums[..., :-1].contiguous(),
         mass=sums[:, :, None, :, -1].expand(-1, -1, tiles, -1).contiguous(),
         counts=torch.stack((seen, folded), -1)[:, :, None].int().expand(-1, maps, tiles, -1).contiguous(),
