@@ -11,9 +11,9 @@ from .rows import Options
 
 WIDEST = 256  # head_dim: a block of 64 rows of it in float32 is 64 KiB
 MOST_FEATURES = 1024
-# With which Triton, on which compute capability `make test-gpu` has passed as a whole, with these sources: none yet. There `auto`
-# takes the kernels; elsewhere they are taken by name, as what a compiler makes of them may race (kernels/bench/seen-on-gpus.md).
-PROVEN: frozenset[tuple[str, tuple[int, int]]] = frozenset()  # such as ("3.6", (9, 0))
+# With which Triton, on which compute capability `make test-gpu` has passed as a whole, with these sources. There `auto` takes the
+# kernels; elsewhere they are taken by name, as what a compiler makes of them may race (kernels/bench/seen-on-gpus.md).
+PROVEN: frozenset[tuple[str, tuple[int, int]]] = frozenset({("3.6", (9, 0))})
 LEAST_CAPABILITY = (8, 0)  # bf16 and tf32 products
 
 
