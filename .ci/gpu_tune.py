@@ -231,9 +231,8 @@ def step_cases() -> Iterator[tuple[DecodeOnGpu, str, StepBlocks]]:
     of_few = {
         "": few,
         "no overlap": replace(few, overlap=False),
-        "4 warps": replace(few, warps=4),
+        "8 warps": replace(few, warps=8),
         "256 programs": replace(few, programs=256),
-        "16 keys at once": replace(few, sums=2048),
     }
     of_many = {
         "": many,

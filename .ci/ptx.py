@@ -297,7 +297,9 @@ class Program:
         if name.startswith("ld.param."):
             index = [n for _, n in self.parameters].index(parts[1].strip("[]"))
             return "ld.param", [self._register(parts[0])], index * 2 + (name[9] == "s"), _size(parts[0])
-        if found := re.fullmatch(r"(ld|st)\.(global|shared)(?:\.(v2|v4))?\.(?:[bu](?:8|16)|[bfsu](?:32|64))", name):
+        if found := re.fullmatch(
+            r"(ld|st)\.(global|shared)(?:\.cg)?(?:\.(v2|v4))?\.(?:[bu](?:8|16)|[bfsu](?:32|64))", name
+        ):
             return self._access(
                 found[1], found[2], int((found[3] or "v1")[1:]), int(re.findall(r"\d+", name)[-1]) // 8, rest
             )

@@ -256,7 +256,7 @@ def test_decodes_under_a_graph(dtype, join, batch, made):
 
 
 @pytest.mark.parametrize("join", ["shared", "replace"])
-@pytest.mark.parametrize("batch", [1, 33])
+@pytest.mark.parametrize("batch", [1, 41])
 def test_decodes_many_tokens_in_one_graph(batch, join):
     """Launches of one state follow one another with nothing between, and each begins while the one ahead ends: it has to find
     what that wrote. As of few rows and as of many."""

@@ -5,10 +5,11 @@ program has one head of phi_k and some columns of D: it reads its columns of the
 to merge, and scores anew what its neighbours score too (a window's keys are 16 KB, and lie in L2).
 
 Few rows wait rather than read: a trip to memory is 0.6 to 0.8 us. So most loads of a program come first, in one trip, and none
-waits for another: a ring is read place by place, and which position a place holds is known when `counts` have come. What depends
-on a position follows. Then instructions count, at six cycles each with two warps a scheduler (ncu, an H200): where a program has
-its columns of the sums in one tile (`whole`), the key whose features came enters them there, they are written back, and no key
-waits for others. So no late keys are read, and the new key takes the place of that one: a window of 64 is a tile of 64 places.
+waits for another: a ring is read place by place, and which position a place holds is known when `counts` have come. What
+depends on a position follows. Then instructions count, at about six cycles each (ncu, an H200, 8 warps). So a program has its
+columns of the sums in one tile, unless features of the ring's keys are kept (`whole`): the key whose features came enters them
+there, they are written back, and no key waits for others. No late keys are read then, and the new key takes the place of the one
+that enters: a window of 64 without sinks is a tile of 64 places.
 
 Many rows are read faster than a row is worked on: programs take turns, and what counts is how many instructions a row takes. A
 program is one warp then: sums over features and head_dim stay in it, and where four warps met 71 times and took 11,500
@@ -23,9 +24,10 @@ The ratio is the same for every batch, and the write is the keys': 1 row at 3 TB
 
 Given both maps (softmax_map.py) a launch before this one makes the features, of the queries and of the leaving key
 (`token_features`). Each of the two begins while the one ahead ends (programmatic dependent launch), and this one reads, and makes
-the window's softmax where that asks for no features, before it waits for them. For each program to make those that it reads was
-slower: W of a head is 64 KB, and for one row takes as many instructions as all the rest. What the first reads, and of a row or
-two the state that the second reads, is asked for while the launch ahead ends, so that it comes from L2.
+the window's softmax where that asks for no features (of one query head for each phi_k), before it waits for them. For each
+program to make those that it reads was slower: W of a head is 64 KB, and for one row takes as many instructions as all the rest.
+What the first reads, and of a row or two the state that the second reads, is asked for while the launch ahead ends, so that it
+comes from L2.
 
 One row of that layer on an H200 (ncu, probes of 2026-11-27, decoding only): 8.8 us a layer with features made in this launch;
 7.8 with a launch of their own; 6.7 when that no longer makes them as 16 rows by tensor cores, and no key waits for others; 6.3
@@ -48,7 +50,9 @@ from .gpu_call import Blocks, Compiled, cdiv, make_form, power
 from .gpu_features import features_of_token
 from .gpu_parts import BASE2, FAR, HIDDEN, Form, exp2, factors, head, sets, shown, softmax_weights
 from .gpu_step_parts import (
+    counts_now,
     feature_places,
+    fresh,
     given_features,
     inner,
     late_keys,
@@ -99,9 +103,16 @@ class StepBlocks:
     programs: int  # at least so many, if columns of D can be shared by that
     warps: int
     ahead: bool = True  # all that is one tile is read before anything is waited for
+    room: int = 98304  # bytes of that which `warps` hold without a spill
     registers: int = 0  # a thread's at most; 0: what it takes
     fold: int = FOLD  # two or more keys that enter the sums at once, where those are not one tile
     overlap: bool = True  # it and the launch that makes its features begin while the one ahead ends, on a GPU that can
+
+    def __post_init__(self) -> None:
+        if self.fold < 2:
+            raise ValueError(
+                f"fold: two or more keys, found {self.fold}; one where the sums are one tile (`held_with`)"
+            )
 
     def options(self, overlap: bool) -> tuple[tuple[str, int], ...]:
         """As Triton has them."""
@@ -113,7 +124,8 @@ FEW = StepBlocks(16384, 65536, 4096, programs=96, warps=4)
 # One warp waits for no other: with 4, a head took three times the instructions that go through shared memory, and 71 barriers.
 MANY = StepBlocks(4096, 8192, 512, programs=96, warps=1, ahead=False)
 WIDE = replace(MANY, sums=8192, keys=16384, pairs=2048, warps=2)  # of head_dim above 128: a thread has as much
-ENOUGH = 320  # rows and heads for MANY: 7 rows of Llama's layer take 15.4 us by FEW, 18.6 by MANY; 16 rows 28 by MANY
+ENOUGH = 320  # rows times heads for MANY: 7 rows of Llama's layer take 15.4 us by FEW, 18.6 by MANY; 16 rows 28 by MANY
+MOST_ROWS = 65535  # of a grid's third axis
 SOON = 4 << 20  # bytes of sums that are asked for ahead: one row is faster by it, eight are slower
 # So that short rows have several of each.
 INTERPRETED = [StepBlocks(256, 256, 256, programs=8, warps=8, fold=2, ahead=ahead) for ahead in (True, False)]
@@ -128,10 +140,12 @@ def blocks_for(heads: int, width: int) -> StepBlocks:
     return MANY if width <= 128 else WIDE
 
 
-def columns_of(blocks: StepBlocks, heads: int, width: int) -> int:
+def columns_of(blocks: StepBlocks, heads: int, width: int, features: int) -> int:
     """Columns of D that a program has. heads: of phi_k in the batch."""
     columns = power(width)
-    while columns > 16 and heads * cdiv(width, columns) < blocks.programs:
+    while columns > 16 and (
+        heads * cdiv(width, columns) < blocks.programs or (blocks.ahead and power(features) * columns > blocks.sums)
+    ):
         columns //= 2
     return columns
 
@@ -154,6 +168,15 @@ def tiles_of(blocks: StepBlocks, columns: int, form: Form, held: Held, size: int
     pairs = min(block, max(16, blocks.pairs // (near if held.paired else late)))
     tiles, whole = cdiv(held.places, near), held.fold == 1
     return Tiles(columns, read, written, near, late, pairs, block, tiles, blocks.ahead, whole, overlap)
+
+
+def warps_of(blocks: StepBlocks, tiles: Tiles, form: Form, size: int) -> int:
+    """Twice as many where a thread would not have room for what is read ahead: keys, values, and the sums, which also stay from
+    one query head to the next."""
+    if not tiles.whole:
+        return blocks.warps
+    room = 4 * tiles.block * tiles.columns + tiles.near * (power(form.width) + tiles.columns) * size
+    return blocks.warps * (2 if room > (blocks.room if form.map_group == 1 else blocks.room // 2) else 1)
 
 
 @triton.jit
@@ -180,7 +203,7 @@ def step(
     EARLY: tl.constexpr = s.paired or (t.whole and o.map_group > 1)
     RING_READ: tl.constexpr = t.ahead and t.near_tiles == 1
 
-    keys, values, phi_late, held, summed, at, folded, here, new_k, new_v, key, query, own_level, own_shift = read_ahead(
+    keys, values, held, summed, at, folded, here, new_k, new_v, key, query, own_level, own_shift = read_ahead(
         q, k, v, mix, log_scale, real, ring_k, ring_v, ring_phi, value, mass, counts, q_b, q_h, k_b, k_h, v_b, v_h,
         b, p, kv, maps, key_heads, MASKED, t, s, o,
     )  # fmt: skip
@@ -189,25 +212,19 @@ def step(
     )
     if t.whole:  # the value of `known`, whose place in the ring is the new key's, and of the one after
         spot = leaving_v + (b * key_heads + kv).to(tl.int64) * (2 * o.width) + column
-        even = tl.load(spot, mask=inside, other=0.0)
-        odd = tl.load(spot + o.width, mask=inside, other=0.0)
+        even, odd = fresh(spot, inside), fresh(spot + o.width, inside)
     if t.ahead:
         tl.debug_barrier()
         # Where a row is, is read once more behind a barrier: ptxas would wait for it before the loads above.
-        at = tl.load(counts_of)
-        folded = tl.load(counts_of + 1)
+        at, folded = counts_now(counts_of)
     known = at - s.lag  # the position whose features come with this token
     if s.lag > 1:  # the one whose features come with the next
-        after = tl.load(keys_of + place_of(tl.maximum(known + 1, 0), s) * o.width + column, mask=inside, other=0.0)
+        after = fresh(keys_of + place_of(tl.maximum(known + 1, 0), s) * o.width + column, inside)
     late_j, late_place = late_places(at, folded, t, s, o)
-    if t.ahead and not t.whole:
-        late_v = late_values(values_of, late_j, t, s, o)
     if t.whole:
         latest_v = tl.where(known % 2 == 0, even, odd)
         if s.lag > 1:
-            after_v = tl.load(
-                values_of + place_of(tl.maximum(known + 1, 0), s) * o.width + column, mask=inside, other=0.0
-            )
+            after_v = fresh(values_of + place_of(tl.maximum(known + 1, 0), s) * o.width + column, inside)
     phi_k = tl.full([t.block], 0.0, tl.float32)
     if EARLY:
         if t.overlap:
@@ -268,7 +285,7 @@ def step(
                     wanted = linear
                     if o.join == "replace":
                         wanted = counted
-                    weights = products(phi_q, phi_of, phi_late, place, wanted, t, s, o)
+                    weights = products(phi_q, phi_of, place, wanted, t, o)
                     weights = tl.where(wanted & (j == known), latest, weights)
                     w_mass += tl.sum(tl.where(soft, weights, 0.0), 0)
                     weights = tl.where(linear, weights, 0.0)
@@ -288,10 +305,9 @@ def step(
         elif o.has_linear:
             if not s.paired:
                 latest = inner(phi_q, phi_k)
-                if not t.ahead:
-                    late_v = late_values(values_of, late_j, t, s, o)
+                late_v = late_values(values_of, late_j, t, s, o)
                 _soft, linear, _hidden = sets(at, 0, tl.where(late_j >= 0, late_j, FAR), 0, 1, 0, o)
-                weights = products(phi_q, phi_of, phi_late, late_place, linear & (late_j != known), t, s, o)
+                weights = products(phi_q, phi_of, late_place, linear & (late_j != known), t, o)
                 weights = tl.where(linear, tl.where(late_j == known, latest, weights), 0.0)
                 b_mass += tl.sum(weights[None, :], 1)
                 if o.show_linear:
@@ -331,16 +347,16 @@ def step(
                 for start in range(0, t.block, t.written):
                     f, there = feature_places(start, t.written, o)
                     total = sums_tile(value_of, start, t.written, first, t, o)
-                    phi = tl.load(
+                    phi = fresh(
                         phi_of + place[:, None] * o.features + f[None, :],
-                        mask=(counted & (j != known))[:, None] & there[None, :], other=0.0,
-                    )  # fmt: skip
-                    fresh = piece(phi_k, start // t.written, t.written)
-                    phi = tl.where((counted & (j == known))[:, None], fresh[None, :], phi)
+                        (counted & (j != known))[:, None] & there[None, :],
+                    )
+                    latest_phi = piece(phi_k, start // t.written, t.written)
+                    phi = tl.where((counted & (j == known))[:, None], latest_phi[None, :], phi)
                     total = tl.dot(tl.trans(phi), late, total, input_precision="tf32x3")
                     mask = there[:, None] & inside[None, :]
                     tl.store(value_of + f[:, None] * o.width + column[None, :], total, mask=mask)
-                    mass_then = tl.load(mass_of + f, mask=there, other=0.0)
+                    mass_then = fresh(mass_of + f, there)
                     tl.store(mass_of + f, mass_then + tl.sum(phi, 0), mask=there)
             folded = limit
         if p % (o.group // o.map_group) == 0:  # one head of phi_k for each key head
@@ -379,24 +395,26 @@ def hybrid_attention_step_gpu(
     maps: tuple[SoftmaxMap, SoftmaxMap] | None = None,
     blocks: StepBlocks | None = None,
 ) -> tuple[Tensor, StepState]:
-    """(y [B,H,1,D], the state) of q [B,H,1,D], k, v [B,Hkv,1,D], phi_q [B,H,1,F]; key_mask [B,1].
+    """(y [B,H,1,D], the state) of q [B,H,1,D], k, v [B,Hkv,1,D], phi_q [B,H,1,F]; key_mask [B,1]. B up to 65535.
 
     maps: of queries and keys, by which features are made, `phi_k_fn` being that of keys; of phi_q only the shape is then read.
 
     A HybridState is copied into buffers, which later calls, given the StepState, move on in place: those may be captured
-    in a CUDA graph, if `phi_k_fn` may. Sums and products are fp32, whatever the inputs' dtype.
+    in a CUDA graph, if `phi_k_fn` may. A StepState made for a batch of another size (`select`) may need other buffers: it is then
+    copied too, by the first call, which is not to be captured. Sums and products are fp32, whatever the inputs' dtype.
     """
     batch, heads, _, width = q.shape
+    if batch > MOST_ROWS:
+        raise ValueError(f"the decode kernel takes up to {MOST_ROWS} rows, found {batch}")
     all_maps = batch * (state.value if isinstance(state, StepState) else state.sums).shape[1]
     blocks = blocks or blocks_for(all_maps, width)
     features = phi_q.shape[-1]
-    if isinstance(state, StepState) and state.held != held_with(options, blocks, state.columns, features):
+    columns = columns_of(blocks, all_maps, width, features)
+    held = held_with(options, blocks, columns, features)
+    if isinstance(state, StepState) and (state.held, state.columns) != (held, columns):
         state = standing(state, phi_k_fn)
     if isinstance(state, HybridState):
-        columns = columns_of(blocks, all_maps, width)
-        held = held_with(options, blocks, columns, features)
         state = stepping(state, k, phi_k_fn, options, held, columns)
-    held = state.held
     _check_sizes(state, batch, heads, k.shape[1], width, features)
     own, programs = state.counts.shape[1:3]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -420,8 +438,9 @@ def hybrid_attention_step_gpu(
     form = make_form(
         options, Blocks(), heads=heads, key_heads=k.shape[1], maps=own, width=width, features=features, dtype=q.dtype
     )
-    tiles = tiles_of(blocks, state.columns, form, held, state.ring_k.element_size(), overlap)
-    Compiled(form, 1, blocks.warps, more=blocks.options(overlap)).launch(
+    size = state.ring_k.element_size()
+    tiles = tiles_of(blocks, columns, form, held, size, overlap)
+    Compiled(form, 1, warps_of(blocks, tiles, form, size), more=blocks.options(overlap)).launch(
         step, (own, programs, batch),
         q, k, v, *phi, *numbers, real, *state.tensors.values(), y,
         *[n for x in (q, k, v, *phi) for n in x.stride()[:2]], options.scale,

@@ -63,11 +63,24 @@ def piece(x, index, size: tl.constexpr):
 
 
 @triton.jit
+def fresh(at, there):
+    """What stands there in L2, 0 where not there. An older launch has written it, and this one may begin before it waits for the
+    launch ahead: nothing says that L1 holds no older numbers then."""
+    return tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def counts_now(counts):
+    """Positions seen, and those in the sums."""
+    return tl.load(counts, cache_modifier=".cg"), tl.load(counts + 1, cache_modifier=".cg")
+
+
+@triton.jit
 def ring_tile(ring, place, there, first, columns: tl.constexpr, o: tl.constexpr):
     """Of places of a ring columns from `first` on; 0 where not there."""
     column = first + tl.arange(0, columns)
     mask = there[:, None] & (column < o.width)[None, :]
-    return tl.load(ring + place[:, None] * o.width + column[None, :], mask=mask, other=0.0)
+    return fresh(ring + place[:, None] * o.width + column[None, :], mask)
 
 
 @triton.jit
@@ -76,27 +89,24 @@ def sums_tile(value, start, size: tl.constexpr, first, t: tl.constexpr, o: tl.co
     f, real = feature_places(start, size, o)
     column = first + tl.arange(0, t.columns)
     mask = real[:, None] & (column < o.width)[None, :]
-    return tl.load(value + f[:, None] * o.width + column[None, :], mask=mask, other=0.0)
+    return fresh(value + f[:, None] * o.width + column[None, :], mask)
 
 
 @triton.jit
 def phi_tile(ring_phi, place, there, start, t: tl.constexpr, o: tl.constexpr):
     """Features of keys at places."""
     f, real = feature_places(start, t.pairs, o)
-    return tl.load(ring_phi + place[:, None] * o.features + f[None, :], mask=there[:, None] & real[None, :], other=0.0)
+    return fresh(ring_phi + place[:, None] * o.features + f[None, :], there[:, None] & real[None, :])
 
 
 @triton.jit
-def products(phi_q, ring_phi, phi, place, there, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr):
-    """phi_q . phi_k of keys at places. phi: those features, if they are one tile of the late keys."""
-    if t.ahead and t.pairs == t.block and not s.paired:
-        return tl.sum(phi * phi_q[None, :], 1)
-    else:
-        total = place * 0.0
-        for start in range(0, t.block, t.pairs):
-            x = piece(phi_q, start // t.pairs, t.pairs)
-            total += tl.sum(phi_tile(ring_phi, place, there, start, t, o) * x[None, :], 1)
-        return total
+def products(phi_q, ring_phi, place, there, t: tl.constexpr, o: tl.constexpr):
+    """phi_q . phi_k of keys at places."""
+    total = place * 0.0
+    for start in range(0, t.block, t.pairs):
+        x = piece(phi_q, start // t.pairs, t.pairs)
+        total += tl.sum(phi_tile(ring_phi, place, there, start, t, o) * x[None, :], 1)
+    return total
 
 
 @triton.jit
@@ -147,10 +157,11 @@ def of_token(k, v, real, counts, b, kv, k_b, k_h, v_b, v_h, MASKED: tl.constexpr
     here = 1
     if MASKED:
         here = tl.load(real + b).to(tl.int32)
-    new_k = tl.load(head(k, b, kv, k_b, k_h) + wide, mask=wide < o.width, other=0.0).to(tl.float32)
-    new_v = tl.load(head(v, b, kv, v_b, v_h) + column, mask=column < o.width, other=0.0).to(tl.float32)
-    key = tl.load(head(k, b, kv, k_b, k_h) + column, mask=column < o.width, other=0.0)
-    return tl.load(counts), tl.load(counts + 1), here, new_k, new_v, key
+    new_k = fresh(head(k, b, kv, k_b, k_h) + wide, wide < o.width).to(tl.float32)
+    new_v = fresh(head(v, b, kv, v_b, v_h) + column, column < o.width).to(tl.float32)
+    key = fresh(head(k, b, kv, k_b, k_h) + column, column < o.width)
+    at, folded = counts_now(counts)
+    return at, folded, here, new_k, new_v, key
 
 
 @triton.jit
@@ -178,7 +189,7 @@ def late_values(ring_v, j, t: tl.constexpr, s: tl.constexpr, o: tl.constexpr):
 def of_head(q, mix, log_scale, b, h, q_b, q_h, o: tl.constexpr):
     """A query, and what its head's join depends on."""
     wide = tl.arange(0, o.width_block)
-    query = tl.load(head(q, b, h, q_b, q_h) + wide, mask=wide < o.width, other=0.0).to(tl.float32)
+    query = fresh(head(q, b, h, q_b, q_h) + wide, wide < o.width).to(tl.float32)
     level, shift = join_of(mix, log_scale, h, o)
     return query, level, shift
 
@@ -204,7 +215,6 @@ def read_ahead(
         query, level, shift = of_head(q, mix, log_scale, b, p, q_b, q_h, o)
     keys = 0.0
     values = 0.0
-    phi = 0.0
     held = 0.0
     summed = 0.0
     if t.ahead and t.near_tiles == 1:
@@ -214,10 +224,7 @@ def read_ahead(
         values = ring_tile(ring_v, place, place < s.places, first, t.columns, o)
     if o.has_linear:
         f, real = feature_places(0, t.block, o)
-        summed = tl.load(mass + f, mask=real, other=0.0)
+        summed = fresh(mass + f, real)
         if t.ahead and t.features == t.block:
             held = sums_tile(value, 0, t.features, first, t, o)
-        if t.ahead and t.pairs == t.block and not s.paired and not t.whole:
-            n = tl.arange(0, t.late)
-            phi = phi_tile(ring_phi, n, n < s.fold, 0, t, o)
-    return keys, values, phi, held, summed, seen, folded, here, new_k, new_v, key, query, level, shift
+    return keys, values, held, summed, seen, folded, here, new_k, new_v, key, query, level, shift
