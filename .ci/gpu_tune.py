@@ -256,7 +256,7 @@ def step_call(case: DecodeOnGpu, blocks: StepBlocks) -> Callable[[], object]:
 
 
 def time_steps(note: Callable[[Variant | str], None]) -> None:
-    """Microseconds of a layer: many replays, as each sixteenth token also writes the sums."""
+    """Microseconds of a layer: many replays, as of many rows each sixteenth token also writes the sums."""
     note(torch.cuda.get_device_name())
     for case, name, blocks in step_cases():
         note(f"decode, batch {case.batch}, {name}")

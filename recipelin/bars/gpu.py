@@ -143,8 +143,8 @@ def _without_gradient(attend: Callable[..., Any], inputs: list[torch.Tensor]) ->
 @dataclass(frozen=True)
 class DecodeOnGpu:
     """A token of every row under a CUDA graph, feature maps made too. A step is a layer: each has a state and maps of its own,
-    and there are so many that an H100's 50 MB of L2 do not hold them from one replay to the next. made: by the step itself,
-    else by each map's own launch."""
+    and there are so many that an H100's 50 MB of L2 do not hold them from one replay to the next. made: by one
+    launch, which the token's overlaps, else by each map's own."""
 
     batch: int
     steps: int
@@ -182,7 +182,7 @@ class DecodeOnGpu:
 
     @property
     def floor(self) -> float:
-        """Seconds a step for the bytes that must move, at an H100's 3.35 TB/s: gpu_step.py counts them."""
+        """Seconds a step for the bytes that must move of many rows, at an H100's 3.35 TB/s: gpu_step.py counts them."""
         sums = self.heads * self.width * self.width * 4
         late = 8 * self.heads * self.width * 4  # features of 8 of 16 keys that are not yet in the sums, on average
         ring = 2 * self.key_heads * self.window * self.width * 2

@@ -179,10 +179,10 @@ def hybrid_attention(
     may be negative (activation `none`): |denominator| >= 1e-6. max_gradient: whether the row maximum, which `shared`
     does not cancel, carries gradient. state: goes on from there (no gradient into it); needs `phi_k_fn`, keys
     [B,Hkv,n,D] -> features, for the ring's keys. phi_k may be None, and is computed by `phi_k_fn` where it is needed. Then
-    phi_q and `phi_k_fn` may be SoftmaxMaps: without gradient `gpu` makes features of queries, and in decoding those of keys,
-    in the launch that uses them, `cpu` both in decoding; elsewhere maps are called. In a forward pass of `gpu` both are
-    then rounded to the dtype of q: it makes up to 128 in bf16 (64 for D above 128, and in fp32; none in fp16) of a W whose
-    columns are a power of two from 16 on.
+    phi_q and `phi_k_fn` may be SoftmaxMaps: without gradient `gpu` makes features of queries in the launch that uses them, and
+    in decoding those of both sides in one before it, `cpu` both in decoding; elsewhere maps are called. In a forward pass of
+    `gpu` both are then rounded to the dtype of q: it makes up to 128 in bf16 (64 for D above 128, and in fp32; none in fp16)
+    of a W whose columns are a power of two from 16 on.
 
     reach: the teacher's own window; W but for the sinks, and L, then hold only keys less than `reach` positions back.
     Where no key of the call is that far, it costs nothing; else, and from a state, time is O(T reach), as the teacher's,
@@ -383,10 +383,11 @@ def hybrid_attention_step(
     which makes the features too where they are of SoftmaxMaps, those of some keys at once before they leave: in place
     changes of a map's weight are seen by its version (not those through `.data`). Other tokens are torch's (step.py).
 
-    kernel `gpu` without gradient, `reach` and `window_keep`: one Triton launch, which makes the features too if phi_q and
+    kernel `gpu` without gradient, `reach` and `window_keep`: one Triton launch, and one before it for the features if phi_q and
     phi_k_fn are SoftmaxMaps. Given a HybridState, it returns a StepState;
     given that, it writes into it and returns the same one: nothing is read by the host, and such a call may be captured in
-    a CUDA graph, its inputs being the same tensors at each replay. A key_mask [B,1] leaves out rows that rest.
+    a CUDA graph, its inputs being the same tensors at each replay. (The first call after `select` may make buffers of another
+    shape, for fewer rows, and returns those.) A key_mask [B,1] leaves out rows that rest.
     """
     if q.shape[2] != 1:
         raise ValueError(
