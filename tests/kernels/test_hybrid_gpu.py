@@ -266,6 +266,10 @@ def test_auto_takes_the_kernels_where_they_can_run_once_they_are_proven(monkeypa
     monkeypatch.setattr(gpu_support, "PROVEN", frozenset({(series, (9, 0))}))
     assert resolve_kernel("auto", "cuda", **shape) == "gpu" != resolve_kernel("auto", "cpu", **shape)
     assert resolve_kernel("auto", "cuda", covered=True, **shape) == "sdpa"
+    monkeypatch.setattr(gpu_support, "PROVEN_TOKEN", frozenset())
+    assert resolve_kernel("auto", "cuda", token=True, **shape) == "chunked"
+    monkeypatch.setattr(gpu_support, "PROVEN_TOKEN", gpu_support.PROVEN)
+    assert resolve_kernel("auto", "cuda", token=True, **shape) == "gpu"
     for other in ({"dtype": torch.float64}, {"width": 512}, {"features": 2048}):
         assert resolve_kernel("auto", "cuda", **{**shape, **other}) == "chunked"
         with pytest.raises(RuntimeError, match="Triton kernels take"):

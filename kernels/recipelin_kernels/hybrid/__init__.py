@@ -74,13 +74,15 @@ def resolve_kernel(
     device: torch.device | str,
     *,
     covered: bool = False,
+    token: bool = False,
     dtype: torch.dtype | None = None,
     width: int | None = None,
     features: int | None = None,
 ) -> str:
     """The implementation that a call takes: what `auto` means here. Raises for one that cannot run.
 
-    covered: the window covers the sequence and nothing else is asked for: y is causal softmax, and `auto` is `sdpa`.
+    covered: the window covers the sequence and nothing else is asked for: y is causal softmax, and `auto` is `sdpa`. token: it
+    is one token a row, from a state.
     `gpu`, the Triton kernels, takes CUDA tensors (or CPU ones under TRITON_INTERPRET=1) of float32, bfloat16 and float16,
     `width` up to 256 and up to 1024 `features`. `cpu`, the C kernels, takes CPU tensors of the same dtypes where there is a C
     compiler, and computes in fp32. `auto` takes `gpu` on a GPU for which it is proven (gpu_support.py), `cpu` on a CPU where
@@ -100,7 +102,7 @@ def resolve_kernel(
     if kernel == "auto":
         if covered:
             return "sdpa"
-        takes = gpu_support.proven(device) and not gpu_support.why_not(device, dtype, width, features)
+        takes = gpu_support.proven(device, token=token) and not gpu_support.why_not(device, dtype, width, features)
         return "gpu" if takes else "chunked"
     return kernel
 
@@ -251,7 +253,7 @@ def hybrid_attention(
     if state is not None and phi_k_fn is None:
         raise ValueError("state: needs phi_k_fn, the keys' feature map, for the keys of the ring")
     token = state is not None and length == 1 and output_state and not components and segment_ids is None
-    takes = resolve_kernel(kernel, q.device, **sizes) if token or isinstance(phi_q, SoftmaxMap) else None
+    takes = resolve_kernel(kernel, q.device, token=token, **sizes) if token or isinstance(phi_q, SoftmaxMap) else None
     steps = token and takes == "gpu" and not gpu_support.why_no_step(held, window_keep)
     maps = None  # by which the kernel makes features
     if isinstance(phi_q, SoftmaxMap):

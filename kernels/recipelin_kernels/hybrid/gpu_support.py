@@ -14,6 +14,8 @@ MOST_FEATURES = 1024
 # With which Triton, on which compute capability `make test-gpu` has passed as a whole, with these sources. There `auto` takes the
 # kernels; elsewhere they are taken by name, as what a compiler makes of them may race (kernels/bench/seen-on-gpus.md).
 PROVEN: frozenset[tuple[str, tuple[int, int]]] = frozenset({("3.6", (9, 0))})
+# The same for decoding, whose kernels (gpu_step.py) are newer: no whole run yet. `auto` decodes in torch (step.py) on a GPU.
+PROVEN_TOKEN: frozenset[tuple[str, tuple[int, int]]] = frozenset()
 LEAST_CAPABILITY = (8, 0)  # bf16 and tf32 products
 
 
@@ -44,12 +46,12 @@ def _assembles(major: int) -> str:
     return gpu_assembler.why_not(major)
 
 
-def proven(device: torch.device | str) -> bool:
-    """Whether `auto` may take the kernels there."""
+def proven(device: torch.device | str, *, token: bool = False) -> bool:
+    """Whether `auto` may take the kernels there. token: those that decode."""
     device = torch.device(device)
     if device.type != "cuda" or not _installed():
         return False
-    return (_series(), _capability(device.index)) in PROVEN
+    return (_series(), _capability(device.index)) in (PROVEN_TOKEN if token else PROVEN)
 
 
 def why_no_step(options: Options, keep: object) -> str:

@@ -100,7 +100,7 @@ class Config(Form):
     kernel: Literal["auto", "reference", "chunked", "cpu", "gpu"] = Field(
         "auto",
         description="the operator's implementation; cpu: C kernels of a CPU, which `auto` takes where there is a C compiler; "
-        "gpu: Triton kernels, which `auto` takes on a GPU for which they are proven (Triton 3.6 on Hopper)",
+        "gpu: Triton kernels, which `auto` takes where they are proven (Hopper with Triton 3.6; not to decode)",
     )
 
     def features(self, architecture: Architecture) -> int:
