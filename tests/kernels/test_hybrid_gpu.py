@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from recipelin_kernels import hybrid_attention, resolve_kernel
 from recipelin_kernels.hybrid import gpu, gpu_support
@@ -266,6 +267,8 @@ def test_auto_takes_the_kernels_where_they_can_run_once_they_are_proven(monkeypa
     monkeypatch.setattr(gpu_support, "PROVEN", frozenset({(series, (9, 0))}))
     assert resolve_kernel("auto", "cuda", **shape) == "gpu" != resolve_kernel("auto", "cpu", **shape)
     assert resolve_kernel("auto", "cuda", covered=True, **shape) == "sdpa"
+    with FakeTensorMode():
+        assert resolve_kernel("auto", "cuda", **shape) == "chunked"
     monkeypatch.setattr(gpu_support, "PROVEN_TOKEN", frozenset())
     assert resolve_kernel("auto", "cuda", token=True, **shape) == "chunked"
     monkeypatch.setattr(gpu_support, "PROVEN_TOKEN", gpu_support.PROVEN)

@@ -86,7 +86,7 @@ def resolve_kernel(
     `gpu`, the Triton kernels, takes CUDA tensors (or CPU ones under TRITON_INTERPRET=1) of float32, bfloat16 and float16,
     `width` up to 256 and up to 1024 `features`. `cpu`, the C kernels, takes CPU tensors of the same dtypes where there is a C
     compiler, and computes in fp32. `auto` takes `gpu` on a GPU for which it is proven (gpu_support.py), `cpu` on a CPU where
-    it can; else `chunked`.
+    it can, neither where torch.compile or another tracer looks on; else `chunked`.
     """
     one_of("kernel", kernel, KERNELS)
     if kernel == "cpu" or (kernel == "auto" and not covered and torch.device(device).type == "cpu"):
@@ -102,8 +102,8 @@ def resolve_kernel(
     if kernel == "auto":
         if covered:
             return "sdpa"
-        takes = gpu_support.proven(device, token=token) and not gpu_support.why_not(device, dtype, width, features)
-        return "gpu" if takes else "chunked"
+        takes = gpu_support.proven(device, token=token) and not is_traced()  # torch.compile assembles them by itself
+        return "gpu" if takes and not gpu_support.why_not(device, dtype, width, features) else "chunked"
     return kernel
 
 
