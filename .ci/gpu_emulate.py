@@ -75,6 +75,7 @@ def emulates(kernel: Any, grid: Any, arguments: Any, constants: Any, how: Any) -
     def run(kept: list[Any] = storages) -> None:  # memory of a captured launch stays
         global written, memory
         with hidden(written if dict(how).get("launch_pdl") else []) as ahead:
+            written = []  # if this one is refused, its tensors are not kept
             try:
                 written = program(made).run(grid, parameters, made.metadata.shared, tensors, ahead)
             except Refused as refused:
