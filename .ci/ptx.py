@@ -282,7 +282,7 @@ class Program:
         if name in ("bra", "bra.uni"):
             self._jumps.append((len(self.code), rest))
             return "bra", [], 0, 0
-        if name == "prefetch.global.L2":  # a hint
+        if name == "prefetch.global.L2":  # a hint: nothing happens here, as by what it is read as
             return "griddepcontrol.launch_dependents", [], 0, 0
         if name in ("ret", "cp.async.commit_group", "griddepcontrol.wait", "griddepcontrol.launch_dependents"):
             return name, [], 0, 0

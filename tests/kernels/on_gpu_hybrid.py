@@ -8,6 +8,7 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
+from recipelin.bench.cuda import captured
 from recipelin_kernels import hybrid_attention, hybrid_attention_step
 from recipelin_kernels.hybrid import gpu_launch
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
@@ -231,16 +232,7 @@ def test_decodes_under_a_graph(dtype, join, batch, made):
         return hybrid_attention_step(q, k, v, given, x.features, x.mix, state, kernel="gpu", key_mask=real, **options)
 
     begun = {n: t.clone() for n, t in state.tensors.items()}
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            token()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y, after = token()
-    assert after is state
+    again = captured(token)
     for n, t in begun.items():
         state.tensors[n].copy_(t)
     for t in range(61, 160):
@@ -248,7 +240,8 @@ def test_decodes_under_a_graph(dtype, join, batch, made):
             into.copy_(z)
         real.fill_(True)
         real[0, 0] = t % 7 != 0
-        graph.replay()
+        y, after = again()
+        assert after is state
         q, k, v, phi_q, _ = x.cut(t, t + 1)
         expected, eager = hybrid_attention_step(q, k, v, phi_q, x.features, x.mix, eager, key_mask=real, **options)
         close(y, expected.double(), COARSE.get(dtype, 2e-5))
@@ -273,14 +266,7 @@ def test_decodes_many_tokens_in_one_graph(batch, join):
         ]
 
     begun = {n: t.clone() for n, t in state.tensors.items()}
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        tokens()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = tokens()
+    again = captured(tokens)
     for n, t in begun.items():
         state.tensors[n].copy_(t)
     found = []
@@ -288,8 +274,7 @@ def test_decodes_many_tokens_in_one_graph(batch, join):
         for t, one in enumerate(given, start):
             for into, z in zip(one, x.cut(t, t + 1)[:3], strict=True):
                 into.copy_(z)
-        graph.replay()
-        found += [z.clone() for z in y]
+        found += [z.clone() for z in again()]
     exact = x.like(torch.float64, DEVICE)
     expected = hybrid_attention(*exact.cut(0, 93), exact.mix, kernel="reference", **options)
     close(torch.cat(found, 2), expected[:, :, 61:], COARSE[torch.bfloat16])

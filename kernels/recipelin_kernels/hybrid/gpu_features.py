@@ -39,6 +39,13 @@ def softmax_features(x, weight, out, x_b, x_h, x_t, tokens, length, heads, clamp
 
 
 @triton.jit
+def taken_over():
+    """Waits for the launch ahead, and only then lets the next one begin: for that one, what is older than this launch is done."""
+    gdc_wait()
+    gdc_launch_dependents()
+
+
+@triton.jit
 def asked_for(x, count, part, parts):
     """Has x[:count] brought into L2, each of `parts` programs a share. A hint: nothing is read, so it may precede a wait."""
     LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth
@@ -77,8 +84,7 @@ def token_features(
             asked_for(ring_v, ring, part, parts)
             asked_for(mass, masses, part, parts)
             asked_for(counts, masses // o.columns, part, parts)
-        gdc_wait()
-        gdc_launch_dependents()
+        taken_over()
     if h < heads:
         if rows == 1:
             _features_of_row(q, map_q, out_q, q_b, q_h, heads, h, clamp_q, 1, o)

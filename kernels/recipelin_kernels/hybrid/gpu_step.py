@@ -43,11 +43,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import gpu_launch
 from .gpu_call import Blocks, Compiled, cdiv, make_form, power
-from .gpu_features import features_of_token
+from .gpu_features import features_of_token, taken_over
 from .gpu_parts import BASE2, FAR, HIDDEN, Form, exp2, factors, head, sets, shown, softmax_weights
 from .gpu_step_parts import (
     counts_now,
@@ -67,7 +66,6 @@ from .gpu_step_parts import (
     read_ahead,
     ring_tile,
     sums_tile,
-    weighted,
     with_key,
 )
 from .gpu_support import interpreted
@@ -114,6 +112,10 @@ class StepBlocks:
                 f"fold: two or more keys, found {self.fold}; one where the sums are one tile (`held_with`)"
             )
 
+    def holds(self, features: int, columns: int) -> bool:
+        """Whether the sums of all features are one tile."""
+        return power(features) * columns <= self.sums
+
     def options(self, overlap: bool) -> tuple[tuple[str, int], ...]:
         """As Triton has them."""
         return (("maxnreg", self.registers),) * bool(self.registers) + (("launch_pdl", True),) * overlap
@@ -144,7 +146,7 @@ def columns_of(blocks: StepBlocks, heads: int, width: int, features: int) -> int
     """Columns of D that a program has. heads: of phi_k in the batch."""
     columns = power(width)
     while columns > 16 and (
-        heads * cdiv(width, columns) < blocks.programs or (blocks.ahead and power(features) * columns > blocks.sums)
+        heads * cdiv(width, columns) < blocks.programs or (blocks.ahead and not blocks.holds(features, columns))
     ):
         columns //= 2
     return columns
@@ -153,7 +155,7 @@ def columns_of(blocks: StepBlocks, heads: int, width: int, features: int) -> int
 def held_with(options: Options, blocks: StepBlocks, columns: int, features: int) -> Held:
     """What decoding keeps, `columns` of the sums being a program's: if it has those in one tile, no key waits for others."""
     held = held_by(options, blocks.fold)
-    whole = blocks.ahead and options.has("linear") and not held.paired and power(features) * columns <= blocks.sums
+    whole = blocks.ahead and options.has("linear") and not held.paired and blocks.holds(features, columns)
     return held._replace(fold=1) if whole else held
 
 
@@ -228,8 +230,7 @@ def step(
     phi_k = tl.full([t.block], 0.0, tl.float32)
     if EARLY:
         if t.overlap:
-            gdc_wait()
-            gdc_launch_dependents()
+            taken_over()
         phi_k = given_features(head(fk, b, p, fk_b, fk_h), t, o)
         if t.whole:
             held, summed = with_key(held, summed, phi_k, latest_v, known, folded, s)
@@ -294,16 +295,13 @@ def step(
                         b_sum += tl.sum(weights[:, None] * near_v, 0)
         if not EARLY:
             if t.overlap:
-                gdc_wait()
-                gdc_launch_dependents()
+                taken_over()
             phi_q = given_features(head(fq, b, h, fq_b, fq_h), t, o)
             phi_k = given_features(head(fk, b, p, fk_b, fk_h), t, o)
             if t.whole:
                 held, summed = with_key(held, summed, phi_k, latest_v, known, folded, s)
-        if t.whole:
-            b_sum, b_mass = weighted(phi_q, held, summed)
-        elif o.has_linear:
-            if not s.paired:
+        if o.has_linear:
+            if not s.paired and not t.whole:
                 latest = inner(phi_q, phi_k)
                 late_v = late_values(values_of, late_j, t, s, o)
                 _soft, linear, _hidden = sets(at, 0, tl.where(late_j >= 0, late_j, FAR), 0, 1, 0, o)

@@ -131,12 +131,6 @@ def with_key(held, summed, phi, v, position, folded, s: tl.constexpr):
 
 
 @triton.jit
-def weighted(phi_q, held, summed):
-    """phi_q . held [columns], phi_q . summed [1]."""
-    return tl.sum(phi_q[:, None] * held, 0), inner(phi_q, summed)
-
-
-@triton.jit
 def of_row(ring_k, ring_v, ring_phi, value, mass, counts, b, p, kv, maps, key_heads, s: tl.constexpr, o: tl.constexpr):
     """Where what a program has of row b begins."""
     row = (b * maps + p).to(tl.int64)
@@ -156,7 +150,7 @@ def of_token(k, v, real, counts, b, kv, k_b, k_h, v_b, v_h, MASKED: tl.constexpr
     wide = tl.arange(0, o.width_block)
     here = 1
     if MASKED:
-        here = tl.load(real + b).to(tl.int32)
+        here = fresh(real + b, True).to(tl.int32)
     new_k = fresh(head(k, b, kv, k_b, k_h) + wide, wide < o.width).to(tl.float32)
     new_v = fresh(head(v, b, kv, v_b, v_h) + column, column < o.width).to(tl.float32)
     key = fresh(head(k, b, kv, k_b, k_h) + column, column < o.width)
