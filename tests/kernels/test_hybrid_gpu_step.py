@@ -75,7 +75,10 @@ def poison(state: StepState):
     if seen < held.lag:
         state.leaving.fill_(torch.nan)
     if held.fold == 1:
-        state.leaving_v[:, :, (seen - held.span + 1) % 2] = torch.nan
+        known = (
+            seen - held.lag
+        )  # what leaves with the next token; if there is none, or it is in the sums or a sink, neither counts
+        state.leaving_v[:, :, [(known + 1) % 2] if known >= max(folded, held.sinks) else [0, 1]] = torch.nan
     return len(unused) + (held.fold == 1)
 
 
