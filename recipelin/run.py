@@ -32,6 +32,7 @@ from . import (
     swap,
 )
 from .evaluate import Evaluator
+from .kernelcheck import refuse_kernel
 from .load import Loaded
 from .loop import Around
 from .naming import default_folder
@@ -66,6 +67,7 @@ def run(
     """
     planned = plan(loaded, allow_code=allow_code)
     place = choose_device(device)
+    refuse_kernel(loaded, planned, place)
     for source in reads.texts((p.step for p in planned.steps), loaded.path):
         spool.ready(source, loaded.path.parent, reuse.home() / "tokens")
     folder = (out or reuse.home() / default_folder(planned.name, planned.hash)).resolve()

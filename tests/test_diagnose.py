@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -70,6 +71,17 @@ def test_a_student_says_its_teacher_and_gives_the_numbers_of_its_run(made, capsy
     assert not (made / "found" / "model").exists(), "the student is evaluated where it lies"
     text = capsys.readouterr()
     assert "Verdict" in text.out and "diagnoses" in text.err
+
+
+def test_a_kernel_that_is_not_for_this_device_is_refused_at_the_student(made, monkeypatch, capsys):
+    """Of a student that was made on a GPU."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = made / "run" / "model" / "config.json"
+    config.write_text(config.read_text().replace('"kernel": "auto"', '"kernel": "gpu"'))
+    assert command(made / "run" / "model", suite=[str(made / "suite.yaml")], out=str(made / "found")) != 0
+    text = capsys.readouterr().err
+    assert re.search(r"\.yaml:\d+:\d+: model.student: kernel='gpu': .*found cpu.*config.json names it", text)
+    assert not (made / "found").exists()
 
 
 def test_a_suite_by_path_starts_at_the_current_folder(made, monkeypatch):

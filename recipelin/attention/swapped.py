@@ -68,6 +68,18 @@ class SwappedAttention(nn.Module, ABC):
         """Why it keeps no cache in its state; empty where it does."""
         return ""
 
+    @classmethod
+    @abstractmethod
+    def kernel_on(cls, config: Any, architecture: Architecture, device: torch.device | str, dtype: torch.dtype) -> str:
+        """The implementation of its operator, and of what its objectives run, that a config of the form takes there. Raises
+        RuntimeError for one that cannot run."""
+
+    @property
+    def kernel(self) -> str:
+        """The implementation that runs."""
+        weight = self.q_proj.weight
+        return self.kernel_on(self.config, self.architecture, weight.device, weight.dtype)
+
     @property
     def lacking(self) -> str:
         """What a faster kernel than the one that runs lacks on this machine; empty: nothing."""

@@ -90,10 +90,12 @@ class GatedDeltaAttention(SwappedAttention):
             "short_convolution": list(self.convolutions.parameters()),
         }
 
-    @property
-    def kernel(self) -> str:
-        """The implementation of gated_delta_rule that runs."""
-        return resolve_gated_delta_kernel(self.config.kernel, self.q_proj.weight.device)
+    @classmethod
+    def kernel_on(
+        cls, config: Config, architecture: Architecture, device: torch.device | str, dtype: torch.dtype
+    ) -> str:
+        """See SwappedAttention: of gated_delta_rule."""
+        return resolve_gated_delta_kernel(config.kernel, device)
 
     def softmax_module(self) -> Any:
         """The teacher's own: what is here is a copy, which may train."""

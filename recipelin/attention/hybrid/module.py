@@ -72,14 +72,13 @@ class HybridAttention(SwappedAttention):
             "log_scale": [self.log_scale.c],
         }
 
-    @property
-    def kernel(self) -> str:
-        """The implementation of hybrid_attention that runs, and of weight_transfer_loss."""
-        weight = self.q_proj.weight
-        features = self.config.features(self.architecture)
-        return resolve_kernel(
-            self.config.kernel, weight.device, dtype=weight.dtype, width=self.head_dim, features=features
-        )
+    @classmethod
+    def kernel_on(
+        cls, config: Config, architecture: Architecture, device: torch.device | str, dtype: torch.dtype
+    ) -> str:
+        """See SwappedAttention: of hybrid_attention and weight_transfer_loss."""
+        features = config.features(architecture)
+        return resolve_kernel(config.kernel, device, dtype=dtype, width=architecture.head_dim, features=features)
 
     @property
     def lacking(self) -> str:
