@@ -29,14 +29,14 @@ static void reads(u32 address, int bytes, int lane) {
   }
 }
 
-/* Replicas of one sum, made in another order: which of them is written does not matter. */
+/* Replicas of one sum, made in another order: which of them is written does not matter. Terms of a size of 1 may cancel. */
 static int alike(const uint8_t *values, u32 address, u32 i, int bytes) {
   f32 one, other;
   if (values[i - address] == shared[i]) return 1;
   if (bytes % 4 || known[i].write_time != now) return 0;
   memcpy(&one, values + ((i - address) & ~3u), 4);
   memcpy(&other, shared + (i & ~3u), 4);
-  return fabsf(one - other) <= 1e-6f * (fabsf(one) + fabsf(other));
+  return fabsf(one - other) <= 1e-6f * (fabsf(one) + fabsf(other)) + 3e-7f;
 }
 
 /* Before a write; values: of lanes that may write the same, else NULL. */

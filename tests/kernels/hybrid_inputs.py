@@ -62,6 +62,12 @@ class Inputs:
         self.phi_q, self.phi_k = (m(x) for m, x in zip(self.maps, (self.q, self.k), strict=True))
         return self
 
+    def with_scores_to(self, largest: float) -> "Inputs":
+        """q such that the largest score in size is that."""
+        scores = self.q @ self.k.repeat_interleave(self.q.shape[1] // self.k.shape[1], 1).mT
+        self.q *= largest / (scores.abs().max() * self.q.shape[3] ** -0.5)
+        return self
+
     def features(self, k: Tensor) -> Tensor:
         """phi_k_fn: keys [B,Hkv,n,D] -> features [B,H or Hkv,n,F]."""
         return (k.repeat_interleave(self.map.shape[0] // k.shape[1], 1) @ self.map).softmax(-1)
@@ -111,7 +117,9 @@ def with_gradients(x: Inputs, real: Tensor | None = None, *, components: bool = 
     leaves = [t.detach().clone().requires_grad_() for t in x.tensors()]
     found = hybrid_attention(*leaves[:6], **{"log_scale": leaves[6], "components": components, **options})
     y = found[0] if components else found
-    weight = torch.cos(torch.arange(y.numel(), dtype=torch.float64, device=y.device)).to(y.dtype).view_as(y)
+    b, h, t, d = y.shape
+    weight = torch.cos(torch.arange(y.numel(), dtype=torch.float64, device=y.device)).to(y.dtype)
+    weight = weight.view(b, t, h, d).transpose(1, 2)  # the gradient of y lies as a model's does
     if not components:
         return [y.detach(), *gradients((y * weight).sum(), leaves)]
     parts = found[1]

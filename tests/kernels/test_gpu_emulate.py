@@ -246,7 +246,9 @@ def test_a_launch_ahead_is_waited_for():
 
 def test_the_gpus_tests_run_without_one(tmp_path):
     """Two of them, in bf16: forward and backward with copies under way, and decoding of few and of many rows by turns."""
-    cases = "80-96-333-shared-torch.bfloat16 or (decoding_equals and shared-64-64-heads0-False-torch.bfloat16)"
+    cases = (
+        "80-96-heads0-333-shared-64-torch.bfloat16 or (decoding_equals and shared-64-64-heads0-False-torch.bfloat16)"
+    )
     asked = ["tests/kernels/on_gpu_hybrid.py", "-n", "0", "-k", cases]
     environment = {n: x for n, x in os.environ.items() if not n.startswith("PYTEST_")}
     environment |= {

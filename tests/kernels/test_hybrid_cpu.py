@@ -230,6 +230,26 @@ def test_low_precision_is_computed_in_float32(dtype):
     assert ((y.double() - expected).abs() <= torch.finfo(dtype).eps * expected.abs() + 1e-5).all()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("join", JOINS)
+def test_gradients_of_low_precision_are_rounded_once(join, dtype, tolerance):
+    """Inputs are rounded alike on both sides; what is left is the rounding of y's gradient and of each that is given back."""
+    x = Inputs((4, 2), 100, dim=16, features=16).like(dtype)
+    options = {"window": 24, "sinks": 2, "join": join}
+    exact = with_gradients(x.like(torch.float64), kernel="reference", components=False, **options)
+    found = with_gradients(x, kernel="cpu", components=False, **options)
+    assert all(t.dtype == dtype for t in found)
+    close([t.double() for t in found], exact, tolerance)
+
+
+def test_gradients_of_4097_tokens_are_the_definitions():
+    x = Inputs((1, 1), 4097, batch=1, dim=16, features=16)
+    for options in ({"window": 64, "sinks": 4}, {"window": 256, "join": "absolute"}):
+        exact = with_gradients(x, kernel="reference", components=False, **options)
+        found = with_gradients(x.like(torch.float32), kernel="cpu", components=False, **options)
+        close([t.double() for t in found], exact, SINGLE)
+
+
 @pytest.mark.parametrize("first", [1, 40, 64, 96])
 def test_queries_from_a_position_on(first):
     x = Inputs((6, 2), 97, dtype=torch.float32)

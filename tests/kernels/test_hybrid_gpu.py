@@ -22,8 +22,8 @@ EACH = (True, False) if GPU else (True,)
 
 
 def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32, *, components=EACH):
-    """gpu in dtype against the definition in float64 of the same numbers; what padding holds is NaN. components: whether they are
-    asked for, in turn; where not, a kernel may keep one sum for both sets (`output`)."""
+    """gpu in dtype against the definition in float64 of the same numbers; what padding holds is NaN, heads lie side by side in
+    memory. components: whether they are asked for, in turn; where not, a kernel may keep one sum for both sets (`output`)."""
     options = on_device(options)
     coarse = x.like(dtype, DEVICE)
     exact = coarse.like(torch.float64, DEVICE)
@@ -32,6 +32,8 @@ def compare(x: Inputs, options, dtype=torch.float32, tolerance=FP32, *, componen
     if real is not None:
         for name in ("q", "k", "v", "phi_q", "phi_k"):
             getattr(coarse, name).masked_fill_(~real[:, None, :, None], torch.nan)
+    for name in ("q", "k", "v", "phi_q", "phi_k"):
+        setattr(coarse, name, getattr(coarse, name).transpose(1, 2).contiguous().transpose(1, 2))
     for asked in components:
         names = OUTCOMES if asked else OUTCOMES[:1] + OUTCOMES[4:]
         with empty_is_nan(DEVICE):
@@ -99,6 +101,12 @@ def test_fp16():
     """Half precision in the interpreter, which cannot multiply bf16."""
     x = Inputs((2, 1), 40, 1)
     compare(x, dict(window=6), torch.float16, 3e-3)
+
+
+@pytest.mark.parametrize("join", ["shared", "absolute", "replace"])
+def test_scores_of_50_and_their_gradients(join):
+    x = Inputs((4, 1), 34, batch=1).with_scores_to(50.0)
+    compare(x, dict(window=6, sinks=2, join=join), tolerance=2e-5)
 
 
 def test_extreme_scores_stay_finite_and_right():

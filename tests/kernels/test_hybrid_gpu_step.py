@@ -148,6 +148,18 @@ def test_equals_the_definition_and_its_state_the_chunked_ones(name, sizes_by_tur
     same(standing(moved, x.like(torch.float32, DEVICE).features), exact, stop, **options)
 
 
+@pytest.mark.parametrize("join", ["shared", "absolute"])
+@pytest.mark.parametrize("turns", [FEW, MANY], ids=["few rows", "many rows"])
+def test_scores_of_50(turns, join, sizes_by_turns):
+    sizes_by_turns(turns)
+    x = Inputs((2, 1), 12, 1).with_scores_to(50.0).like(torch.float32, DEVICE)
+    exact, options = x.like(torch.float64, DEVICE), dict(window=4, sinks=1, join=join, log_scale=x.log_scale)
+    _, state = hybrid_attention(*x.cut(0, 7), x.mix, output_state=True, kernel="chunked", **options)
+    y, _ = decode(x, state, 7, 12, **options)
+    expected = hybrid_attention(*exact.cut(0, 12), exact.mix, kernel="reference", **options)
+    close(y, expected[:, :, 7:], 2e-5)
+
+
 def test_a_token_without_mass_is_zero(sizes_by_turns):
     """A head whose mix is 0 has nothing until a key has left the window; one whose log_scale is -inf never without a window."""
     sizes_by_turns()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recipelin_kernels import Components, HybridState, hybrid_attention, resolve_kernel
+from recipelin_kernels.hybrid import covered
 from tests.kernels.hybrid_inputs import EXACT, JOINS, Inputs, assert_same, attend, padding, with_gradients
 
 # dtypes, memory, errors
@@ -138,6 +139,27 @@ def test_what_is_returned():
     assert resolve_kernel("auto", "cpu", dtype=torch.float64) == "chunked"
     assert resolve_kernel("auto", "cpu", covered=True) == "sdpa"
     assert resolve_kernel("chunked", "cpu", covered=True) == "chunked"
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_a_window_over_everything_is_sdpa_and_nothing_else_is(join, monkeypatch):
+    x, calls = Inputs(length=17), []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(covered.F, "scaled_dot_product_attention", lambda *a, **b: calls.append(a) or sdpa(*a, **b))
+    keep = torch.arange(12).view(2, 6) % 3 > 0
+    taken = [{}, {"scale": 0.7}, {"window": 30}, {"window": 9, "shape": "terraced"}, {"output_state": True}]
+    others = [
+        {"window": 16},
+        {"window": 8, "shape": "terraced"},
+        {"components": True},
+        {"cover": "all"},
+        {"window_keep": keep},
+    ]
+    others += [{"ablate": {"window": "mass"}}, {"kernel": "chunked"}, padding("left", 2, 17)]
+    for options in taken + others:
+        calls.clear()
+        attend(x, **{"window": 17, "join": join, **options})
+        assert len(calls) == (options in taken), options
 
 
 @pytest.mark.parametrize("join", JOINS)

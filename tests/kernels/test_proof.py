@@ -37,7 +37,7 @@ def calls(draw):
         "batch": draw(st.integers(1, 2)),
         "key_heads": key_heads,
         "heads": key_heads * draw(st.integers(1, 8)),
-        "length": draw(st.sampled_from([1, 2, 31, 64, 65]) | st.integers(1, 150)),
+        "length": draw(st.sampled_from([1, 2, 31, 64, 65, 300]) | st.integers(1, 150)),
         "width": draw(st.sampled_from([1, 7, 32, 64])),
         "features": draw(st.sampled_from([1, 9, 32, 128])),
         "per_key_head": draw(st.booleans()),
@@ -221,15 +221,25 @@ def test_long_rows_are_exact_and_go_on_from_their_state(length):
 
 
 def test_uninitialised_memory_never_shows(monkeypatch):
-    """torch.empty filled with NaN: transfer loss, teacher, outside mass and decoding."""
+    """torch.empty filled with NaN: transfer loss, teacher, outside mass, and decoding from a state."""
     call = {"batch": 2, "heads": 4, "key_heads": 2, "length": 70, "width": 8, "features": 8, "per_key_head": False,
             "rows": "whole", "logits": 4.0, "apart": False, "poisoned": False, "dtype": torch.float64, "seed": 0}  # fmt: skip
     x, _ = tensors(call)
+
+    def positive(k: Tensor) -> Tensor:
+        return k.abs() + 1e-3
 
     def everything() -> list[Tensor]:
         found = [*teacher_attention(x["q"], x["k"], x["v"], window=40), outside_mass(x["q"], x["k"], window=9)]
         for target, join in [("linear", "shared"), ("hybrid", "absolute"), ("hybrid", "replace")]:
             found += transferred(x, {"target": target, "join": join, "window": 9}, {}, "chunked")
+        for kernel, dtype in (("chunked", torch.float64), ("cpu", torch.float32)):
+            options = {"window": 9, "sinks": 2, "kernel": kernel}
+            q, k, v, phi_q = (x[n].to(dtype) for n in ("q", "k", "v", "phi_q"))
+            past, now = ([t[:, :, at] for t in (q, k, v, phi_q)] for at in (slice(69), slice(69, None)))
+            mix = x["mix"].to(dtype)
+            y, state = hybrid_attention(*past, positive(past[1]), mix, output_state=True, **options)
+            found += [y, hybrid_attention_step(*now, positive, mix, state, **options)[0]]
         return found
 
     expected = everything()
