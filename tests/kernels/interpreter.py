@@ -2,16 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 
-class _Nothing:
-    def restore(self):
-        pass
-
-
-def quicken(patch: Callable[[Any, str, Any], None]) -> None:
-    """Numbers, types and shapes stay what they are. patch(object, name, value), as of `monkeypatch.setattr`."""
+def quicken(patch: Callable[..., None]) -> None:
+    """Numbers, types and shapes stay what they are. patch: `monkeypatch.setattr`."""
     from triton.language import core, semantic
     from triton.runtime import interpreter
 
@@ -20,19 +14,19 @@ def quicken(patch: Callable[[Any, str, Any], None]) -> None:
     assert not builder.options.debug
     patch(builder, "options", replace(builder.options, sanitize_overflow=False))
 
-    # The language is patched at every call of a kernel's function: once a launch.
-    patch_lang, launch, known = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+    # The language is patched at every call of a kernel's function: once a module, until the test ends.
+    patch_lang, known = interpreter._patch_lang, set()
 
     def patched(fn):
-        module = id(fn.__globals__)
-        if module in known:
-            return _Nothing()
-        known.add(module)
-        return patch_lang(fn)
+        if id(fn.__globals__) not in known:
+            known.add(id(fn.__globals__))
+            patch_lang(fn)
+        return interpreter._LangPatchScope()
 
-    def launched(self, *arguments, **more):
-        known.clear()
-        return launch(self, *arguments, **more)
+    patch(interpreter, "_patch_lang", patched)
+    patch(
+        interpreter._LangPatchScope, "set_attr", lambda self, obj, name, value: patch(obj, name, value, raising=False)
+    )
 
     # What a kernel calls asks on the way who calls, and copies its keywords to leave one out.
     def direct(obj, name, member, builder, scope):
@@ -40,14 +34,16 @@ def quicken(patch: Callable[[Any, str, Any], None]) -> None:
         scope.set_attr(obj, name, lambda *given, _semantic=None, **more: called(*given, _semantic=meaning, **more))
 
     patch(interpreter, "_patch_attr", direct)
-    patch(interpreter, "_patch_lang", patched)
-    patch(interpreter.GridExecutor, "__call__", launched)
 
     # Shapes are tuples of Triton's own, whose types are made of their numbers' types: once a shape.
     make_type, make_tensor, types, shapes = core.block_type.__init__, core.tensor.__init__, {}, {}
 
     def typed(self, element_ty, shape):
-        key = element_ty.name, *[getattr(size, "value", size) for size in getattr(shape, "values", shape)]
+        sizes = getattr(shape, "values", shape)  # of a type they are numbers
+        key = (
+            element_ty.name,
+            *(sizes if type(shape) is core.tuple else [getattr(size, "value", size) for size in sizes]),
+        )
         if key not in types:
             make_type(self, element_ty, shape)
             types[key] = vars(self)
