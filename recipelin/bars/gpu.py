@@ -250,10 +250,16 @@ BARS: list[Bar | Fact] = [
     Bar("gpu/floor", f"T 32768, {_SHAPE}: times the arithmetic's floor of 7.2 ns a token, forward",
         {"ours": OnGpu("gpu", 32768)}, ("ours", "floor"), 2.5, at_most=True, floors={"floor": _FLOOR * 32768},
         bound=_UNFUSED, **_CUDA),
-    Bar("gpu/floor-made", "the same, features made too, which the floor counts",
+    *(
+        Bar(f"gpu/floor-{size}k", f"the same at T {1024 * size}",
+            {"ours": OnGpu("gpu", 1024 * size)}, ("ours", "floor"), 2.5, at_most=True,
+            floors={"floor": _FLOOR * 1024 * size}, bound=_UNFUSED, **_CUDA)
+        for size in (4, 128)
+    ),
+    Bar("gpu/floor-made", "T 32768 again, features made too, which the floor counts",
         {"ours": OnGpu("made", 32768)}, ("ours", "floor"), 2.5, at_most=True, floors={"floor": _FLOOR * 32768},
         bound=_MADE, **_CUDA),
-    Bar("gpu/floor-256", "the same with F 256, against the same 7.2 ns",
+    Bar("gpu/floor-256", "the same, features given, with F 256, against the same 7.2 ns",
         {"ours": OnGpu("gpu", 32768, features=256)}, ("ours", "floor"), 2.5, at_most=True,
         floors={"floor": _FLOOR * 32768}, bound=_UNFUSED_256, **_CUDA),
     *(
