@@ -34,7 +34,6 @@ class Measured(NamedTuple):
     """What an Evaluate step found: the Record's rows with what belongs beside them."""
 
     results: tuple[tuple[Row, Result], ...]
-    kernels: dict[str, str]
     evaluations: dict[str, int]
     """How many were asked, by state."""
     reused: dict[str, int]
@@ -186,7 +185,6 @@ class Evaluator:
             }.items()
         }
         found: list[tuple[NamedState, Suite, int, tuple[Result, ...]]] = []
-        kernels: dict[str, str] = {}
         reused = Counter[str]()
         bar = tqdm(
             zip(units, paths, strict=True),
@@ -207,8 +205,6 @@ class Evaluator:
                 reused[named.name] += 1
             else:
                 model, words = held.get(named.weights)
-                if found_forms := swap.forms(model):
-                    kernels[found_forms[0].OPERATOR] = found_forms[0].kernel
                 made = references[config.model_dump_json(), seed]
                 results = self.one(config, model, words, named, seed=seed, reference=made)
                 write_atomically(path, json.dumps([r.model_dump_json() for r in results]).encode())
@@ -226,7 +222,6 @@ class Evaluator:
                 for named, suite, seed, results in sorted(found, key=lambda f: order[f[0].name])
                 for result in results
             ),
-            kernels,
             dict(Counter(named.name for named, *_ in units)),
             dict(reused),
         )

@@ -159,7 +159,10 @@ class Record(Config):
     processor: str | None = Field(None, description="model of the CPU; None in Records of before")
     threads: int
     dtype: str
-    kernels: dict[str, str] = Field({}, description="operator: implementation that ran")
+    kernels: dict[str, str] = Field(
+        {},
+        description="operator: the kernels that ran, forward; of a run that reused all, the one that it takes of rows",
+    )
     seed: int
     started: str
     seconds: float

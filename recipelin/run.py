@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
+from recipelin_kernels import kernels_ran
+
 from . import (
     chat,
     data,
@@ -138,6 +140,7 @@ class _Walk:
     results: list[tuple[Row, Result]] = field(default_factory=list)
     curves: list[CurveRow] = field(default_factory=list)
     kernels: dict[str, str] = field(default_factory=dict)
+    ran: dict[str, set[str]] = field(default_factory=dict)
     select: Select | None = None
     kept: tuple[int, ...] | None = None
 
@@ -164,8 +167,9 @@ class _Walk:
             if self.tokenizer.eos_token_id is None and any(not getattr(text, "chat", None) for text in texts):
                 _say("the tokenizer names no EOS token: documents follow one another without one")
             preflight(self.plan, tokenizer=self.tokenizer, recipe=self.loaded.path)
-            for index, planned in enumerate(self.plan.steps):
-                self._step(index, planned)
+            with kernels_ran() as self.ran:
+                for index, planned in enumerate(self.plan.steps):
+                    self._step(index, planned)
             status = "finished"
         except KeyboardInterrupt:
             status = "interrupted"
@@ -219,9 +223,7 @@ class _Walk:
                 form = swap.forms(self.model)[0]
                 self.kernels[form.OPERATOR] = form.kernel
                 if form.lacking:
-                    _say(
-                        f"{number}: kernel {form.kernel}: {form.lacking}; the C kernels take a third to a half of its time"
-                    )
+                    _say(f"{number}: kernel {form.kernel}: {form.lacking}; the C kernels take about half of its time")
             else:
                 swap.switch(self.model, step.state)
             self.times.append(
@@ -242,10 +244,6 @@ class _Walk:
                 )
             )
             return
-        if isinstance(step, Transfer):
-            form = swap.forms(self.model)[0]
-            operators = form.OBJECTIVE_OPERATORS
-            self.kernels |= {operators[n]: form.kernel for n in step.objective if n in operators}
         with self.store.lock(key):
             if self.fresh:
                 self.store.forget(key)
@@ -421,7 +419,6 @@ class _Walk:
         del self.model
         measured = self._evaluator().all(step, exported, self.tokenizer)
         self.results += measured.results
-        self.kernels |= measured.kernels
         return {"evaluations": measured.evaluations, "reused": measured.reused}
 
     def _evaluator(self) -> Evaluator:
@@ -468,7 +465,7 @@ class _Walk:
             processor=reuse.processor(),
             threads=self.around.threads,
             dtype=self.around.dtype,
-            kernels=self.kernels,
+            kernels=self.kernels | {name: ", ".join(sorted(kernels)) for name, kernels in self.ran.items()},
             seed=planned.seed,
             started=started.isoformat(timespec="seconds"),
             seconds=seconds,

@@ -114,6 +114,7 @@ def test_a_run_is_whole_and_the_second_reuses_it(folder, home, tmp_path, capfd):
     again = read_record(two)
     assert [t.reused for t in again.steps][2:4] == [True, True]
     assert again.rows == record.rows and read_items(two) == items
+    assert again.kernels == record.kernels  # all was reused: what it takes
     assert all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(two).values(), strict=True))
 
 

@@ -14,6 +14,7 @@ from .hybrid import (
 )
 from .outside_mass import outside_mass
 from .packing import segment_ids_of
+from .ran import kernels_ran
 from .weight_transfer import log_scale_closed_form, teacher_attention, weight_transfer_loss
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "gated_delta_rule",
     "hybrid_attention",
     "hybrid_attention_step",
+    "kernels_ran",
     "log_scale_closed_form",
     "outside_mass",
     "resolve_gated_delta_kernel",

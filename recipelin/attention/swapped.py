@@ -1,8 +1,8 @@
 """What a layer of every form is: which pass it makes, and what it shows of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,6 @@ class SwappedAttention(nn.Module, ABC):
     attention, shows it to the recorder and passes the teacher's output on: every layer then sees the teacher's stream.
     With `observer` set, it shows what it did itself. Before position `asked_from` of a row nothing that it gives is read.
     """
-
-    OBJECTIVE_OPERATORS: ClassVar[Mapping[str, str]] = {}
-    """Operators that objectives run beside the form's own, by its `kernel`."""
 
     config: Any
     q_proj: nn.Linear

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..hybrid.rows import one_of
 from ..packing import check_tokens
+from ..ran import note
 from .chunked import gated_delta_chunked
 from .reference import gated_delta_reference
 from .step import one_token
@@ -65,6 +66,7 @@ def gated_delta_rule(
     batch, heads, length, width = v.shape
     check_tokens(key_mask, segment_ids, batch, length)
     ran = resolve_gated_delta_kernel(kernel, v.device)
+    note("gated_delta_rule", ran)
     if key_mask is not None:
         # Padding may hold anything, NaN included, and 0 x NaN is NaN.
         real = key_mask[:, None, :, None]

@@ -13,6 +13,7 @@ from ..autocast import ignores_autocast
 from ..cpu import why_not as why_no_c
 from ..cpu.calls import is_traced
 from ..packing import check_tokens
+from ..ran import note
 from ..transforms import refuse_transforms, under_way
 from . import cpu_step, gpu_support
 from .chunked import hybrid_attention_chunked
@@ -270,6 +271,7 @@ def hybrid_attention(
                 state = cpu_step.prepared(q, k, phi_q, phi_k_fn, held, state)
                 return cpu_step.cpu_token(q, k, v, phi_q, *own_numbers, phi_k_fn, state)
             phi_q = phi_q(q) if isinstance(phi_q, SoftmaxMap) else phi_q
+            note("hybrid_attention_step", "chunked")
             return plain_token(q, k, v, phi_q, *own_numbers, phi_k_fn, held, state)
     if isinstance(phi_q, SoftmaxMap):
         if phi_k is None and isinstance(phi_k_fn, SoftmaxMap):
@@ -282,6 +284,7 @@ def hybrid_attention(
         from .gpu_step import hybrid_attention_step_gpu
 
         check_tokens(key_mask, None, batch, length)
+        note("hybrid_attention_step", "gpu")
         return hybrid_attention_step_gpu(q, k, v, phi_q, *own_numbers, phi_k_fn, held, key_mask, state, maps=maps)
     if state is not None:
         assert phi_k_fn is not None
@@ -317,10 +320,12 @@ def hybrid_attention(
         tensors = (q, k, v, phi_q, phi_k, mix, log_scale)
         one = length == 1 and output_state and not components
         if kernel in ("auto", "cpu") and one and not learning(*tensors):
+            note("hybrid_attention_step", "chunked")
             return one_token(*tensors, phi_k_fn, window_keep, options, state, own)
         state = settled(state)
         ring = state if reach is None else filled(state)
         own, k_rows, k, v, phi_k, past = continued(ring, own, k, v, phi_k, phi_k_fn)
+    note("hybrid_attention", ran)
     before = first_query if ran in ("gpu", "sdpa") else 0  # queries that are computed, and left out at the end
     if before:
         q = F.pad(q, (0, 0, before, 0))

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import cpu
 from ..autocast import without_autocast
 from ..cpu.calls import VECTOR, dense, is_traced
+from ..ran import note
 from ..transforms import under_way
 from .room import Room
 from .rows import JOINS, LOG2E, Options
@@ -142,6 +143,7 @@ def cpu_token(
 
     Features of phi_q and phi_k_fn are made by the same function where they are SoftmaxMaps.
     """
+    note("hybrid_attention_step", "cpu")
     room, late = state.room, state.late
     call: Prepared = room.prepared
     token = call.token

@@ -18,6 +18,7 @@ from ..hybrid.rows import (
     rows,
     visible,
 )
+from ..ran import note
 from ..transforms import refuse_transforms
 from .chunked import BLOCK, cut, sets, weight_transfer_chunked
 from .cpu import weight_transfer_cpu
@@ -156,6 +157,7 @@ def weight_transfer_loss(
     one_of("target", target, TARGETS)
     options = _options(window, shape, sinks, cover, join, scale, reach, q.shape[-1], signed=signed)
     ran = resolve_kernel(kernel, q.device, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1])
+    note("weight_transfer_loss", ran)
     if ran != "reference":
         refuse_transforms("weight_transfer_loss", q, k, phi_q, phi_k, lse, mix, log_scale)
     if q.requires_grad or k.requires_grad:

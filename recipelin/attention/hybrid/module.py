@@ -34,7 +34,6 @@ class HybridAttention(SwappedAttention):
 
     NAME = "hybrid"
     OPERATOR = "hybrid_attention"
-    OBJECTIVE_OPERATORS = dict.fromkeys(("weights", "hybrid_weights"), "weight_transfer_loss")
 
     config: Config
 
