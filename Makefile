@@ -5,7 +5,7 @@ CLAIMS ?= pocket-claims
 GPU_PYTHON ?= python3.12
 GPU_TRITON ?= 3.6.0
 
-.PHONY: help demo test test-gpu gpu-compile gpu-emulate gpu-bounds gpu-tune gpu-pack gpu-cache check plans tables claims catalogue wheel bench clean
+.PHONY: help demo test test-gpu test-fla gpu-compile gpu-emulate gpu-bounds gpu-tune gpu-pack gpu-cache check plans tables claims catalogue wheel bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,6 +28,13 @@ test: .venv/.dev  ## the whole test suite
 
 test-gpu: .venv/.dev  ## the Triton kernels on a CUDA device, nothing skipped (JOBS=8: so many compile at once; needs a CUDA build of torch in .venv)
 	RECIPELIN_TEST_GPU=1 $(BIN)/python -m pytest -n $(or $(JOBS),4) tests/kernels/test_*_gpu*.py tests/kernels/on_gpu_*.py
+
+# Beside .venv's own packages: where fla is installed, transformers takes its Triton kernels for CPU tensors too.
+.venv/fla: .venv/.dev
+	$(BIN)/pip install --quiet --no-deps --target $@ 'flash-linear-attention>=0.6,<0.7' 'fla-core>=0.6,<0.7' 'einops>=0.8,<1'
+
+test-fla: .venv/fla  ## fla's gated delta rule (kernel: fla) against the definition, on a CUDA device
+	PYTHONPATH=$< RECIPELIN_TEST_GPU=1 $(BIN)/python -m pytest tests/kernels/on_fla_*.py
 
 # The lent machine's Triton beside .venv's own: each makes other pipelines, fences and layouts.
 .venv/triton-$(GPU_TRITON): .venv/.dev

@@ -23,7 +23,7 @@ CARRIED = (
     "mbstrdecoder", "pathvalidate", "tabledata", "tcolorpy", "typepy", "chardet", "nltk",
 )  # fmt: skip
 AS_SOURCE = ("rouge_score", "sqlitedict", "word2number")  # published so alone: built here, for any machine
-UNPINNED = ("flash-linear-attention", "fla-core")  # a peer of the bench alone
+UNPINNED = ("flash-linear-attention", "fla-core", "einops")  # a peer of the bench, and its own tests
 
 
 def main() -> None:

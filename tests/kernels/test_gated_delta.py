@@ -45,7 +45,7 @@ def with_gradients(tensors, real=None, **options):
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     o, last = gated_delta_rule(*leaves[:5], state=leaves[5], output_state=True, **options)
     shown = o if real is None else torch.where(real[:, None, :, None], o, 0)
-    weights = [torch.cos(torch.arange(y.numel()).double()).view_as(y).to(y.dtype) for y in (o, last)]
+    weights = [torch.cos(torch.arange(y.numel(), device=y.device).double()).view_as(y).to(y.dtype) for y in (o, last)]
     grads = torch.autograd.grad((shown * weights[0]).sum() + (last * weights[1]).sum(), leaves)
     return [o.detach(), last.detach(), *grads]
 
