@@ -46,6 +46,7 @@ def calls(draw):
         "sinks": draw(st.sampled_from([0, 0, 3])),
         "cover": draw(st.sampled_from(["outside", "outside", "all"])),
         "join": draw(st.sampled_from(JOINS)),
+        "max_gradient": draw(st.sampled_from(["through", "through", "detached"])),
         "rows": draw(st.sampled_from(["whole", "whole", "left", "right", "segments"])),
         "logits": draw(st.sampled_from([1.0, 50.0])),  # the largest score in size
         "apart": draw(st.booleans()),  # heads beside each other in memory, as a projection leaves them
@@ -112,15 +113,15 @@ def attended(x: dict[str, Tensor], options, kernel: str, dtype: torch.dtype) -> 
 @example(
     {
         "batch": 2, "key_heads": 1, "heads": 2, "length": 43, "width": 7, "features": 1, "per_key_head": False, "window": 16,
-        "shape": "sliding", "sinks": 0, "cover": "outside", "join": "replace", "rows": "whole", "logits": 50.0,
-        "apart": False, "poisoned": False, "dtype": torch.float32, "seed": 0,
+        "shape": "sliding", "sinks": 0, "cover": "outside", "join": "replace", "max_gradient": "through", "rows": "whole",
+        "logits": 50.0, "apart": False, "poisoned": False, "dtype": torch.float32, "seed": 0,
     }
 )  # fmt: skip
 @often
 @given(calls())
 def test_hybrid_attention_is_its_definition(call):
     x, masks = tensors(call)
-    options = {n: call[n] for n in ("window", "shape", "sinks", "cover", "join")} | masks
+    options = {n: call[n] for n in ("window", "shape", "sinks", "cover", "join", "max_gradient")} | masks
     exact = {n: t.double() for n, t in x.items()}
     dtype = call["dtype"]
     found = attended(x, options, "auto", dtype)
