@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, on a lent machine, in under ten minutes: the Triton kernels' tests, every bar, a training run,
-# and, as far as the time reaches, the kernels' sizes. From the root of a copy of the tree that carries .gpu (make gpu-pack, and
+# fla's gated delta rule, and, as far as the time reaches, the kernels' sizes. From the root of a copy of the tree that carries .gpu (make gpu-pack, and
 # make gpu-cache, without which most of the time goes into compiling):
-#   bash .ci/gpu_session.sh COMMIT [SECONDS [PARTS]]      PARTS: of "tests fla bench run tune", all if not given
+#   bash .ci/gpu_session.sh COMMIT [SECONDS [PARTS]]      PARTS: of "tests bench run fla tune", all if not given
 # Results lie in $OUT: what each part printed, record-cuda.*, and files.tar.gz with the run and the tuning.
 set -uo pipefail
-commit=${1:?the commit that the tree is of} stop=$((SECONDS + ${2:-560})) parts=${3:-tests fla bench run tune} out=${OUT:?}
+commit=${1:?the commit that the tree is of} stop=$((SECONDS + ${2:-560})) parts=${3:-tests bench run fla tune} out=${OUT:?}
 tar xJf .gpu/site.tar.xz -C .gpu || exit 1
 export PYTHONPATH=$PWD:$PWD/kernels:$PWD/.gpu/site RECIPELIN_HOME=$PWD/.gpu/home
 if [ -f .gpu/cache.tar.xz ]; then
@@ -33,12 +33,12 @@ LINES_SHOWN=40 part tests 250 env RECIPELIN_TEST_GPU=1 python3 -m pytest -v -rfE
   --maxfail=12 -n "$(nproc)" tests/kernels/test_*_gpu*.py tests/kernels/on_gpu_*.py
 grep -c PASSED "$out/tests.txt"
 grep FAILED "$out/tests.txt" | sort -u | cut -c1-200
-LINES_SHOWN=12 part fla 60 env RECIPELIN_TEST_GPU=1 python3 -m pytest -v -rfE --tb=short -W default -p no:cacheprovider \
-  -n "$(nproc)" tests/kernels/on_fla_gated_delta.py
 LINES_SHOWN=40 part bench 170 python3 -m recipelin bench --device cuda --write
 printf 'extends: ../recipes/pocket/lolcats.yaml\nname: lolcats-gpu\nmethod: {form: {kernel: gpu}}\n' > .gpu/lolcats-gpu.yaml
 [ -f .gpu/cache.tar.xz ] && echo "kernels now: $(find "$TRITON_CACHE_DIR" -name '*.cubin' | wc -l)"
 part run 100 python3 -m recipelin run .gpu/lolcats-gpu.yaml --device cuda --out .gpu/run
+LINES_SHOWN=12 part fla 100 env RECIPELIN_TEST_GPU=1 python3 -m pytest -v -rfE --tb=short -W default -p no:cacheprovider \
+  -n "$(nproc)" tests/kernels/on_fla_gated_delta.py
 part tune 600 python3 .ci/gpu_tune.py --jobs "$(nproc)"
 
 # The machine's repository, if it has one, is of the commit that the session began with.

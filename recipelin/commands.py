@@ -86,8 +86,9 @@ def run_command(arguments: argparse.Namespace) -> int:
     try:
         from .checkpoint import OtherCheckpoint
         from .hf import TeacherError
+        from .kernelcheck import refuse_kernel
         from .lolcats_checkpoint import PublishedError
-        from .run import RunError, run
+        from .run import RunError, choose_device, run
         from .stages import StageError
     except ModuleNotFoundError as error:
         print(
@@ -103,6 +104,9 @@ def run_command(arguments: argparse.Namespace) -> int:
         chosen = [point for point, _ in todo.values()]
         if arguments.shrink:
             chosen = list(shrunk(chosen))
+        place = choose_device(arguments.device)
+        for point in chosen:  # each before the first one costs anything
+            refuse_kernel(point, plan(point, allow_code=arguments.allow_code), place)
         for point in chosen:
             out = Path(arguments.out) if arguments.out else None
             if out and len(chosen) > 1:
@@ -121,7 +125,6 @@ def run_command(arguments: argparse.Namespace) -> int:
         RunError,
         TeacherError,
         StageError,
-        PlanError,
         EvalError,
         OtherCheckpoint,
         PublishedError,

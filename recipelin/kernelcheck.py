@@ -2,6 +2,8 @@
 
 import torch
 
+from recipelin_kernels import KernelError
+
 from . import lookup
 from .load import Loaded
 from .plan import Plan, refusal
@@ -16,7 +18,7 @@ def refuse_kernel(loaded: Loaded, planned: Plan, device: str) -> None:
     form, model = lookup.implementation("attention", swap.form).FORM, loaded.recipe.model
     try:
         form.kernel_on(swap.config, planned.architecture, device, getattr(torch, model.dtype))
-    except RuntimeError as error:
+    except KernelError as error:
         if model.student:
             text = f"model.student: {error} (the student's config.json names it)"
             raise refusal(loaded, ("model", "student"), text) from error

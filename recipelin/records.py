@@ -161,7 +161,7 @@ class Record(Config):
     dtype: str
     kernels: dict[str, str] = Field(
         {},
-        description="operator: the kernels that ran, forward; of a run that reused all, the one that it takes of rows",
+        description="operator: the kernels that ran, forward; where none did, as all was reused, the one that rows would take",
     )
     seed: int
     started: str

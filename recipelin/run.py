@@ -84,11 +84,13 @@ def choose_device(asked: str) -> str:
     """`auto` is the GPU where there is one. A device that is not there is an error, never a fallback."""
     if asked == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = asked.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise RunError(f"--device {asked!r}: expected auto, cpu or cuda")
+    kind, _, index = asked.partition(":")
+    if kind not in ("cpu", "cuda") or (":" in asked and not (kind == "cuda" and index.isdecimal())):
+        raise RunError(f"--device {asked!r}: expected auto, cpu or cuda, or cuda:0 and so on")
     if kind == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
+    if index and int(index) >= torch.cuda.device_count():
+        raise RunError(f"--device {asked}: torch sees {torch.cuda.device_count()} here, the first of them cuda:0")
     return asked
 
 
@@ -465,7 +467,7 @@ class _Walk:
             processor=reuse.processor(),
             threads=self.around.threads,
             dtype=self.around.dtype,
-            kernels=self.kernels | {name: ", ".join(sorted(kernels)) for name, kernels in self.ran.items()},
+            kernels={name: ", ".join(sorted(kernels)) for name, kernels in self.ran.items()} or self.kernels,
             seed=planned.seed,
             started=started.isoformat(timespec="seconds"),
             seconds=seconds,

@@ -12,6 +12,7 @@ from .hybrid import (
     hybrid_attention_step,
     resolve_kernel,
 )
+from .kernel_error import KernelError
 from .outside_mass import outside_mass
 from .packing import segment_ids_of
 from .ran import kernels_ran
@@ -20,6 +21,7 @@ from .weight_transfer import log_scale_closed_form, teacher_attention, weight_tr
 __all__ = [
     "Components",
     "HybridState",
+    "KernelError",
     "SoftmaxMap",
     "StepState",
     "empty_state",

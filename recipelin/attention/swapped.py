@@ -69,7 +69,7 @@ class SwappedAttention(nn.Module, ABC):
     @abstractmethod
     def kernel_on(cls, config: Any, architecture: Architecture, device: torch.device | str, dtype: torch.dtype) -> str:
         """The implementation of its operator, and of what its objectives run, that a config of the form takes there. Raises
-        RuntimeError for one that cannot run."""
+        KernelError for one that cannot run."""
 
     @property
     def kernel(self) -> str:

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 
-def quicken(patch: Callable[..., None]) -> None:
-    """Numbers, types and shapes stay what they are. patch: `monkeypatch.setattr`."""
+def quicken(patch: Callable[[Any, str, Any], None]) -> None:
+    """Numbers, types and shapes stay what they are. patch(object, name, value): `setattr`, or
+    what undoes it in the end. Some names are new."""
     from triton.language import core, semantic
     from triton.runtime import interpreter
 
@@ -24,9 +26,7 @@ def quicken(patch: Callable[..., None]) -> None:
         return interpreter._LangPatchScope()
 
     patch(interpreter, "_patch_lang", patched)
-    patch(
-        interpreter._LangPatchScope, "set_attr", lambda self, obj, name, value: patch(obj, name, value, raising=False)
-    )
+    patch(interpreter._LangPatchScope, "set_attr", lambda self, obj, name, value: patch(obj, name, value))
 
     # What a kernel calls asks on the way who calls, and copies its keywords to leave one out.
     def direct(obj, name, member, builder, scope):

@@ -8,7 +8,7 @@ import torch
 from recipelin_kernels import HybridState
 from recipelin_kernels.hybrid import gpu_launch
 from recipelin_kernels.hybrid.step_state import StepState
-from tests.kernels.gpu_device import DEVICE
+from tests.kernels.gpu_device import DEVICE, FP32
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
@@ -84,4 +84,4 @@ def test_a_layer_decodes_by_it(tiny):
         assert isinstance(layer.state, StepState if kernel == "gpu" else HybridState) and layer.state.bytes > 0
         assert (len(called) == before) == (kernel == "gpu"), "a launch before that of the token makes its features"
         found.append(torch.cat(y, 2))
-    assert torch.allclose(*found, rtol=1e-4, atol=1e-5)
+    assert float((found[0] - found[1]).norm() / found[1].norm()) <= FP32

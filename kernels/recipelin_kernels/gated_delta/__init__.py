@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..hybrid.rows import one_of
+from ..kernel_error import KernelError
 from ..packing import check_tokens
 from ..ran import note
 from .chunked import gated_delta_chunked
@@ -18,7 +19,7 @@ KERNELS = ("auto", "reference", "chunked", "fla")
 
 
 def resolve_gated_delta_kernel(kernel: str, device: torch.device | str) -> str:
-    """The implementation that a call takes: what `auto` means here. Raises for one that cannot run.
+    """The implementation that a call takes: what `auto` means here. Raises KernelError for one that cannot run.
 
     `auto` is `chunked` on every device: fla's Triton kernels were never compared with it on a GPU, so they are taken only
     by name.
@@ -26,9 +27,9 @@ def resolve_gated_delta_kernel(kernel: str, device: torch.device | str) -> str:
     one_of("kernel", kernel, KERNELS)
     if kernel == "fla":
         if torch.device(device).type != "cuda":
-            raise RuntimeError("kernel='fla': its Triton kernels run on CUDA tensors only; use 'chunked', or 'auto'")
+            raise KernelError("kernel='fla': its Triton kernels run on CUDA tensors only; use 'chunked', or 'auto'")
         if importlib.util.find_spec("fla") is None:
-            raise RuntimeError("kernel='fla': not installed; pip install flash-linear-attention, or use 'chunked'")
+            raise KernelError("kernel='fla': not installed; pip install flash-linear-attention, or use 'chunked'")
     return "chunked" if kernel == "auto" else kernel
 
 
@@ -66,7 +67,8 @@ def gated_delta_rule(
     batch, heads, length, width = v.shape
     check_tokens(key_mask, segment_ids, batch, length)
     ran = resolve_gated_delta_kernel(kernel, v.device)
-    note("gated_delta_rule", ran)
+    by_token = ran == "chunked" and kernel == "auto" and length == 1
+    note("gated_delta_rule_step" if by_token else "gated_delta_rule", ran)
     if key_mask is not None:
         # Padding may hold anything, NaN included, and 0 x NaN is NaN.
         real = key_mask[:, None, :, None]
@@ -91,7 +93,7 @@ def gated_delta_rule(
             if ran == "reference":
                 none = torch.zeros(batch, length, dtype=torch.bool, device=v.device)
                 o, last = gated_delta_reference(q, k, v, g, beta, scale, none if begins is None else begins, state)
-            elif kernel == "auto" and length == 1:
+            elif by_token:
                 o, last = one_token(q[:, :, 0], k[:, :, 0], v[:, :, 0], g[:, :, 0], beta[:, :, 0], scale, state)
                 o = o[:, :, None]
             else:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..autocast import ignores_autocast
 from ..cpu import why_not as why_no_c
 from ..cpu.calls import is_traced
+from ..kernel_error import KernelError
 from ..packing import check_tokens
 from ..ran import note
 from ..transforms import refuse_transforms, under_way
@@ -80,7 +81,7 @@ def resolve_kernel(
     width: int | None = None,
     features: int | None = None,
 ) -> str:
-    """The implementation that a call takes: what `auto` means here. Raises for one that cannot run.
+    """The implementation that a call takes: what `auto` means here. Raises KernelError for one that cannot run.
 
     covered: the window covers the sequence and nothing else is asked for: y is causal softmax, and `auto` is `sdpa`. token: it
     is one token a row, from a state.
@@ -95,11 +96,11 @@ def resolve_kernel(
         if not reason:
             return "cpu"
         if kernel == "cpu":
-            raise RuntimeError(f"kernel='cpu': {reason}; use 'chunked', which runs on every device")
+            raise KernelError(f"kernel='cpu': {reason}; use 'chunked', which runs on every device")
     if kernel == "gpu":
         reason = gpu_support.why_not(device, dtype, width, features)
         if reason:
-            raise RuntimeError(f"kernel='gpu': {reason}; use 'chunked', which runs on every device")
+            raise KernelError(f"kernel='gpu': {reason}; use 'chunked', which runs on every device")
     if kernel == "auto":
         if covered:
             return "sdpa"
