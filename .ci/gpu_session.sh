@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, on a lent machine, in under ten minutes: the Triton kernels' tests, every bar, a training run,
-# fla's gated delta rule, and, as far as the time reaches, the kernels' sizes. From the root of a copy of the tree that carries .gpu (make gpu-pack, and
-# make gpu-cache, without which most of the time goes into compiling):
+# fla's gated delta rule, and, as far as the time reaches, the kernels' sizes. From the root of a copy of the tree that carries
+# .gpu (make gpu-pack, and make gpu-cache, without which most of the time goes into compiling):
 #   bash .ci/gpu_session.sh COMMIT [SECONDS [PARTS]]      PARTS: of "tests bench run fla tune", all if not given
 # Results lie in $OUT: what each part printed, record-cuda.*, and files.tar.gz with the run and the tuning.
 set -uo pipefail
