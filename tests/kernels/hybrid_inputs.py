@@ -117,9 +117,8 @@ def with_gradients(x: Inputs, real: Tensor | None = None, *, components: bool = 
     leaves = [t.detach().clone().requires_grad_() for t in x.tensors()]
     found = hybrid_attention(*leaves[:6], **{"log_scale": leaves[6], "components": components, **options})
     y = found[0] if components else found
-    b, h, t, d = y.shape
-    weight = torch.cos(torch.arange(y.numel(), dtype=torch.float64, device=y.device)).to(y.dtype)
-    weight = weight.view(b, t, h, d).transpose(1, 2)  # the gradient of y lies as a model's does
+    weight = torch.cos(torch.arange(y.numel(), dtype=torch.float64, device=y.device)).to(y.dtype).view_as(y)
+    weight = weight.transpose(1, 2).contiguous().transpose(1, 2)  # the gradient of y lies as a model's does
     if not components:
         return [y.detach(), *gradients((y * weight).sum(), leaves)]
     parts = found[1]
