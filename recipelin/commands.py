@@ -101,13 +101,14 @@ def run_command(arguments: argparse.Namespace) -> int:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        chosen = [point for point, _ in todo.values()]
-        if arguments.shrink:
-            chosen = list(shrunk(chosen))
         place = choose_device(arguments.device)
-        for point in chosen:  # each before the first one costs anything
-            refuse_kernel(point, plan(point, allow_code=arguments.allow_code), place)
-        for point in chosen:
+        chosen = list(todo.values())
+        if arguments.shrink:
+            small = shrunk([point for point, _ in chosen])
+            chosen = [(point, plan(point, allow_code=arguments.allow_code)) for point in small]
+        for point, each in chosen:  # refused before the first one costs anything
+            refuse_kernel(point, each, place)
+        for point, _ in chosen:
             out = Path(arguments.out) if arguments.out else None
             if out and len(chosen) > 1:
                 out = out / file_name(point.recipe.name)

@@ -6,8 +6,8 @@ from typing import Any
 
 
 def quicken(patch: Callable[[Any, str, Any], None]) -> None:
-    """Numbers, types and shapes stay what they are. patch(object, name, value): `setattr`, or
-    what undoes it in the end. Some names are new."""
+    """Numbers, types and shapes stay what they are. patch(object, name, value): `setattr`, or one that undoes
+    it in the end; some names are new."""
     from triton.language import core, semantic
     from triton.runtime import interpreter
 
@@ -39,11 +39,7 @@ def quicken(patch: Callable[[Any, str, Any], None]) -> None:
     make_type, make_tensor, types, shapes = core.block_type.__init__, core.tensor.__init__, {}, {}
 
     def typed(self, element_ty, shape):
-        sizes = getattr(shape, "values", shape)  # of a type they are numbers
-        key = (
-            element_ty.name,
-            *(sizes if type(shape) is core.tuple else [getattr(size, "value", size) for size in sizes]),
-        )
+        key = element_ty.name, *[getattr(size, "value", size) for size in getattr(shape, "values", shape)]
         if key not in types:
             make_type(self, element_ty, shape)
             types[key] = vars(self)

@@ -67,7 +67,7 @@ def gated_delta_rule(
     batch, heads, length, width = v.shape
     check_tokens(key_mask, segment_ids, batch, length)
     ran = resolve_gated_delta_kernel(kernel, v.device)
-    by_token = ran == "chunked" and kernel == "auto" and length == 1
+    by_token = kernel == "auto" and length == 1
     note("gated_delta_rule_step" if by_token else "gated_delta_rule", ran)
     if key_mask is not None:
         # Padding may hold anything, NaN included, and 0 x NaN is NaN.
