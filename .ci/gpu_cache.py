@@ -32,18 +32,22 @@ from recipelin_kernels.hybrid.gpu_launch import hashed
 ROOT = Path(__file__).resolve().parent.parent
 CACHE, TARGET = ROOT / ".gpu/cache", ROOT / ".gpu/cache.tar.xz"
 TESTS = sorted(str(p) for pattern in ("test_*_gpu*.py", "on_gpu_*.py") for p in (ROOT / "tests/kernels").glob(pattern))
+OTHERS = ("bars", "sweeps")  # beside the tests; named on the command line, those alone
 KEPT = (".cubin", ".json")  # all that is read of a compiled kernel
 TO_THE_END = contextlib.ExitStack()  # of the process
 
 
+ONES = {torch.empty: torch.ones, torch.empty_like: torch.ones_like, torch.Tensor.new_empty: torch.Tensor.new_ones}
+
+
 class OnCpu(TorchFunctionMode):
-    """ "cuda" is the CPU."""
+    """ "cuda" is the CPU, and what no launch fills is ones, by which a model trains on, if to no end."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def here(x: Any) -> Any:
             return "cpu" if isinstance(x, str | torch.device) and str(x).startswith("cuda") else x
 
-        return function(*map(here, args), **{name: here(x) for name, x in (kwargs or {}).items()})
+        return ONES.get(function, function)(*map(here, args), **{name: here(x) for name, x in (kwargs or {}).items()})
 
 
 class Nothing:
@@ -92,6 +96,8 @@ def pretend() -> None:
         setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
     torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_: None  # type: ignore[assignment]
     torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda *_, **__: True
+    torch.nn.utils.get_total_norm = lambda *_, **__: torch.ones(())  # of gradients that nothing computed
+    torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda _: None  # type: ignore[method-assign]
     OnCpu().__enter__()
 
 
@@ -154,7 +160,7 @@ def main() -> int:
     if done.returncode not in (0, 1):  # 1: tests fail, as nothing is computed
         return done.returncode
     with ProcessPoolExecutor(jobs) as pool:
-        list(pool.map(compile_others, [(what, n, jobs) for what in ("bars", "sweeps") for n in range(jobs)]))
+        list(pool.map(compile_others, [(what, n, jobs) for what in sys.argv[1:] or OTHERS for n in range(jobs)]))
     # What this run did not ask for is of sources or sizes of before, and left out.
     found = (p for p in CACHE.rglob("*") if p.suffix in KEPT and p.parent.stat().st_mtime >= begun - 1)
     # Variants of a kernel are much alike: one after the other, and looked back at so far, they take half the room.

@@ -8,6 +8,8 @@ set -uo pipefail
 commit=${1:?the commit that the tree is of} stop=$((SECONDS + ${2:-560})) parts=${3:-tests bench run fla tune} out=${OUT:?}
 tar xJf .gpu/site.tar.xz -C .gpu || exit 1
 export PYTHONPATH=$PWD:$PWD/kernels:$PWD/.gpu/site RECIPELIN_HOME=$PWD/.gpu/home
+[ -d /tmp/triton ] && export PYTHONPATH=/tmp/triton:$PYTHONPATH # in the place of the machine's (gpu_pack.py)
+python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__, triton.__file__)'
 if [ -f .gpu/cache.tar.xz ]; then
   export TRITON_CACHE_DIR=$PWD/.gpu/cache
   mkdir -p "$TRITON_CACHE_DIR" && tar xJf .gpu/cache.tar.xz -C "$TRITON_CACHE_DIR" || exit 1
@@ -36,9 +38,11 @@ grep FAILED "$out/tests.txt" | sort -u | cut -c1-200
 LINES_SHOWN=40 part bench 170 python3 -m recipelin bench --device cuda --write
 printf 'extends: ../recipes/pocket/lolcats.yaml\nname: lolcats-gpu\nmethod: {form: {kernel: gpu}}\n' > .gpu/lolcats-gpu.yaml
 [ -f .gpu/cache.tar.xz ] && echo "kernels now: $(find "$TRITON_CACHE_DIR" -name '*.cubin' | wc -l)"
-part run 100 python3 -m recipelin run .gpu/lolcats-gpu.yaml --device cuda --out .gpu/run
-LINES_SHOWN=12 part fla 100 env RECIPELIN_TEST_GPU=1 python3 -m pytest -v -rfE --tb=short -W default -p no:cacheprovider \
-  -n "$(nproc)" tests/kernels/on_fla_gated_delta.py
+# Neither is timed: side by side.
+part run 200 python3 -m recipelin run .gpu/lolcats-gpu.yaml --device cuda --out .gpu/run &
+LINES_SHOWN=12 part fla 200 env RECIPELIN_TEST_GPU=1 python3 -m pytest -v -rfE --tb=short -W default -p no:cacheprovider \
+  -n 12 tests/kernels/on_fla_gated_delta.py &
+wait
 part tune 600 python3 .ci/gpu_tune.py --jobs "$(nproc)"
 
 # The machine's repository, if it has one, is of the commit that the session began with.

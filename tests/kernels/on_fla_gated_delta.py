@@ -14,6 +14,15 @@ TOLERANCE = {
 }  # products of tf32, 8 and 11 bits, several in a row
 
 
+@pytest.fixture(autouse=True)
+def one_size(monkeypatch):
+    """Of each of fla's kernels the first of its sizes: it compiles and times all of them, ten to forty, for minutes."""
+    from triton.runtime.autotuner import Autotuner  # fla's own is made of it
+
+    every = Autotuner.prune_configs
+    monkeypatch.setattr(Autotuner, "prune_configs", lambda self, given: every(self, given)[:1])
+
+
 def inputs(batch, heads, length, width, dtype):
     """q, k of unit length [B,Hk,T,D], v [B,H,T,D], g, beta [B,H,T], the state [B,H,D,D], rounded to dtype; that in float32."""
     make = torch.Generator().manual_seed(length)

@@ -132,9 +132,11 @@ def test_auto_takes_the_kernels_once_they_are_proven(monkeypatch):
     monkeypatch.setattr(module, "weight_transfer_gpu", spied)
     x = Inputs((1, 1), 9, 1).like(torch.float32, DEVICE)
     given = (x.q, x.k, x.phi_q, x.phi_k, teacher(x, {}))
-    if DEVICE == "cpu":  # `auto` is never `gpu` there, whatever is proven
-        monkeypatch.setattr(gpu_support, "proven", lambda device, **_: torch.device(device).type == "cuda")
-    assert float(weight_transfer_loss(*given)) > 0 and not taken
+    for proven in (False, True):  # `auto` is never `gpu` on a CPU, whatever is proven
+        monkeypatch.setattr(gpu_support, "proven", lambda device, *, yes=proven: yes and torch.device(device).type == "cuda")
+        takes = proven and DEVICE == "cuda"
+        assert (float(weight_transfer_loss(*given)) == 0) == takes and taken == [torch.float32] * takes
+    taken.clear()
     assert float(weight_transfer_loss(*given, kernel="gpu")) == 0 and taken == [torch.float32]
     with pytest.raises(RuntimeError, match=r"kernel='gpu': the Triton kernels take float32.*found torch.float64"):
         weight_transfer_loss(*(t.double() for t in given), kernel="gpu")
