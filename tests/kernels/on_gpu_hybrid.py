@@ -10,7 +10,7 @@ from triton.runtime.jit import JITFunction
 
 from recipelin.bench.cuda import captured
 from recipelin_kernels import hybrid_attention, hybrid_attention_step
-from recipelin_kernels.hybrid import gpu_launch
+from recipelin_kernels.hybrid import gpu_launch, gpu_support
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 from recipelin_kernels.hybrid.step_state import FOLD, standing
 from tests.kernels.gpu_device import COARSE, DEVICE, on_device
@@ -221,8 +221,9 @@ def test_decoding_equals_the_definition(name, dim, features, heads, per_key_head
 @pytest.mark.parametrize("batch", [1, 3, 64, 256])
 @pytest.mark.parametrize("join", ["shared", "replace"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_decodes_under_a_graph(dtype, join, batch, made):
+def test_decodes_under_a_graph(dtype, join, batch, made, monkeypatch):
     """One token is captured and replayed; beside it the eager step in torch. A row rests at times."""
+    monkeypatch.setattr(gpu_support, "proven", lambda device: False)  # `auto` below is torch's
     stop = 160 if batch < 256 else 80  # keys enter the sums 16 at once
     x = Inputs((8, 2), stop, batch, dim=128, features=128).like(dtype, DEVICE)
     if made:

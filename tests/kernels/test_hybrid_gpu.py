@@ -281,10 +281,6 @@ def test_auto_takes_the_kernels_where_they_can_run_once_they_are_proven(monkeypa
     assert resolve_kernel("auto", "cuda", covered=True, **shape) == "sdpa"
     with Looking():
         assert resolve_kernel("auto", "cuda", **shape) == "chunked"
-    monkeypatch.setattr(gpu_support, "PROVEN_TOKEN", frozenset())
-    assert resolve_kernel("auto", "cuda", token=True, **shape) == "chunked"
-    monkeypatch.setattr(gpu_support, "PROVEN_TOKEN", gpu_support.PROVEN)
-    assert resolve_kernel("auto", "cuda", token=True, **shape) == "gpu"
     for other in ({"dtype": torch.float64}, {"width": 512}, {"features": 2048}):
         assert resolve_kernel("auto", "cuda", **{**shape, **other}) == "chunked"
         with pytest.raises(RuntimeError, match="Triton kernels take"):

@@ -1,5 +1,7 @@
 """The Triton decode kernel is the definition, one token after the other; its state is HybridState's, moved on in place."""
 
+import copy
+import importlib
 import itertools
 from dataclasses import replace
 from functools import partial
@@ -10,7 +12,7 @@ import torch
 from recipelin.attention.hybrid.config import FeatureMap
 from recipelin.attention.hybrid.feature_map import HeadFeatureMap
 from recipelin_kernels import HybridState, SoftmaxMap, hybrid_attention, hybrid_attention_step
-from recipelin_kernels.hybrid import gpu_step
+from recipelin_kernels.hybrid import gpu_step, gpu_support
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 from recipelin_kernels.hybrid.state import settled
 from recipelin_kernels.hybrid.step_state import StepState, standing
@@ -19,6 +21,7 @@ from tests.kernels.hybrid_inputs import Inputs, empty_is_nan
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
+hybrid = importlib.import_module("recipelin_kernels.hybrid")
 
 FEW, MANY = (1,), (gpu_step.ENOUGH,)
 BOTH = (1, gpu_step.ENOUGH, gpu_step.ENOUGH)
@@ -53,7 +56,7 @@ def decode(x: Inputs, state, start, stop, mask=None, **options):
             q, k, v, phi_q = (torch.where(real[:, None, :, None], z, torch.nan) for z in (q, k, v, phi_q))
             options["key_mask"] = real
         given = x.maps[0] if x.maps else phi_q
-        y, state = hybrid_attention_step(q, k, v, given, x.features, x.mix, state, kernel="gpu", **options)
+        y, state = hybrid_attention_step(q, k, v, given, x.features, x.mix, state, **{"kernel": "gpu", **options})
         found.append(y)
     return torch.cat(found, 2), state
 
@@ -267,6 +270,39 @@ def test_a_state_of_other_sizes_is_refused_and_what_it_does_not_take_goes_the_lo
     assert isinstance(state, HybridState)
     exact = x.like(torch.float64, DEVICE)
     close(y, hybrid_attention(*exact.cut(0, 5), exact.mix, kernel="reference", reach=4, **options)[:, :, 4:])
+
+
+def test_by_auto_a_state_that_was_moved_on_is_refused(monkeypatch):
+    """On a CPU a state may be used twice: where `auto` takes this kernel it gives the same numbers or an error, never others."""
+    monkeypatch.setattr(gpu_support, "proven", lambda device: True)
+    monkeypatch.setattr(hybrid, "_not_in_c", lambda *_: "not here")
+    x = Inputs((2, 1), 9, 1).like(torch.float32, DEVICE)
+    exact = x.like(torch.float64, DEVICE)
+    options = dict(window=3, log_scale=x.log_scale, kernel="auto")
+    expected = hybrid_attention(*exact.cut(0, 9), exact.mix, **{**options, "kernel": "reference"})
+    _, begun = hybrid_attention(*x.cut(0, 4), x.mix, output_state=True, **{**options, "kernel": "chunked"})
+    assert isinstance(begun, HybridState)
+    y, first = decode(x, begun, 4, 5, **options)
+    kept = copy.deepcopy(first)
+    found, newest = decode(x, first, 5, 7, **options)
+    assert isinstance(first, StepState) and isinstance(newest, StepState) and newest.value is first.value
+    close(torch.cat((y, found), 2), expected[:, :, 4:7])
+    for use in (
+        lambda: decode(x, first, 5, 6, **options),
+        lambda: decode(x, first, 5, 6, **{**options, "kernel": "gpu"}),
+        lambda: decode(x, first, 5, 6, **{**options, "kernel": "chunked"}),
+        lambda: first.select(torch.tensor([0])),
+    ):
+        with pytest.raises(ValueError, match=r"state: 2 later tokens were written into it.*copy.deepcopy"):
+            use()
+    for state in (begun, kept, kept.select(torch.tensor([0]))):  # each as it was
+        start = 4 if state is begun else 5
+        close(decode(x, state, start, 7, **options)[0], expected[:, :, start:7])
+    x.q.requires_grad_()
+    y, last = decode(x, newest, 7, 8, **options)
+    assert isinstance(last, HybridState) and bool(torch.autograd.grad(y.sum(), x.q)[0].any())
+    x.q.requires_grad_(False)
+    close(decode(x, newest, 7, 9, **options)[0], expected[:, :, 7:])
 
 
 @pytest.mark.parametrize(("dim", "width", "heads", "length", "clamp"), [(8, 1, 1, 9, 1e-3), (80, 2, 2, 33, 1e-12)])

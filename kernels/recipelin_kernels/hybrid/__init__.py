@@ -76,15 +76,13 @@ def resolve_kernel(
     device: torch.device | str,
     *,
     covered: bool = False,
-    token: bool = False,
     dtype: torch.dtype | None = None,
     width: int | None = None,
     features: int | None = None,
 ) -> str:
     """The implementation that a call takes: what `auto` means here. Raises KernelError for one that cannot run.
 
-    covered: the window covers the sequence and nothing else is asked for: y is causal softmax, and `auto` is `sdpa`. token: it
-    is one token a row, from a state.
+    covered: the window covers the sequence and nothing else is asked for: y is causal softmax, and `auto` is `sdpa`.
     `gpu`, the Triton kernels, takes CUDA tensors (or CPU ones under TRITON_INTERPRET=1) of float32, bfloat16 and float16,
     `width` up to 256 and up to 1024 `features`. `cpu`, the C kernels, takes CPU tensors of the same dtypes where there is a C
     compiler, and computes in fp32. `auto` takes `gpu` on a GPU for which it is proven (gpu_support.py), `cpu` on a CPU where
@@ -104,7 +102,7 @@ def resolve_kernel(
     if kernel == "auto":
         if covered:
             return "sdpa"
-        takes = gpu_support.proven(device, token=token) and not is_traced()  # torch.compile assembles them by itself
+        takes = gpu_support.proven(device) and not is_traced()  # torch.compile assembles them by itself
         return "gpu" if takes and not gpu_support.why_not(device, dtype, width, features) else "chunked"
     return kernel
 
@@ -250,12 +248,14 @@ def hybrid_attention(
             raise ValueError(f"compat={compat!r}: a state goes on one token at a time, found {length}")
         held = decoding(options)
         options = held if state is not None else whole_rows(options, length)
+    if isinstance(state, StepState):
+        state.check_newest()
     plain = key_mask is None and segment_ids is None and state is None
     sizes: dict[str, Any] = {"dtype": q.dtype, "width": q.shape[-1], "features": shaped.shape[-1]}
     if state is not None and phi_k_fn is None:
         raise ValueError("state: needs phi_k_fn, the keys' feature map, for the keys of the ring")
     token = state is not None and length == 1 and output_state and not components and segment_ids is None
-    takes = resolve_kernel(kernel, q.device, token=token, **sizes) if token or isinstance(phi_q, SoftmaxMap) else None
+    takes = resolve_kernel(kernel, q.device, **sizes) if token or isinstance(phi_q, SoftmaxMap) else None
     steps = token and takes == "gpu" and not gpu_support.why_no_step(held, window_keep)
     maps = None  # by which the kernel makes features
     if isinstance(phi_q, SoftmaxMap):
@@ -286,7 +286,11 @@ def hybrid_attention(
 
         check_tokens(key_mask, None, batch, length)
         note("hybrid_attention_step", "gpu")
-        return hybrid_attention_step_gpu(q, k, v, phi_q, *own_numbers, phi_k_fn, held, key_mask, state, maps=maps)
+        y, following = hybrid_attention_step_gpu(
+            q, k, v, phi_q, *own_numbers, phi_k_fn, held, key_mask, state, maps=maps
+        )
+        # Who asked for `gpu` knows that states move in place; with `auto` they are as on a CPU, or refused.
+        return y, following if kernel == "gpu" else following.moved()
     if state is not None:
         assert phi_k_fn is not None
         state = standing(state, phi_k_fn)
@@ -395,7 +399,8 @@ def hybrid_attention_step(
     phi_k_fn are SoftmaxMaps. Given a HybridState, it returns a StepState;
     given that, it writes into it and returns the same one: nothing is read by the host, and such a call may be captured in
     a CUDA graph, its inputs being the same tensors at each replay. (The first call after `select` may make buffers of another
-    shape, for fewer rows, and returns those.) A key_mask [B,1] leaves out rows that rest.
+    shape, for fewer rows, and returns those.) A key_mask [B,1] leaves out rows that rest. Where `auto` takes it, the StepState
+    that was given is refused from then on (ValueError): on a CPU a state may be used again, and here only a copy.deepcopy.
     """
     if q.shape[2] != 1:
         raise ValueError(

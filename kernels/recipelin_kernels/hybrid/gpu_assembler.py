@@ -3,8 +3,8 @@
 The ptxas 12.8 that Triton 3.6 and 3.7 take there miscompiles `wgmma`: descriptors of shared memory are put together from
 registers that were set on another way through the kernel. In rows before the first stored state `output`, with phi_q made in
 it, took wrong values, the same ones at each call, and `row_masses` read beyond shared memory (seen on an H200, by
-compute-sanitizer, and in the machine code). 12.9 assembles the same PTX rightly. Triton 3.6 and 3.7 bring it too, for later
-GPUs; Triton 3.8 takes it here as well.
+compute-sanitizer, and in the machine code). 12.9 assembles the same PTX rightly. Triton 3.6 brings that too, for later GPUs, and
+3.7 there 13.1, whose kernels pass the same tests; Triton 3.8 takes 12.9 here as well.
 """
 
 import contextlib

@@ -11,11 +11,9 @@ from .rows import Options
 
 WIDEST = 256  # head_dim: a block of 64 rows of it in float32 is 64 KiB
 MOST_FEATURES = 1024
-# With which Triton, on which compute capability `make test-gpu` has passed as a whole, with these sources. There `auto` takes the
-# kernels; elsewhere they are taken by name, as what a compiler makes of them may race (kernels/bench/seen-on-gpus.md).
-PROVEN: frozenset[tuple[str, tuple[int, int]]] = frozenset({("3.6", (9, 0))})
-# The same for decoding, whose kernels (gpu_step.py) are newer: no whole run yet. `auto` decodes in torch (step.py) on a GPU.
-PROVEN_TOKEN: frozenset[tuple[str, tuple[int, int]]] = frozenset()
+# With which Triton, on which compute capability the tests of `make test-gpu` have passed, with these sources. There `auto` takes
+# the kernels; elsewhere they are taken by name, as what a compiler makes of them may race (kernels/bench/seen-on-gpus.md).
+PROVEN: frozenset[tuple[str, tuple[int, int]]] = frozenset({("3.6", (9, 0)), ("3.7", (9, 0))})
 LEAST_CAPABILITY = (8, 0)  # bf16 and tf32 products
 
 
@@ -46,12 +44,10 @@ def _assembles(major: int) -> str:
     return gpu_assembler.why_not(major)
 
 
-def proven(device: torch.device | str, *, token: bool = False) -> bool:
-    """Whether `auto` may take the kernels there. token: those that decode."""
+def proven(device: torch.device | str) -> bool:
+    """Whether `auto` may take the kernels there."""
     device = torch.device(device)
-    if device.type != "cuda" or not _installed():
-        return False
-    return (_series(), _capability(device.index)) in (PROVEN_TOKEN if token else PROVEN)
+    return device.type == "cuda" and _installed() and (_series(), _capability(device.index)) in PROVEN
 
 
 def why_no_step(options: Options, keep: object) -> str:

@@ -1,7 +1,7 @@
 """The state that the Triton decode kernel moves on in place: buffers of fixed size, positions on the device."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -81,6 +81,22 @@ class StepState:
     counts: Tensor
     held: Held
     columns: int
+    moves: list[int] = field(default_factory=lambda: [0], compare=False)
+    """How often `moved` was called, of all that share these tensors: `at` of the newest of them."""
+    at: int = 0
+
+    def moved(self) -> "StepState":
+        """The same tensors, which a call has moved on: what held them before is stale from here on."""
+        self.moves[0] += 1
+        return replace(self, at=self.moves[0])
+
+    def check_newest(self) -> None:
+        """ValueError if another one has moved these tensors on: what this one stood for is no more."""
+        if self.at != self.moves[0]:
+            raise ValueError(
+                f"state: {self.moves[0] - self.at} later tokens were written into it, as a GPU's decoding does: go on from the "
+                "state that the last call returned, or keep a copy.deepcopy of one that is to be used again"
+            )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -101,6 +117,7 @@ class StepState:
 
     def select(self, index: Tensor) -> "StepState":
         """The rows of a batch that `index` names (beam search), in tensors of their own."""
+        self.check_newest()
         index = index.to(self.value.device)
         return StepState(
             **{n: x.index_select(0, index) for n, x in self.tensors.items()}, held=self.held, columns=self.columns

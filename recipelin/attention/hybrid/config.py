@@ -100,8 +100,7 @@ class Config(Form):
     kernel: Literal["auto", "reference", "chunked", "cpu", "gpu"] = Field(
         "auto",
         description="the operator's implementation; cpu: C kernels of a CPU, which `auto` takes where there is a C compiler; "
-        "gpu: Triton kernels, which `auto` takes where they are proven (Hopper with Triton 3.6; not with the 3.7.1 that torch "
-        "2.13 brings, and not to decode)",
+        "gpu: Triton kernels, which `auto` takes where they are proven (Hopper with Triton 3.6 or 3.7)",
     )
 
     def features(self, architecture: Architecture) -> int:
