@@ -58,8 +58,8 @@ def gated_delta_rule(
     again where it changes. state: S before the first token, transposed, [B,H,D,E]; gradients flow into it.
 
     Any float dtype; computed in fp32 (fp64 where an input is), which is the state's dtype; o has v's. kernel `reference`:
-    token by token, the definition; `chunked`: O(T); `fla`: flash-linear-attention's Triton kernel, unproven here, takes
-    no segments. `auto`: chunked; one token that goes on from a state is computed as such.
+    token by token, the definition; `chunked`: O(T); `fla`: flash-linear-attention's Triton kernels, on a GPU, with products of
+    tf32 in float32, take no segments. `auto`: chunked; one token that goes on from a state is computed as such.
 
     Raises ValueError for shapes that do not fit and unknown options, RuntimeError for a kernel that cannot run here.
     """

@@ -112,7 +112,7 @@ class Config(Form):
         "sizes of 1536 to 4096; 0.9 / sqrt(hidden_size) has the same effect at others)",
     )
     kernel: Literal["auto", "reference", "chunked", "fla"] = Field(
-        "auto", description="the operator's implementation; fla: its Triton kernel on a GPU, unproven here"
+        "auto", description="the operator's implementation; fla: its Triton kernels, on a GPU"
     )
 
     @model_validator(mode="after")
