@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -41,13 +41,17 @@ ONES = {torch.empty: torch.ones, torch.empty_like: torch.ones_like, torch.Tensor
 
 
 class OnCpu(TorchFunctionMode):
-    """ "cuda" is the CPU, and what no launch fills is ones, by which a model trains on, if to no end."""
+    """ "cuda" is the CPU. instead: functions that others stand in for."""
+
+    def __init__(self, instead: dict[Any, Any]) -> None:
+        self.instead = instead
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def here(x: Any) -> Any:
             return "cpu" if isinstance(x, str | torch.device) and str(x).startswith("cuda") else x
 
-        return ONES.get(function, function)(*map(here, args), **{name: here(x) for name, x in (kwargs or {}).items()})
+        function = self.instead.get(function, function)
+        return function(*map(here, args), **{name: here(x) for name, x in (kwargs or {}).items()})
 
 
 class Nothing:
@@ -77,11 +81,21 @@ def stand_in() -> None:
     driver.set_active(NoGpu())
     TO_THE_END.enter_context(gpu_assembler.assembling())
     gpu_launch.launch = compiles
-    pretend()
+    pretend(
+        ONES
+    )  # of what no launch fills: with them, and without what its gradients hold, a model trains on, if to no end
+    torch.nn.utils.get_total_norm = no_gradients
     define_nothing()
 
 
-def pretend() -> None:
+def no_gradients(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """In the place of their norm."""
+    for one in gradients:
+        one.zero_()
+    return torch.zeros(())
+
+
+def pretend(instead: dict[Any, Any] | None = None) -> None:
     """From here on CUDA's tensors are the CPU's, and graphs are nothing."""
     os.environ["RECIPELIN_TEST_GPU"] = "1"
     from recipelin.bars import gpu
@@ -96,9 +110,8 @@ def pretend() -> None:
         setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
     torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_: None  # type: ignore[assignment]
     torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda *_, **__: True
-    torch.nn.utils.get_total_norm = lambda *_, **__: torch.ones(())  # of gradients that nothing computed
     torch.optim.Optimizer._accelerator_graph_capture_health_check = lambda _: None  # type: ignore[method-assign]
-    OnCpu().__enter__()
+    OnCpu(instead or {}).__enter__()
 
 
 def define_nothing() -> None:
