@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,9 +119,8 @@ class StepState:
         """The rows of a batch that `index` names (beam search), in tensors of their own."""
         self.check_newest()
         index = index.to(self.value.device)
-        return StepState(
-            **{n: x.index_select(0, index) for n, x in self.tensors.items()}, held=self.held, columns=self.columns
-        )
+        rows: dict[str, Any] = {n: x.index_select(0, index) for n, x in self.tensors.items()}
+        return StepState(**rows, held=self.held, columns=self.columns)
 
 
 def _place(position: Tensor, held: Held) -> Tensor:
