@@ -81,9 +81,8 @@ def stand_in() -> None:
     driver.set_active(NoGpu())
     TO_THE_END.enter_context(gpu_assembler.assembling())
     gpu_launch.launch = compiles
-    pretend(
-        ONES
-    )  # of what no launch fills: with them, and without what its gradients hold, a model trains on, if to no end
+    # What no launch fills is ones: with them, and without what its gradients hold, a model trains on, if to no end.
+    pretend(ONES)
     torch.nn.utils.get_total_norm = no_gradients
     define_nothing()
 

@@ -281,7 +281,7 @@ def test_auto_takes_the_kernels_where_they_can_run_once_they_are_proven(monkeypa
     assert resolve_kernel("auto", "cuda", covered=True, **shape) == "sdpa"
     with Looking():
         assert resolve_kernel("auto", "cuda", **shape) == "chunked"
-    for other in ({"dtype": torch.float64}, {"width": 512}, {"features": 2048}):
+    for other in ({"dtype": torch.float64}, {"width": 512}, {"features": 2048}, {"rows": 65536}):
         assert resolve_kernel("auto", "cuda", **{**shape, **other}) == "chunked"
         with pytest.raises(RuntimeError, match="Triton kernels take"):
             resolve_kernel("gpu", "cuda", **{**shape, **other})

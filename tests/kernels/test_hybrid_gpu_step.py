@@ -286,6 +286,7 @@ def test_by_auto_a_state_that_was_moved_on_is_refused(monkeypatch):
     kept = copy.deepcopy(first)
     found, newest = decode(x, first, 5, 7, **options)
     assert isinstance(first, StepState) and isinstance(newest, StepState) and newest.value is first.value
+    assert hash(first) != hash(newest)
     close(torch.cat((y, found), 2), expected[:, :, 4:7])
     for use in (
         lambda: decode(x, first, 5, 6, **options),
@@ -293,7 +294,7 @@ def test_by_auto_a_state_that_was_moved_on_is_refused(monkeypatch):
         lambda: decode(x, first, 5, 6, **{**options, "kernel": "chunked"}),
         lambda: first.select(torch.tensor([0])),
     ):
-        with pytest.raises(ValueError, match=r"state: 2 later tokens were written into it.*copy.deepcopy"):
+        with pytest.raises(ValueError, match=r"state: later tokens were written into it \(2\).*copy.deepcopy"):
             use()
     for state in (begun, kept, kept.select(torch.tensor([0]))):  # each as it was
         start = 4 if state is begun else 5
@@ -303,6 +304,27 @@ def test_by_auto_a_state_that_was_moved_on_is_refused(monkeypatch):
     assert isinstance(last, HybridState) and bool(torch.autograd.grad(y.sum(), x.q)[0].any())
     x.q.requires_grad_(False)
     close(decode(x, newest, 7, 9, **options)[0], expected[:, :, 7:])
+
+
+def test_what_makes_features_of_keys_gets_its_gradient_and_is_held_to_its_width():
+    """`phi_k_fn` alone learns: the token goes the long way, whether it is a map or a function that closes over what learns."""
+    x = Inputs((2, 1), 6, 1).like(torch.float32, DEVICE).by_maps(3)
+    options = dict(window=3, cover="all", log_scale=x.log_scale)
+    _, state = hybrid_attention(*x.cut(0, 4), x.mix, output_state=True, kernel="chunked", **options)
+    _, state = decode(x, state, 4, 5, **options)
+    q, k, v, phi_q, _ = x.cut(5, 6)
+    scale = torch.ones((), device=DEVICE, requires_grad=True)
+    learns = SoftmaxMap(x.maps[1].make, x.maps[1].weight.requires_grad_(), x.maps[1].clamp)
+    for made, learned in ((learns, learns.weight), (lambda k: x.maps[1](k).detach() * scale, scale)):
+        y, after = hybrid_attention_step(q, k, v, phi_q, made, x.mix, state, kernel="gpu", **options)
+        assert isinstance(after, HybridState) and bool(torch.autograd.grad(y.sum(), learned)[0].abs().sum() > 0)
+    with torch.no_grad():
+        assert isinstance(
+            hybrid_attention_step(q, k, v, phi_q, made, x.mix, state, kernel="gpu", **options)[1], StepState
+        )
+        with pytest.raises(ValueError, match=r"phi_k_fn: expected 6 features of a key, found a tensor \(1, 2, 1, 2\)"):
+            narrow = partial(lambda k: x.maps[1](k)[..., :2])
+            hybrid_attention_step(q, k, v, phi_q, narrow, x.mix, state, kernel="gpu", **options)
 
 
 @pytest.mark.parametrize(("dim", "width", "heads", "length", "clamp"), [(8, 1, 1, 9, 1e-3), (80, 2, 2, 33, 1e-12)])

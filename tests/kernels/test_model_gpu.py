@@ -1,12 +1,13 @@
 """A model by the Triton kernels beside the same by torch's: what both stages lose and learn, and a layer that decodes."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from recipelin_kernels import HybridState
-from recipelin_kernels.hybrid import gpu_launch
+from recipelin_kernels.hybrid import gpu_launch, gpu_support
 from recipelin_kernels.hybrid.step_state import StepState
 from tests.kernels.gpu_device import DEVICE, FP32
 
@@ -54,8 +55,12 @@ def test_trains_as_by_torch(tiny, tmp_path, monkeypatch):
         assert float((moved[0] - moved[1]).norm() / moved[1].norm()) < 1e-3
 
 
-def test_a_layer_decodes_by_it(tiny):
-    """`kernel: gpu`: after a prompt, the cache holds a StepState."""
+@pytest.mark.parametrize("taken", ["gpu", "auto"])
+def test_a_layer_decodes_by_it(tiny, taken, monkeypatch):
+    """After a prompt, the cache holds a StepState; by `auto` too, where the kernels are proven."""
+    if taken == "auto":
+        monkeypatch.setattr(gpu_support, "proven", lambda device: True)
+        monkeypatch.setattr(importlib.import_module("recipelin_kernels.hybrid"), "_not_in_c", lambda *_: "not here")
     from recipelin.attention.hybrid.config import Config
     from recipelin.cache import StateLayer
     from recipelin.states import State
@@ -64,7 +69,7 @@ def test_a_layer_decodes_by_it(tiny):
 
     found = []
     hidden = torch.randn(1, 8, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    for kernel in ("gpu", "chunked"):
+    for kernel in (taken, "chunked"):
         model = tiny(heads=2, key_heads=1, layers=1).to(DEVICE)
         swap(model, Swap(form="hybrid", config=Config(kernel=kernel)), seed=0)
         switch(model, State(window=3))
@@ -81,7 +86,7 @@ def test_a_layer_decodes_by_it(tiny):
                 )
                 before = len(called)
                 y.append(form.join(q, k, v, layer=layer))
-        assert isinstance(layer.state, StepState if kernel == "gpu" else HybridState) and layer.state.bytes > 0
-        assert (len(called) == before) == (kernel == "gpu"), "a launch before that of the token makes its features"
+        assert isinstance(layer.state, StepState if kernel == taken else HybridState) and layer.state.bytes > 0
+        assert (len(called) == before) == (kernel == taken), "a launch before that of the token makes its features"
         found.append(torch.cat(y, 2))
     assert float((found[0] - found[1]).norm() / found[1].norm()) <= FP32

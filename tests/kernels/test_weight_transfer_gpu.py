@@ -1,5 +1,8 @@
 """Triton kernels of the weight transfer loss are the definition: in the interpreter here, on a GPU by `make test-gpu`."""
 
+import importlib
+import importlib.metadata
+
 import pytest
 import torch
 from torch import Tensor
@@ -132,11 +135,12 @@ def test_auto_takes_the_kernels_once_they_are_proven(monkeypatch):
     monkeypatch.setattr(module, "weight_transfer_gpu", spied)
     x = Inputs((1, 1), 9, 1).like(torch.float32, DEVICE)
     given = (x.q, x.k, x.phi_q, x.phi_k, teacher(x, {}))
-    for proven in (False, True):  # `auto` is never `gpu` on a CPU, whatever is proven
-        monkeypatch.setattr(
-            gpu_support, "proven", lambda device, yes=proven: yes and torch.device(device).type == "cuda"
-        )
-        takes = proven and DEVICE == "cuda"
+    monkeypatch.setattr(gpu_support, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(importlib.import_module("recipelin_kernels.hybrid"), "_not_in_c", lambda *_: "not here")
+    series = ".".join(importlib.metadata.version("triton").split(".")[:2])
+    for proven in (frozenset(), frozenset({(series, (9, 0))})):
+        monkeypatch.setattr(gpu_support, "PROVEN", proven)
+        takes = bool(proven) and DEVICE == "cuda"  # never on a CPU, whatever is proven
         assert (float(weight_transfer_loss(*given)) == 0) == takes and taken == [torch.float32] * takes
     taken.clear()
     assert float(weight_transfer_loss(*given, kernel="gpu")) == 0 and taken == [torch.float32]

@@ -79,14 +79,16 @@ def resolve_kernel(
     dtype: torch.dtype | None = None,
     width: int | None = None,
     features: int | None = None,
+    rows: int | None = None,
 ) -> str:
     """The implementation that a call takes: what `auto` means here. Raises KernelError for one that cannot run.
 
     covered: the window covers the sequence and nothing else is asked for: y is causal softmax, and `auto` is `sdpa`.
     `gpu`, the Triton kernels, takes CUDA tensors (or CPU ones under TRITON_INTERPRET=1) of float32, bfloat16 and float16,
-    `width` up to 256 and up to 1024 `features`. `cpu`, the C kernels, takes CPU tensors of the same dtypes where there is a C
-    compiler, and computes in fp32. `auto` takes `gpu` on a GPU for which it is proven (gpu_support.py), `cpu` on a CPU where
-    it can, neither where torch.compile or another tracer looks on; else `chunked`.
+    `width` up to 256, up to 1024 `features`, and 65535 `rows`: rows times heads, of one token rows alone. `cpu`, the C
+    kernels, takes CPU tensors of the same dtypes where there is a C compiler, and computes in fp32. `auto` takes `gpu` on a GPU
+    for which it is proven (gpu_support.py), `cpu` on a CPU where it can, neither where torch.compile or another tracer looks
+    on; else `chunked`.
     """
     one_of("kernel", kernel, KERNELS)
     if kernel == "cpu" or (kernel == "auto" and not covered and torch.device(device).type == "cpu"):
@@ -96,14 +98,14 @@ def resolve_kernel(
         if kernel == "cpu":
             raise KernelError(f"kernel='cpu': {reason}; use 'chunked', which runs on every device")
     if kernel == "gpu":
-        reason = gpu_support.why_not(device, dtype, width, features)
+        reason = gpu_support.why_not(device, dtype, width, features, rows)
         if reason:
             raise KernelError(f"kernel='gpu': {reason}; use 'chunked', which runs on every device")
     if kernel == "auto":
         if covered:
             return "sdpa"
         takes = gpu_support.proven(device) and not is_traced()  # torch.compile assembles them by itself
-        return "gpu" if takes and not gpu_support.why_not(device, dtype, width, features) else "chunked"
+        return "gpu" if takes and not gpu_support.why_not(device, dtype, width, features, rows) else "chunked"
     return kernel
 
 
@@ -195,10 +197,11 @@ def hybrid_attention(
     first_query: only the queries from there on are asked for: q, phi_q and y hold T - first_query of them, k, v and phi_k
     all T. `gpu` and SDPA compute the others too.
 
-    Raises ValueError for unknown options and shapes that do not fit, RuntimeError for a kernel that cannot run here; all but
-    `reference` take no part in torch.func (vmap, grad, jvp, ...) and forward-mode derivatives (RuntimeError). `gpu` (Triton) and
-    `cpu` (C) compute what `chunked` does, forward and backward; the precision of `gpu`: gpu.py. One token after a state has a
-    kernel of its own, see `hybrid_attention_step`; of more tokens `cpu` leaves to `chunked` what goes on from a state.
+    Raises ValueError for unknown options, shapes that do not fit, and a state that `auto` has moved on (see
+    `hybrid_attention_step`), RuntimeError for a kernel that cannot run here; all but `reference` take no part in torch.func
+    (vmap, grad, jvp, ...) and forward-mode derivatives (RuntimeError). `gpu` (Triton) and `cpu` (C) compute what `chunked` does,
+    forward and backward; the precision of `gpu`: gpu.py. One token after a state has a kernel of its own, see
+    `hybrid_attention_step`; of more tokens `cpu` leaves to `chunked` what goes on from a state.
     """
     if kernel != "reference" and under_way():
         of_maps = (x.weight for x in (phi_q, phi_k_fn) if isinstance(x, SoftmaxMap))
@@ -255,7 +258,8 @@ def hybrid_attention(
     if state is not None and phi_k_fn is None:
         raise ValueError("state: needs phi_k_fn, the keys' feature map, for the keys of the ring")
     token = state is not None and length == 1 and output_state and not components and segment_ids is None
-    takes = resolve_kernel(kernel, q.device, **sizes) if token or isinstance(phi_q, SoftmaxMap) else None
+    many = q.shape[0] * (1 if token else q.shape[1])
+    takes = resolve_kernel(kernel, q.device, rows=many, **sizes) if token or isinstance(phi_q, SoftmaxMap) else None
     steps = token and takes == "gpu" and not gpu_support.why_no_step(held, window_keep)
     maps = None  # by which the kernel makes features
     if isinstance(phi_q, SoftmaxMap):
@@ -280,7 +284,7 @@ def hybrid_attention(
             if not learning(*learned) and takes == "gpu":
                 maps = (phi_q, phi_k_fn) if (steps if token else _makes_queries(phi_q, q, k, v)) else None
         phi_q = shaped if maps else phi_q(q)
-    if steps and not learning(q, k, v, phi_q, phi_k, mix, log_scale):
+    if steps and not learning(q, k, v, phi_q, phi_k, mix, log_scale) and not _map_learns(phi_k_fn, k):
         assert state is not None and phi_k_fn is not None
         from .gpu_step import hybrid_attention_step_gpu
 
@@ -304,7 +308,7 @@ def hybrid_attention(
     if state is None and reach is not None and (length <= reach or int(own.position.max()) < reach):
         options = replace(options, reach=None)  # no key of the call is that far
     covered = plain and not asked and options.reach is None and length <= options.span
-    ran = resolve_kernel(kernel, q.device, covered=covered, **sizes)
+    ran = resolve_kernel(kernel, q.device, covered=covered, rows=q.shape[0] * q.shape[1], **sizes)
     if ran == "cpu" and state is not None:
         ran = "chunked"  # goes on from it
     # Padding may hold anything, NaN included, and 0 x NaN is NaN.
@@ -396,17 +400,25 @@ def hybrid_attention_step(
     changes of a map's weight are seen by its version (not those through `.data`). Other tokens are torch's (step.py).
 
     kernel `gpu` without gradient, `reach` and `window_keep`: one Triton launch, and one before it for the features if phi_q and
-    phi_k_fn are SoftmaxMaps. Given a HybridState, it returns a StepState;
-    given that, it writes into it and returns the same one: nothing is read by the host, and such a call may be captured in
-    a CUDA graph, its inputs being the same tensors at each replay. (The first call after `select` may make buffers of another
-    shape, for fewer rows, and returns those.) A key_mask [B,1] leaves out rows that rest. Where `auto` takes it, the StepState
-    that was given is refused from then on (ValueError): on a CPU a state may be used again, and here only a copy.deepcopy.
+    phi_k_fn are SoftmaxMaps. Given a HybridState, it returns a StepState; given that, it writes into it and returns the same
+    one: nothing is read by the host, and such a call may be captured in a CUDA graph, its inputs being the same tensors at each
+    replay. (The first call after `select` may make buffers of another shape, for fewer rows, and returns those.) A key_mask
+    [B,1] leaves out rows that rest. Where `auto` takes this kernel, the StepState that was given is refused from then on
+    (ValueError), so that no old state gives new numbers: of one that is to be used again keep a copy.deepcopy, and capture by
+    `gpu`.
     """
     if q.shape[2] != 1:
         raise ValueError(
             f"hybrid_attention_step takes one token a row, found {q.shape[2]}; use hybrid_attention with a state"
         )
     return hybrid_attention(q, k, v, phi_q, None, mix, state=state, output_state=True, phi_k_fn=phi_k_fn, **options)
+
+
+def _map_learns(phi_k_fn: Callable[[Tensor], Tensor] | None, k: Tensor) -> bool:
+    """Whether features of keys are to pass a gradient on to what makes them."""
+    if not torch.is_grad_enabled() or phi_k_fn is None:
+        return False
+    return phi_k_fn.weight.requires_grad if isinstance(phi_k_fn, SoftmaxMap) else phi_k_fn(k).requires_grad
 
 
 _options = lru_cache(256)(Options)  # made at every token of every layer

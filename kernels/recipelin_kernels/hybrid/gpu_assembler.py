@@ -3,14 +3,15 @@
 The ptxas 12.8 that Triton 3.6 and 3.7 take there miscompiles `wgmma`: descriptors of shared memory are put together from
 registers that were set on another way through the kernel. In rows before the first stored state `output`, with phi_q made in
 it, took wrong values, the same ones at each call, and `row_masses` read beyond shared memory (seen on an H200, by
-compute-sanitizer, and in the machine code). 12.9 assembles the same PTX rightly. Triton 3.6 brings that too, for later GPUs, and
-3.7 there 13.1, whose kernels pass the same tests; Triton 3.8 takes 12.9 here as well.
+compute-sanitizer, and in the machine code). 12.9 assembles the same PTX rightly. Beside 12.8 both bring a ptxas for later GPUs,
+Triton 3.6 that 12.9 and 3.7 13.1, whose kernels pass the same tests: it is taken on Hopper. Triton 3.8 takes 12.9 there itself.
 """
 
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 
+import torch
 from triton import knobs
 
 from .gpu_support import interpreted
@@ -36,12 +37,25 @@ def _other() -> str | None:
     return None
 
 
+@functools.cache
+def _driver() -> int | None:
+    """The major version of CUDA that the driver is of; None where torch cannot say."""
+    asked = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return None if asked is None else asked() // 1000
+
+
 def why_not(major: int) -> str:
     """Why there is no ptxas for GPUs of that major capability; empty where there is one."""
     own = knobs.nvidia.ptxas
-    if major != HOPPER or _other() or _version(own) >= LEAST:
+    if major != HOPPER:
         return ""
-    return f"ptxas {own.version} ({own.path}) miscompiles wgmma: {ADVICE}"
+    if not _other() and _version(own) < LEAST:
+        return f"ptxas {own.version} ({own.path}) miscompiles wgmma: {ADVICE}"
+    taken, driver = knobs.nvidia.ptxas_blackwell if _other() else own, _driver()
+    if driver is not None and _version(taken)[0] > driver:
+        found = f"ptxas {taken.version} ({taken.path}) assembles for newer drivers than that of CUDA {driver}, which is here"
+        return f"{found}: {ADVICE} that is not newer"
+    return ""
 
 
 @functools.cache

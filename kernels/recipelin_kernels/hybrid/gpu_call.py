@@ -11,7 +11,7 @@ from torch import Tensor
 from . import gpu_assembler, gpu_forward, gpu_launch
 from .block import Past
 from .gpu_parts import Form
-from .gpu_support import interpreted
+from .gpu_support import MOST_ROWS, interpreted
 from .rows import Options, Rows
 from .softmax_map import SoftmaxMap
 
@@ -122,8 +122,8 @@ def check_size(tensors: list[Tensor]) -> None:
                 f"kernel='gpu': a head of a tensor {tuple(x.shape)} with strides {x.stride()} spans 2^31 elements or more; "
                 "make it contiguous, or use 'chunked'"
             )
-        if batch * heads > 65535:
-            raise ValueError(f"kernel='gpu': {batch} rows of {heads} heads are more than 65535 programs wide")
+        if batch * heads > MOST_ROWS:
+            raise ValueError(f"kernel='gpu': {batch} rows of {heads} heads are more than {MOST_ROWS} programs wide")
 
 
 @functools.cache

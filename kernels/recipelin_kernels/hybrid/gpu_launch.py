@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel, make_backend
 from triton.runtime import driver, jit
@@ -96,6 +97,12 @@ def launch(
         if gpu_assembler.options() and torch.cuda.get_device_capability()[0] == gpu_assembler.HOPPER:
             raise RuntimeError(f"torch.compile assembles the kernels by itself: {gpu_assembler.ADVICE}")
         kernel[grid](*arguments, **constants, **how)
+        return
+    first = arguments[0]
+    if isinstance(first, Tensor) and first.is_cuda and first.device.index != torch.cuda.current_device():
+        # Triton launches on the current device, whatever the tensors' own is.
+        with torch.cuda.device(first.device):
+            launch(kernel, grid, arguments, constants, how)
         return
     if ordinary(kernel):
         _by_triton(kernel, grid, arguments, constants, how)

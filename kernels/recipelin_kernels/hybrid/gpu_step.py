@@ -68,7 +68,7 @@ from .gpu_step_parts import (
     sums_tile,
     with_key,
 )
-from .gpu_support import interpreted
+from .gpu_support import MOST_ROWS, interpreted
 from .rows import Options
 from .softmax_map import SoftmaxMap
 from .state import HybridState, check_heads
@@ -127,7 +127,6 @@ FEW = StepBlocks(16384, 65536, 4096, programs=96, warps=4)
 MANY = StepBlocks(4096, 8192, 512, programs=96, warps=1, ahead=False)
 WIDE = replace(MANY, sums=8192, keys=16384, pairs=2048, warps=2)  # of head_dim above 128: a thread has as much
 ENOUGH = 320  # rows times heads for MANY: 7 rows of Llama's layer take 15.4 us by FEW, 18.6 by MANY; 16 rows 28 by MANY
-MOST_ROWS = 65535  # of a grid's third axis
 SOON = 4 << 20  # bytes of sums that are asked for ahead: one row is faster by it, eight are slower
 # So that short rows have several of each.
 INTERPRETED = [StepBlocks(256, 256, 256, programs=8, warps=8, fold=2, ahead=ahead) for ahead in (True, False)]
@@ -430,6 +429,8 @@ def hybrid_attention_step_gpu(
     else:
         phi_k = phi_k_fn(state.leaving.to(k.dtype) if held.lag else k)
         check_heads(own, phi_k.shape[1])
+        if phi_k.shape[2:] != (1, features):
+            raise ValueError(f"phi_k_fn: expected {features} features of a key, found a tensor {tuple(phi_k.shape)}")
         if phi_k.untyped_storage().data_ptr() == state.leaving.untyped_storage().data_ptr():
             phi_k = phi_k.clone()  # the kernel writes there
         phi = [x if x.stride(-1) == 1 else x.contiguous() for x in (phi_q, phi_k)]

@@ -11,8 +11,9 @@ from .rows import Options
 
 WIDEST = 256  # head_dim: a block of 64 rows of it in float32 is 64 KiB
 MOST_FEATURES = 1024
-# With which Triton, on which compute capability the tests of `make test-gpu` have passed, with these sources. There `auto` takes
-# the kernels; elsewhere they are taken by name, as what a compiler makes of them may race (kernels/bench/seen-on-gpus.md).
+MOST_ROWS = 65535  # of a grid's second and third axis
+# With which Triton, on which compute capability all tests of `make test-gpu` that launch a kernel have passed, with these
+# sources. There `auto` takes them; elsewhere they are taken by name, as what a compiler makes of them may race (seen-on-gpus.md).
 PROVEN: frozenset[tuple[str, tuple[int, int]]] = frozenset({("3.6", (9, 0)), ("3.7", (9, 0))})
 LEAST_CAPABILITY = (8, 0)  # bf16 and tf32 products
 
@@ -58,7 +59,11 @@ def why_no_step(options: Options, keep: object) -> str:
 
 
 def why_not(
-    device: torch.device | str, dtype: torch.dtype | None = None, width: int | None = None, features: int | None = None
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+    width: int | None = None,
+    features: int | None = None,
+    rows: int | None = None,
 ) -> str:
     """Why the kernels do not take such a call; empty where they do. What is None is not asked for."""
     device = torch.device(device)
@@ -82,4 +87,6 @@ def why_not(
         return f"the Triton kernels take head_dim up to {WIDEST}, found {width}"
     if features is not None and features > MOST_FEATURES:
         return f"the Triton kernels take up to {MOST_FEATURES} features, found {features}"
+    if rows is not None and rows > MOST_ROWS:
+        return f"the Triton kernels take up to {MOST_ROWS} rows times heads (of one token: rows), found {rows}"
     return ""

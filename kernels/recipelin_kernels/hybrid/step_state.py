@@ -94,7 +94,7 @@ class StepState:
         """ValueError if another one has moved these tensors on: what this one stood for is no more."""
         if self.at != self.moves[0]:
             raise ValueError(
-                f"state: {self.moves[0] - self.at} later tokens were written into it, as a GPU's decoding does: go on from the "
+                f"state: later tokens were written into it ({self.moves[0] - self.at}), as a GPU's decoding does: go on from the "
                 "state that the last call returned, or keep a copy.deepcopy of one that is to be used again"
             )
 

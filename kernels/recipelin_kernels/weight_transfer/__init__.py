@@ -156,7 +156,8 @@ def weight_transfer_loss(
     """
     one_of("target", target, TARGETS)
     options = _options(window, shape, sinks, cover, join, scale, reach, q.shape[-1], signed=signed)
-    ran = resolve_kernel(kernel, q.device, dtype=q.dtype, width=q.shape[-1], features=phi_q.shape[-1])
+    width, features, many = q.shape[-1], phi_q.shape[-1], q.shape[0] * q.shape[1]
+    ran = resolve_kernel(kernel, q.device, dtype=q.dtype, width=width, features=features, rows=many)
     note("weight_transfer_loss", ran)
     if ran != "reference":
         refuse_transforms("weight_transfer_loss", q, k, phi_q, phi_k, lse, mix, log_scale)
