@@ -201,10 +201,10 @@ _FLOOR = (
 )
 _UNFUSED = (
     "features are read, not made: with F 128 they are 8 KB of phi_q and twice 8 KB of phi_k a token beside 20 KB of q, k, v and "
-    "y, and states in bf16 a further 16 KB: 60 KB, 20 ns at 3 TB/s, 14 at the 4.3 of an H200, where the bar is 18. `output` "
-    "is held by L2: of 64 queries it takes 232 KB (q, phi_q, y 48, a state 32, keys and values of 128 keys 64, features and "
-    "values of 160 others 80), 3.8 GB in all or 5.6 TB/s, of the about 7 that L2 gives. Blocks of 128 queries take 160 KB for "
-    "64, but registers leave them 8 to 16 warps. Fused maps would take 24 of the 60 KB."
+    "y, and states in bf16 a further 16 KB: 60 KB, 20 ns at 3.0 TB/s and 14 at 4.3 (nine tenths of an H100's and of an H200's), "
+    "where the bar is 18. `output` is held by L2: of 64 queries it takes 232 KB (q, phi_q, y 48, a state 32, keys and values of "
+    "128 keys 64, features and values of 160 others 80), 3.8 GB in all or 5.6 TB/s, of the about 7 that L2 gives. Blocks of 128 "
+    "queries take 160 KB for 64, but registers leave them 8 to 16 warps. Fused maps would take 24 of the 60 KB."
 )
 _UNFUSED_256 = (
     "as with F 128; features then are 48 KB a token and states 32 KB: 100 KB, 33 ns at 3 TB/s, so that the bar needs fused maps "
@@ -217,13 +217,16 @@ _LAUNCHES = (
 )
 _SUMMED = (
     "a head is one warp, of 5,900 instructions, and waits for what it loads: at batch 32 the bytes are 26 us at an H100's 3.35 "
-    "TB/s, 18 at an H200's 4.8, if loads were always under way."
+    "TB/s, 18 at an H200's 4.8 (data sheets), if loads were always under way."
 )
 _AGAINST_FLASH = (
-    "flash attention is bound by arithmetic and takes as long on an H100 as on an H200; ours by memory and L2 (gpu/floor), and "
-    "an H100's memory gives 3.35 TB/s for 4.8: forward at 32k 1.007 ms, 0.926 on an H200 by the same Triton, flash 24.9 and 25.5."
+    "flash attention is bound by arithmetic and takes as long on an H100 as on an H200; ours by L2 and memory (gpu/floor), which "
+    "on an H100 gives 3.35 TB/s for 4.8 (data sheets). 2026-11-28: forward at 32k 1.007 ms on an H100, 0.926 on an H200 the day "
+    "before by the same Triton, flash 24.9 and 25.5."
 )
-_LONGER = "65536 tokens took 5 % more a token than 32768 on an H100, 1 % on an H200; why was not looked into."
+_LONGER = (
+    "2026-11-28: 65536 tokens took 5 % more a token than 32768 on an H100, 1 % on an H200; why was not looked into."
+)
 _MADE = (
     "phi_q is made in the launch that uses it, phi_k in one before it, in bf16: 24 KB a token beside 20 KB of q, k, v and y and "
     "16 KB of states, 60 KB, 20 ns at 3 TB/s, if nothing of it is found in L2. Each program makes W's two parts anew from L2."
