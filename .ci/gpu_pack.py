@@ -4,8 +4,8 @@
 The machine brings Python 3.12, torch with CUDA, Triton, and most of what they need; `CARRIED` are the others, in the versions
 of constraints.txt. Written to .gpu/site.tar.xz, which git ignores and a device call carries.
 
-With the folder of another Triton than the machine's as its argument, that one without symbols, to .gpu/triton.tar.xz (five
-minutes), which is carried by a call of its own: with the rest it is too large.
+With the folder of another Triton than the machine's as its argument: that Triton, stripped of its symbols, to
+.gpu/triton.tar.xz (five minutes). It is carried by a call of its own, as with the rest it is too large.
 """
 
 import lzma

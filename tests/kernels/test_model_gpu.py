@@ -1,5 +1,6 @@
 """A model by the Triton kernels beside the same by torch's: what both stages lose and learn, and a layer that decodes."""
 
+import copy
 import importlib
 from types import SimpleNamespace
 
@@ -90,3 +91,39 @@ def test_a_layer_decodes_by_it(tiny, taken, monkeypatch):
         assert (len(called) == before) == (kernel == taken), "a launch before that of the token makes its features"
         found.append(torch.cat(y, 2))
     assert float((found[0] - found[1]).norm() / found[1].norm()) <= FP32
+
+
+def test_generates_by_auto(tiny, monkeypatch):
+    """Beams, left padding, and a cache that is copied, repeated and gone on from: by the decode kernel as in torch."""
+    from transformers import DynamicCache
+
+    from recipelin.attention.hybrid.config import Config
+    from recipelin.states import State
+    from recipelin.steps import Swap
+    from recipelin.swap import swap, switch
+
+    model = tiny(heads=2, key_heads=1, layers=1).to(DEVICE).eval()
+    swap(model, Swap(form="hybrid", config=Config()), seed=0)
+    switch(model, State(window=3))
+    ids = torch.randint(8, 60, (2, 6), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    monkeypatch.setattr(importlib.import_module("recipelin_kernels.hybrid"), "_not_in_c", lambda *_: "not here")
+    texts, logits = [], []
+    for proven in (False, True):
+        monkeypatch.setattr(gpu_support, "proven", lambda device, yes=proven: yes)
+        options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "pad_token_id": 7}
+        texts.append(model.generate(ids, attention_mask=mask, **options))
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            for part in (ids, ids[:, :1]):
+                model(input_ids=part, past_key_values=cache)
+            copied = copy.deepcopy(cache)
+            found = [model(input_ids=ids[:, 1:2], past_key_values=one).logits for one in (cache, copied)]
+            assert isinstance(cache.layers[0].state, StepState) == proven and torch.equal(*found)
+            cache.batch_repeat_interleave(2)
+            for part in (ids[:, 2:3], ids[:, 3:6]):
+                found.append(model(input_ids=part.repeat_interleave(2, 0), past_key_values=cache).logits)
+        logits.append(torch.cat([x.flatten() for x in found]))
+    assert torch.equal(*texts) and texts[0].shape == (2, 9)
+    assert float((logits[1] - logits[0]).norm() / logits[0].norm()) <= FP32
