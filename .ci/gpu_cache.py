@@ -34,10 +34,8 @@ CACHE, TARGET = ROOT / ".gpu/cache", ROOT / ".gpu/cache.tar.xz"
 TESTS = sorted(str(p) for pattern in ("test_*_gpu*.py", "on_gpu_*.py") for p in (ROOT / "tests/kernels").glob(pattern))
 OTHERS = ("bars", "sweeps")  # beside the tests; named on the command line, those alone
 KEPT = (".cubin", ".json")  # all that is read of a compiled kernel
-TO_THE_END = contextlib.ExitStack()  # of the process
-
-
 ONES = {torch.empty: torch.ones, torch.empty_like: torch.ones_like, torch.Tensor.new_empty: torch.Tensor.new_ones}
+TO_THE_END = contextlib.ExitStack()  # of the process
 
 
 class OnCpu(TorchFunctionMode):

@@ -10,10 +10,10 @@ from triton.runtime.jit import JITFunction
 
 from recipelin.bench.cuda import captured
 from recipelin_kernels import hybrid_attention, hybrid_attention_step
-from recipelin_kernels.hybrid import gpu_launch, gpu_support
+from recipelin_kernels.hybrid import gpu_launch
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 from recipelin_kernels.hybrid.step_state import FOLD, standing
-from tests.kernels.gpu_device import COARSE, DEVICE, on_device
+from tests.kernels.gpu_device import COARSE, DEVICE, auto_is_gpu, on_device
 from tests.kernels.hybrid_inputs import Inputs, assert_same, attend, empty_is_nan, padding, with_gradients
 from tests.kernels.test_hybrid_gpu import compare
 from tests.kernels.test_hybrid_gpu_step import FEW, MANY, close, decode, same, sizes_by_turns  # noqa: F401
@@ -223,7 +223,7 @@ def test_decoding_equals_the_definition(name, dim, features, heads, per_key_head
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decodes_under_a_graph(dtype, join, batch, made, monkeypatch):
     """One token is captured and replayed; beside it the eager step in torch. A row rests at times."""
-    monkeypatch.setattr(gpu_support, "proven", lambda device: False)  # `auto` below is torch's
+    auto_is_gpu(monkeypatch, False)
     stop = 160 if batch < 256 else 80  # keys enter the sums 16 at once
     x = Inputs((8, 2), stop, batch, dim=128, features=128).like(dtype, DEVICE)
     if made:

@@ -1,7 +1,6 @@
 """The Triton decode kernel is the definition, one token after the other; its state is HybridState's, moved on in place."""
 
 import copy
-import importlib
 import itertools
 from dataclasses import replace
 from functools import partial
@@ -12,16 +11,14 @@ import torch
 from recipelin.attention.hybrid.config import FeatureMap
 from recipelin.attention.hybrid.feature_map import HeadFeatureMap
 from recipelin_kernels import HybridState, SoftmaxMap, hybrid_attention, hybrid_attention_step
-from recipelin_kernels.hybrid import gpu_step, gpu_support
+from recipelin_kernels.hybrid import gpu_step
 from recipelin_kernels.hybrid.gpu_features import softmax_features_gpu
 from recipelin_kernels.hybrid.state import settled
 from recipelin_kernels.hybrid.step_state import StepState, standing
-from tests.kernels.gpu_device import DEVICE, FP32, on_device
+from tests.kernels.gpu_device import DEVICE, FP32, auto_is_gpu, on_device
 from tests.kernels.hybrid_inputs import Inputs, empty_is_nan
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
-
-hybrid = importlib.import_module("recipelin_kernels.hybrid")
 
 FEW, MANY = (1,), (gpu_step.ENOUGH,)
 BOTH = (1, gpu_step.ENOUGH, gpu_step.ENOUGH)
@@ -274,8 +271,7 @@ def test_a_state_of_other_sizes_is_refused_and_what_it_does_not_take_goes_the_lo
 
 def test_by_auto_a_state_that_was_moved_on_is_refused(monkeypatch):
     """On a CPU a state may be used twice: where `auto` takes this kernel it gives the same numbers or an error, never others."""
-    monkeypatch.setattr(gpu_support, "proven", lambda device: True)
-    monkeypatch.setattr(hybrid, "_not_in_c", lambda *_: "not here")
+    auto_is_gpu(monkeypatch)
     x = Inputs((2, 1), 9, 1).like(torch.float32, DEVICE)
     exact = x.like(torch.float64, DEVICE)
     options = dict(window=3, log_scale=x.log_scale, kernel="auto")

@@ -1,16 +1,15 @@
 """A model by the Triton kernels beside the same by torch's: what both stages lose and learn, and a layer that decodes."""
 
 import copy
-import importlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from recipelin_kernels import HybridState
-from recipelin_kernels.hybrid import gpu_launch, gpu_support
+from recipelin_kernels.hybrid import gpu_launch
 from recipelin_kernels.hybrid.step_state import StepState
-from tests.kernels.gpu_device import DEVICE, FP32
+from tests.kernels.gpu_device import DEVICE, FP32, auto_is_gpu
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
@@ -60,8 +59,7 @@ def test_trains_as_by_torch(tiny, tmp_path, monkeypatch):
 def test_a_layer_decodes_by_it(tiny, taken, monkeypatch):
     """After a prompt, the cache holds a StepState; by `auto` too, where the kernels are proven."""
     if taken == "auto":
-        monkeypatch.setattr(gpu_support, "proven", lambda device: True)
-        monkeypatch.setattr(importlib.import_module("recipelin_kernels.hybrid"), "_not_in_c", lambda *_: "not here")
+        auto_is_gpu(monkeypatch)
     from recipelin.attention.hybrid.config import Config
     from recipelin.cache import StateLayer
     from recipelin.states import State
@@ -108,10 +106,9 @@ def test_generates_by_auto(tiny, monkeypatch):
     ids = torch.randint(8, 60, (2, 6), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
-    monkeypatch.setattr(importlib.import_module("recipelin_kernels.hybrid"), "_not_in_c", lambda *_: "not here")
     texts, logits = [], []
     for proven in (False, True):
-        monkeypatch.setattr(gpu_support, "proven", lambda device, yes=proven: yes)
+        auto_is_gpu(monkeypatch, proven)
         options = {"max_new_tokens": 3, "num_beams": 2, "do_sample": False, "pad_token_id": 7}
         texts.append(model.generate(ids, attention_mask=mask, **options))
         with torch.no_grad():

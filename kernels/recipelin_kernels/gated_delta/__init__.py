@@ -21,8 +21,8 @@ KERNELS = ("auto", "reference", "chunked", "fla")
 def resolve_gated_delta_kernel(kernel: str, device: torch.device | str) -> str:
     """The implementation that a call takes: what `auto` means here. Raises KernelError for one that cannot run.
 
-    `auto` is `chunked` on every device: fla's Triton kernels take products of tf32 in float32 (its tests
-    hold it to 5e-3 of the definition), so they are taken by name.
+    `auto` is `chunked` on every device: fla's Triton kernels take products of tf32 in float32 (their tests hold them to 5e-3 of
+    the definition), so they are taken by name.
     """
     one_of("kernel", kernel, KERNELS)
     if kernel == "fla":

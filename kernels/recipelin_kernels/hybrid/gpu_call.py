@@ -11,7 +11,7 @@ from torch import Tensor
 from . import gpu_assembler, gpu_forward, gpu_launch
 from .block import Past
 from .gpu_parts import Form
-from .gpu_support import MOST_ROWS, interpreted
+from .gpu_support import interpreted
 from .rows import Options, Rows
 from .softmax_map import SoftmaxMap
 
@@ -116,14 +116,12 @@ def strides(*tensors: Tensor) -> list[int]:
 def check_size(tensors: list[Tensor]) -> None:
     """Kernels count 32 bits within a head: ValueError where that is too little."""
     for x in tensors:
-        batch, heads, length, _ = x.shape
+        length = x.shape[2]
         if length * x.stride(2) >= 2**31:
             raise ValueError(
                 f"kernel='gpu': a head of a tensor {tuple(x.shape)} with strides {x.stride()} spans 2^31 elements or more; "
                 "make it contiguous, or use 'chunked'"
             )
-        if batch * heads > MOST_ROWS:
-            raise ValueError(f"kernel='gpu': {batch} rows of {heads} heads are more than {MOST_ROWS} programs wide")
 
 
 @functools.cache

@@ -68,7 +68,7 @@ from .gpu_step_parts import (
     sums_tile,
     with_key,
 )
-from .gpu_support import MOST_ROWS, interpreted
+from .gpu_support import interpreted
 from .rows import Options
 from .softmax_map import SoftmaxMap
 from .state import HybridState, check_heads
@@ -392,7 +392,7 @@ def hybrid_attention_step_gpu(
     maps: tuple[SoftmaxMap, SoftmaxMap] | None = None,
     blocks: StepBlocks | None = None,
 ) -> tuple[Tensor, StepState]:
-    """(y [B,H,1,D], the state) of q [B,H,1,D], k, v [B,Hkv,1,D], phi_q [B,H,1,F]; key_mask [B,1]. B up to 65535.
+    """(y [B,H,1,D], the state) of q [B,H,1,D], k, v [B,Hkv,1,D], phi_q [B,H,1,F]; key_mask [B,1]. B up to `MOST_ROWS`.
 
     maps: of queries and keys, by which features are made, `phi_k_fn` being that of keys; of phi_q only the shape is then read.
 
@@ -401,8 +401,6 @@ def hybrid_attention_step_gpu(
     copied too, by the first call, which is not to be captured. Sums and products are fp32, whatever the inputs' dtype.
     """
     batch, heads, _, width = q.shape
-    if batch > MOST_ROWS:
-        raise ValueError(f"the decode kernel takes up to {MOST_ROWS} rows, found {batch}")
     all_maps = batch * (state.value if isinstance(state, StepState) else state.sums).shape[1]
     blocks = blocks or blocks_for(all_maps, width)
     features = phi_q.shape[-1]
